@@ -1,0 +1,249 @@
+"""
+Super-Linear Advantage Shaping: the rewards of groups of images in, one advantage per image out.
+
+    centre   Δr = r - mean_group(r)             Eq. 9
+    scale    x  = Δr / s                        s = std of the group (Eq. 1) or of the batch (text after Eq. 20)
+    shape    A  = sign(x) * abs(x)^(1 + γ)      Eq. 20, Theorem 3
+
+`scale_rewards="group", gamma=0` is GRPO and DanceGRPO, `"batch", gamma=0` the linear ascent of Theorem 2, and
+`"batch", gamma>0` is SLAS. Equations are those of "Power Reinforcement Post-Training of Text-to-Image Models with
+Super-Linear Advantage Shaping". Where it is silent, or we depart from it:
+
+- Order: to scale first or shape first, it does not say; the two differ by one scalar per batch. We scale first, so
+  that differences above one batch std are amplified and those below it damped. It gives no γ either; 0.5 is ours.
+- Batch std: that of the centred Δr, so without the variance between prompts that TRL's and Flow-GRPO's contains.
+  Every std has ddof 0, as in the paper's ±1.342 example; TRL, DanceGRPO and Lemma 1 have ddof 1.
+- No additive eps: it would eat gaps of 5e-3. A group whose std is below float32 resolution of its rewards gets 0.
+- Clipping comes before shaping, in std units: a bound of 5 after it would cut at 2.24 std for γ = 1.
+- Zero sum: Theorem 3 needs it (Eq. 13), but skewed rewards, shaped around their mean, leave a residual push.
+  `shaping_baseline="zero_sum"` leaves none.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Advantages:
+    """Advantages of N rows in groups of G, and what there is to log of them. Tensors are float32."""
+
+    advantages: Tensor  # (N,): A, what the policy gradient is multiplied by
+    scaled: Tensor  # (N,): x, after clipping and before shaping
+    rewards: Tensor  # (N,): weighted sum of the rewards, NaN where a row has no score
+    group_std: Tensor  # (N / G,): std of `rewards` by group, NaN with fewer than two scored rows
+    batch_std: float  # std of `rewards` over the batch, of the kind `batch_std_of` names
+    clip_fraction: float  # share of the rows that `advantage_clip` cut
+    effective_share: float  # see the function of that name
+    frac_reward_zero_std: float  # share of the groups without any difference
+    frac_groups_filtered: float  # share of the groups below `min_group_std`
+
+
+def compute_advantages(
+    rewards: Tensor | Sequence,
+    num_generations: int,
+    *,
+    scale_rewards: str | bool = "batch",
+    gamma: float = 0.5,
+    shape_order: str = "scale_then_shape",
+    batch_std_of: str = "centered",
+    shaping_baseline: str = "mean",
+    advantage_clip: float | None = 5.0,
+    reward_weights: Tensor | Sequence[float] | None = None,
+    multi_objective_aggregation: str = "sum_then_normalize",
+    min_group_std: float = 0.0,
+) -> Advantages:
+    """[`slas_advantages`], which documents the arguments, together with the statistics to log."""
+    if isinstance(scale_rewards, bool):
+        scale_rewards = "group" if scale_rewards else "none"
+    _check("scale_rewards", scale_rewards, "batch", "group", "none")
+    _check("shape_order", shape_order, "scale_then_shape", "shape_then_scale")
+    _check("batch_std_of", batch_std_of, "centered", "raw")
+    _check("shaping_baseline", shaping_baseline, "mean", "zero_sum")
+    _check("multi_objective_aggregation", multi_objective_aggregation, "sum_then_normalize", "normalize_then_sum")
+    _check_number("gamma", gamma)
+    _check_number("min_group_std", min_group_std)
+    _check_number("advantage_clip", 1.0 if advantage_clip is None else advantage_clip, positive=True)
+    r, weights = _check_rewards(rewards, num_generations, reward_weights)  # (K, groups, G), (K, 1, 1)
+
+    # Missing scores are left out of the sum; only a row without any stays NaN.
+    scored = ~r.isnan().all(dim=0)
+    total = (weights * r).nansum(dim=0).masked_fill(~scored, math.nan)
+    magnitude = (weights * r).abs().nansum(dim=0)
+
+    # x = Δr / s (Eq. 9 and 1) of the summed rewards, or the sum of each reward's own x.
+    x, group_std, batch_std = _center_and_scale(total, magnitude, scale_rewards, batch_std_of)
+    if multi_objective_aggregation == "normalize_then_sum":
+        x = (weights * _center_and_scale(r, r.abs().nan_to_num(), scale_rewards, batch_std_of)[0]).sum(dim=0)
+    baseline = _zero_sum_baseline(x, scored, gamma) if shaping_baseline == "zero_sum" and gamma > 0 else 0.0
+    unshaped, x = x, (x - baseline) * scored
+
+    # Clip in std units. Unscaled, x is in units of the reward, and so has to be the bound.
+    unit = batch_std.item() if scale_rewards == "none" else 1.0
+    bound = math.inf if advantage_clip is None else advantage_clip * unit
+    clip_fraction = (x.abs() > bound).double().mean().item()
+    x = x.clamp(-bound, bound)
+
+    advantages = x * x.abs().pow(gamma)  # sign(x) |x|^(1 + γ), Eq. 20
+
+    # Scaling after shaping gives back the mean square of the unshaped x: 1, with the std of the centred rewards.
+    if shape_order == "shape_then_scale" and scale_rewards != "none":
+        dim = (-1,) if scale_rewards == "group" else (-2, -1)
+        power = advantages.square().sum(dim, keepdim=True)
+        advantages = advantages * (unshaped.square().sum(dim, keepdim=True) / power).sqrt().nan_to_num()
+
+    # Section 4.2, Imp1. Filtered groups still count in the batch std: the others' advantages do not depend on them.
+    filtered = group_std < min_group_std
+    advantages, x = advantages.masked_fill(filtered, 0.0), x.masked_fill(filtered, 0.0)
+    if advantages.abs().max() > torch.finfo(torch.float32).max:
+        raise ValueError(f"gamma={gamma} makes the advantages overflow; lower it (0.25 to 1) or set advantage_clip.")
+
+    device = rewards.device if isinstance(rewards, Tensor) else "cpu"
+    return Advantages(
+        advantages=advantages.flatten().float().to(device),
+        scaled=x.flatten().float().to(device),
+        rewards=total.flatten().float().to(device),
+        group_std=group_std.flatten().float().to(device),
+        batch_std=batch_std.item(),
+        clip_fraction=clip_fraction,
+        effective_share=effective_share(advantages),
+        frac_reward_zero_std=(group_std == 0).double().mean().item(),
+        frac_groups_filtered=filtered.double().mean().item(),
+    )
+
+
+def slas_advantages(
+    rewards: Tensor | Sequence,
+    num_generations: int,
+    *,
+    scale_rewards: str | bool = "batch",
+    gamma: float = 0.5,
+    shape_order: str = "scale_then_shape",
+    batch_std_of: str = "centered",
+    shaping_baseline: str = "mean",
+    advantage_clip: float | None = 5.0,
+    reward_weights: Tensor | Sequence[float] | None = None,
+    multi_objective_aggregation: str = "sum_then_normalize",
+    min_group_std: float = 0.0,
+) -> Tensor:
+    """
+    Shaped advantages (Eq. 20), which do not change under `r -> k * r + c`, k > 0 (unless scaling is `"none"`).
+
+    Args:
+        rewards (`torch.Tensor`, array or list of shape `(N,)` or `(N, K)`):
+            Scores of a rollout's N images (of all processes) by K reward functions, images of a prompt consecutive.
+            NaN is "no score", and so is a score of weight 0: it is left out of sums. A row without any score gets 0,
+            and so does a group with fewer than two scored rows.
+        num_generations (`int`):
+            Images per prompt, G >= 2. Divides N.
+        scale_rewards (`str` or `bool`, *optional*, defaults to `"batch"`):
+            Std that divides: of the `"batch"`, of the `"group"` (or `True`), or `"none"` (or `False`).
+        gamma (`float`, *optional*, defaults to `0.5`):
+            γ >= 0 of Eq. 20. 0 is linear.
+        shape_order (`str`, *optional*, defaults to `"scale_then_shape"`):
+            `"shape_then_scale"` keeps the RMS of γ = 0 (1 for summed rewards, centered std). No effect for `"none"`.
+        batch_std_of (`str`, *optional*, defaults to `"centered"`):
+            Batch std of the `"centered"` rewards, or of the `"raw"` ones as in TRL.
+        shaping_baseline (`str`, *optional*, defaults to `"mean"`):
+            What is shaped around: the group's `"mean"` or, so that its shaped advantages sum to 0 before clipping, the
+            root of Eq. 13, `"zero_sum"`. The std is about the mean in both cases.
+        advantage_clip (`float`, *optional*, defaults to `5.0`):
+            Bound on |x| before shaping in either order, in std units (the batch's for `"none"`). `None` is no bound.
+        reward_weights (`torch.Tensor` or `list[float]` of length `K`, *optional*):
+            Weights of the reward functions. `None` weighs each by 1.
+        multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
+            `"sum_then_normalize"` sums the weighted rewards first. `"normalize_then_sum"` centres and scales each one
+            by itself, then sums and shapes, so that a missing score counts as an average one.
+        min_group_std (`float`, *optional*, defaults to `0.0`):
+            Groups whose summed rewards have a std below this, in units of the reward, get 0.
+
+    Returns a float32 `torch.Tensor` of shape `(N,)` on the device of `rewards`. The arithmetic is float64, on the CPU.
+    Raises `ValueError` (shapes, infinite rewards, unknown options, values out of range) or `TypeError` (other types).
+    """
+    return compute_advantages(**locals()).advantages
+
+
+def effective_share(advantages: Tensor) -> float:
+    """Share of the rows that carry the update, (Σ|A|)² / (N ΣA²). N counts rows of advantage 0; 0 if all are."""
+    size = advantages.abs() / advantages.abs().max()  # relative: small squares underflow. NaN if all are 0
+    return (size.sum().square() / (size.numel() * size.square().sum())).nan_to_num().item()
+
+
+def _center_and_scale(r: Tensor, magnitude: Tensor, scale_rewards: str, batch_std_of: str):
+    """x (..., groups, G), 0 where r is NaN, with its group std (..., groups, 1) and batch std (..., 1, 1)."""
+    count = (~r.isnan()).sum(dim=-1, keepdim=True)
+    delta = (r - r.nanmean(dim=-1, keepdim=True)).nan_to_num()  # Δr, Eq. 9
+    group_std = (delta.square().sum(dim=-1, keepdim=True) / count).sqrt()
+    # The mean of equal rewards may round, so "no difference" is relative to their size.
+    resolution = torch.finfo(torch.float32).eps * magnitude.amax(dim=-1, keepdim=True)
+    group_std = group_std.masked_fill(group_std <= resolution, 0.0).masked_fill(count < 2, math.nan)
+    delta = torch.where(group_std > 0, delta, 0.0)
+
+    if batch_std_of == "centered":  # one scored row says nothing of the spread within its group
+        rows = count.masked_fill(count < 2, 0).sum(dim=-2, keepdim=True)
+        variance = delta.square().sum(dim=(-2, -1), keepdim=True) / rows
+    else:
+        variance = (r - r.nanmean(dim=(-2, -1), keepdim=True)).square().nanmean(dim=(-2, -1), keepdim=True)
+    batch_std = variance.nan_to_num().sqrt()
+
+    s = group_std if scale_rewards == "group" else batch_std if scale_rewards == "batch" else torch.ones(())
+    return delta / torch.where(s > 0, s, 1.0), group_std, batch_std
+
+
+def _zero_sum_baseline(x: Tensor, scored: Tensor, gamma: float) -> Tensor:
+    """b (groups, 1) with Σ sign(x - b) |x - b|^(1 + γ) = 0 over the scored rows of each group (Eq. 13)."""
+    low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
+    b = torch.zeros_like(low)  # the mean of x
+    for _ in range(100):
+        distance = (x - b) * scored
+        weight = distance.abs().pow(gamma)  # Φ_γ, Eq. 17
+        push = (distance * weight).sum(dim=-1, keepdim=True)
+        if (push.abs() <= 1e-12 * (distance * weight).abs().sum(dim=-1, keepdim=True)).all():
+            break
+        low, high = torch.where(push > 0, b, low), torch.where(push < 0, b, high)
+        # Bisection, sped up by Newton's step wherever that stays within the bracket.
+        newton = b + push / ((1 + gamma) * weight.sum(dim=-1, keepdim=True))
+        b = torch.where((newton >= low) & (newton <= high), newton, (low + high) / 2)
+    return b
+
+
+def _check(name: str, value: object, *choices: str) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _check_number(name: str, value: object, positive: bool = False) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
+    if not 0 <= value < math.inf or (positive and value == 0):
+        raise ValueError(f"{name} must be finite and {'> 0' if positive else '>= 0'}, got {value!r}.")
+
+
+def _check_rewards(rewards: Tensor | Sequence, num_generations: int, reward_weights) -> tuple[Tensor, Tensor]:
+    """Rewards as (K, groups, G) and weights as (K, 1, 1)."""
+    if not isinstance(num_generations, int) or num_generations < 2:
+        raise ValueError(f"num_generations must be an int of at least 2, to compare images, got {num_generations!r}.")
+    r = _to_float64("rewards", rewards)
+    if r.ndim not in (1, 2) or r.numel() == 0:
+        raise ValueError(f"rewards must be non-empty, of shape (N,) or (N, K), got {tuple(r.shape)}.")
+    r = r.reshape(len(r), -1)
+    rows, num_rewards = r.shape
+    if rows % num_generations:
+        raise ValueError(f"num_generations={num_generations} must divide the {rows} rewards. Pass whole groups.")
+    infinite = r.isinf().any(dim=1).nonzero().flatten().tolist()
+    if infinite:
+        raise ValueError(f"rewards must be finite or nan ('no score'); {len(infinite)} rows are not: {infinite[:9]}.")
+    w = _to_float64("reward_weights", [1.0] * num_rewards if reward_weights is None else reward_weights)
+    if w.shape != (num_rewards,) or not w.isfinite().all():
+        raise ValueError(f"reward_weights must be {num_rewards} finite numbers, one per reward, got {w.tolist()}.")
+    return r.masked_fill(w == 0, math.nan).T.reshape(num_rewards, -1, num_generations), w.view(-1, 1, 1)
+
+
+def _to_float64(name: str, values: Tensor | Sequence) -> Tensor:
+    try:  # on the CPU, as some devices have no float64
+        return torch.as_tensor(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be numbers (float('nan') for 'no score'), got {values!r}: {error}.") from error

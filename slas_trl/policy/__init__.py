@@ -1,0 +1,18 @@
+"""Any diffusers pipeline as a stochastic policy: record one call, execute it again for the gradient of one step."""
+
+from .doctor import RatioReport, check_pipeline, find_dropout, measure_ratio
+from .replayer import PipelineReplayer
+from .rollout import ReplayError, Rollout, Step, StepOutput
+
+
+__all__ = [
+    "PipelineReplayer",
+    "RatioReport",
+    "ReplayError",
+    "Rollout",
+    "Step",
+    "StepOutput",
+    "check_pipeline",
+    "find_dropout",
+    "measure_ratio",
+]

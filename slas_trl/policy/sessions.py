@@ -1,0 +1,184 @@
+"""
+What happens inside one pipeline call: a [`Recording`] writes everything down, a [`Replaying`] answers from the record
+and really runs the denoiser at a single step.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..schedulers import StochasticScheduler
+from .rollout import ReplayError, Rollout, Step, StepOutput
+
+
+class Finished(Exception):
+    """Ends the pipeline's call once the step that was asked for has been computed."""
+
+
+class Session(Protocol):
+    def denoise(self, forward: Callable, args: tuple, kwargs: dict) -> Any: ...
+
+    def frozen(self, name: str, function: Callable[[], Any]) -> Any: ...
+
+    def step(
+        self, scheduler: StochasticScheduler, model_output: torch.Tensor, sample: torch.Tensor, index: int
+    ) -> torch.Tensor: ...
+
+
+def run_denoiser(forward: Callable, args: tuple, kwargs: dict, device_type: str) -> Any:
+    """
+    Call the denoiser; under autocast without the cache of casted weights, which a forward without gradients would
+    leave without a graph for the next one.
+    """
+    if not torch.is_autocast_enabled(device_type):
+        return forward(*args, **kwargs)
+    dtype = torch.get_autocast_dtype(device_type)
+    with torch.autocast(device_type, dtype=dtype, cache_enabled=False):
+        return forward(*args, **kwargs)
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+class Recording:
+    """Samples x_{t-1} from the step's Gaussian, and keeps what the replay needs."""
+
+    def __init__(self, noise_generator: torch.Generator | list[torch.Generator], device_type: str):
+        self.noise_generator = noise_generator
+        self.device_type = device_type
+        self.steps: list[Step] = []
+        self.log_probs: list[torch.Tensor] = []
+        self.memo: list[tuple[str, Any]] = []
+        self._outputs: list[Any] = []
+
+    def denoise(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        output = run_denoiser(forward, args, kwargs, self.device_type)
+        self._outputs.append(output)
+        return output
+
+    def frozen(self, name: str, function: Callable[[], Any]) -> Any:
+        result = function()
+        self.memo.append((name, result))
+        return result
+
+    def step(
+        self, scheduler: StochasticScheduler, model_output: torch.Tensor, sample: torch.Tensor, index: int
+    ) -> torch.Tensor:
+        if not self._outputs:
+            raise ValueError(
+                f"The scheduler was stepped at index {index} without a call of the denoiser; pipelines that step a "
+                "scheduler several times for one prediction cannot be replayed."
+            )
+        mean, std = scheduler.transition(model_output, sample, index)
+        if std > 0:
+            if isinstance(self.noise_generator, list) and len(self.noise_generator) != len(sample):
+                raise ValueError(
+                    f"The pipeline denoises {len(sample)} samples, but {len(self.noise_generator)} noise generators "
+                    "were given; expected one for each image of the call."
+                )
+            noise = randn_tensor(mean.shape, generator=self.noise_generator, device=mean.device, dtype=mean.dtype)
+            # Rounded to the latent's dtype before its log-probability is taken: the replay sees the rounded value.
+            prev_sample = (mean + std * noise).to(sample.dtype)
+            log_prob = scheduler.log_prob(mean, std, prev_sample)
+        else:
+            prev_sample = mean.to(sample.dtype)
+            log_prob = torch.full((len(sample),), torch.nan, device=mean.device)
+        # Copies, where they are not the last step's result: some pipelines (Kandinsky 5) write into their latents.
+        unchanged = bool(self.steps) and _same(sample, self.steps[-1].prev_sample)
+        kept = self.steps[-1].prev_sample if unchanged else sample.clone()
+        self.steps.append(Step(index, kept, prev_sample, float(std), self._outputs))
+        self.log_probs.append(log_prob)
+        self._outputs = []
+        return prev_sample.clone()
+
+
+class Replaying:
+    """Executes a recorded call up to step `target`, and there computes the policy at the present weights."""
+
+    def __init__(self, rollout: Rollout, target: int, grad: bool, device_type: str):
+        self.rollout, self.target, self.grad, self.device_type = rollout, target, grad, device_type
+        self.result: StepOutput | None = None
+        self._step = 0  # scheduler steps so far
+        self._calls = 0  # denoiser calls since the last one
+        self._answers = 0  # frozen calls answered
+
+    def denoise(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        recorded = self.rollout.steps[self._step].outputs
+        if self._calls >= len(recorded):
+            raise ReplayError(
+                f"At step {self._step} the pipeline called the denoiser more often than the {len(recorded)} time(s) "
+                "recorded. Its __call__ depends on something that changed since sampling."
+            )
+        self._calls += 1
+        if self._step < self.target:
+            return recorded[self._calls - 1]
+        # Stays on for the pipeline's own arithmetic (guidance) until `step`; leaving the call restores it.
+        torch.set_grad_enabled(self.grad)
+        return run_denoiser(forward, args, kwargs, self.device_type)
+
+    def frozen(self, name: str, function: Callable[[], Any]) -> Any:
+        if self._answers >= len(self.rollout.memo) or self.rollout.memo[self._answers][0] != name:
+            expected = [n for n, _ in self.rollout.memo[self._answers : self._answers + 1]]
+            raise ReplayError(
+                f"The pipeline called {name!r} where sampling called {expected or 'nothing'}. Its __call__ depends on "
+                "something that changed since sampling."
+            )
+        result = self.rollout.memo[self._answers][1]
+        self._answers += 1
+        return result
+
+    def step(
+        self, scheduler: StochasticScheduler, model_output: torch.Tensor, sample: torch.Tensor, index: int
+    ) -> torch.Tensor:
+        record = self.rollout.steps[self._step]
+        if index != record.index or self._calls != len(record.outputs):
+            raise ReplayError(
+                f"Step {self._step} was recorded at schedule index {record.index} after {len(record.outputs)} "
+                f"denoiser call(s), but the replay is at index {index} after {self._calls}."
+            )
+        if self._step < self.target:
+            self._step, self._calls = self._step + 1, 0
+            return record.prev_sample.clone()
+        if sample.shape != record.sample.shape or sample.dtype != record.sample.dtype:
+            raise ReplayError(
+                f"At step {self.target} the latents are {tuple(sample.shape)} {sample.dtype}; recorded were "
+                f"{tuple(record.sample.shape)} {record.sample.dtype}."
+            )
+        if not torch.equal(sample, record.sample):
+            difference = (sample.float() - record.sample.float()).abs().max().item()
+            cause = (
+                "The initial latents are not reproducible from `generator`"
+                if self.target == 0
+                else "The pipeline changes the latents outside of scheduler.step, and not reproducibly"
+            )
+            raise ReplayError(
+                f"At step {self.target} the latents differ from the recorded ones by up to {difference:.3g}. {cause}: "
+                "every random number must come from `generator` or from torch's global generator."
+            )
+        mean, std = scheduler.transition(model_output, sample, index)
+        log_prob = scheduler.log_prob(mean, std, record.prev_sample)
+        self.result = StepOutput(model_output, mean, std, log_prob)
+        raise Finished
+
+
+class Refilling(Replaying):
+    """Answers every step from the record and calls the frozen components anew, to fill the memo of a saved rollout."""
+
+    def __init__(self, rollout: Rollout, device_type: str):
+        super().__init__(rollout, target=len(rollout.steps), grad=False, device_type=device_type)
+
+    def frozen(self, name: str, function: Callable[[], Any]) -> Any:
+        result = function()
+        self.rollout.memo.append((name, result))
+        return result
+
+    def step(
+        self, scheduler: StochasticScheduler, model_output: torch.Tensor, sample: torch.Tensor, index: int
+    ) -> torch.Tensor:
+        prev_sample = super().step(scheduler, model_output, sample, index)
+        if self._step == self.target:
+            raise Finished
+        return prev_sample

@@ -1,0 +1,126 @@
+"""Callbacks of [`SLASTrainer`]: progress, metrics on disk, pictures in the trackers, prompts by epoch."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.training_utils import EMAModel
+from PIL.Image import Image
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import ProgressCallback
+
+from .sampling import EpochRepeatSampler
+
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class RLProgressCallback(ProgressCallback):
+    """The progress bar with the figures that matter, in place of a line for each log."""
+
+    SHOWN = {
+        "reward": "reward",
+        "reward_std": "std",
+        "kl": "kl",
+        "clip_ratio/region_mean": "clip",
+        "images_per_second": "images/s",
+    }
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and logs:
+            shown = {label: f"{logs[key]:.3g}" for key, label in self.SHOWN.items() if key in logs}
+            if shown:
+                self.training_bar.set_postfix(shown)
+            evaluated = {key: f"{value:.4g}" for key, value in logs.items() if key.startswith("eval_reward")}
+            if evaluated:
+                self.training_bar.write(f"step {state.global_step}: {evaluated}")
+
+
+class MetricsFileCallback(TrainerCallback):
+    """One JSON object for each log in `metrics.jsonl`; a resumed run drops the lines that it is about to repeat."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        path = Path(args.output_dir) / METRICS_FILE
+        if state.is_world_process_zero and path.exists():
+            lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+            kept = [line for line in lines if line["step"] <= state.global_step and "train_runtime" not in line]
+            path.write_text("".join(json.dumps(line) + "\n" for line in (kept if state.global_step else [])))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs:
+            with (Path(args.output_dir) / METRICS_FILE).open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class PromptOrderCallback(TrainerCallback):
+    """Tells the sampler the epoch, so that a resumed run draws the prompts of the interrupted one."""
+
+    def __init__(self, sampler: EpochRepeatSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.epoch = int((state.epoch or 0) + 1e-6)  # a resumed run begins within an epoch
+
+
+class EMACallback(TrainerCallback):
+    """An exponential moving average of the trained weights, and its files."""
+
+    AVERAGE_FILE, WEIGHTS_FILE = "ema.pt", "weights_before_averaging.pt"
+
+    def __init__(self, parameters: list[torch.nn.Parameter], decay: float):
+        self.parameters = parameters
+        self.model = EMAModel(parameters, decay=decay)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.model.step(self.parameters)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The average in place of the weights."""
+        self.model.store(self.parameters)
+        self.model.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.model.restore(self.parameters)
+
+    def adopt(self) -> None:
+        """Start the average anew from the weights as they are."""
+        self.model.shadow_params = [p.detach().clone() for p in self.parameters]
+
+    def save(self, folder: Path) -> None:
+        torch.save(self.model.state_dict(), folder / self.AVERAGE_FILE)
+        torch.save([p.detach().cpu() for p in self.parameters], folder / self.WEIGHTS_FILE)
+
+    def load(self, folder: Path) -> None:
+        self.model.load_state_dict(torch.load(folder / self.AVERAGE_FILE, map_location="cpu", weights_only=True))
+        self.model.to(self.parameters[0].device)
+        with torch.no_grad():
+            for parameter, saved in zip(
+                self.parameters, torch.load(folder / self.WEIGHTS_FILE, weights_only=True), strict=True
+            ):
+                parameter.copy_(saved)
+
+
+def show_images(
+    report_to: list[str], callbacks: list[TrainerCallback], images: list[Image], captions: list[str], step: int
+) -> None:
+    """Pictures with their captions in every tracker of `report_to` that can show them."""
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+                callback.tb_writer.add_image(f"samples/{i}", np.asarray(image.convert("RGB")), step, dataformats="HWC")
+                callback.tb_writer.add_text(f"samples/{i}/prompt", caption, step)
+    if "trackio" in report_to:
+        import trackio
+
+        pictures: dict[str, Any] = {
+            f"samples/{i}": trackio.Image(image, caption=caption)
+            for i, (image, caption) in enumerate(zip(images, captions, strict=True))
+        }
+        trackio.log(pictures)

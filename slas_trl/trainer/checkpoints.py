@@ -1,0 +1,112 @@
+"""Checkpoints that are whole or not there: what belongs to one, how to tell, and rollouts on disk."""
+
+import json
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers.utils import logging
+
+from ..policy import PipelineReplayer, Rollout
+
+
+logger = logging.get_logger(__name__)
+
+STATE_FILE = "slas_state.json"  # where in its rollout the run was, and the size of every file written before
+TRAINER_STATE_FILE = "trainer_state.json"  # the Trainer's, written last
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what a full disk raises, by who is writing
+
+
+def rollout_file(rank: int) -> str:
+    return f"rollout_{rank}.pt"
+
+
+def write_state(folder: Path, **state: Any) -> None:
+    """Write `STATE_FILE` with the sizes of the files that are in `folder` by now."""
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    (folder / STATE_FILE).write_text(json.dumps({**state, "files": files}, indent=2))
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """
+    The contents of `STATE_FILE`.
+
+    Raises:
+        `ValueError`: when the checkpoint is not whole; the message says what is missing.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"There is no checkpoint folder {str(folder)!r}.")
+    try:
+        state = json.loads((folder / STATE_FILE).read_text())
+        json.loads((folder / TRAINER_STATE_FILE).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"The checkpoint {str(folder)!r} was not written to its end ({error}).") from error
+    for name, size in state["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            found = f"{path.stat().st_size} bytes" if path.is_file() else "nothing"
+            raise ValueError(
+                f"The checkpoint {str(folder)!r} is damaged: {name} should be {size} bytes, found {found}."
+            )
+    return state
+
+
+def checkpoints_in(output_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, the newest first."""
+    numbered = [(path.name.removeprefix("checkpoint-"), path) for path in output_dir.glob("checkpoint-*")]
+    return [path for number, path in sorted(((int(n), p) for n, p in numbered if n.isdigit()), reverse=True)]
+
+
+def last_whole_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint that can be resumed from; newer ones that cannot are named in a warning."""
+    for folder in checkpoints_in(output_dir):
+        try:
+            read_state(folder)
+        except ValueError as error:
+            logger.warning(f"{error} Looking for an earlier one.")
+        else:
+            return folder
+    return None
+
+
+@contextmanager
+def on_interrupt(note: Callable[[], None]) -> Iterator[None]:
+    """Within, the first Ctrl-C calls `note`, so that no update is torn apart; a second one interrupts as usual."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def handle(signum: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, previous)
+        note()
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def discard(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_rollouts(path: Path, rollouts: list[Rollout], **others: Any) -> None:
+    """Tensors and plain values only, so that reading them back runs no code."""
+    torch.save({"rollouts": [rollout.state() for rollout in rollouts], **others}, path)
+
+
+def load_rollouts(
+    path: Path, replayer: PipelineReplayer, calls: list[dict[str, Any]], device: torch.device
+) -> tuple[list[Rollout], dict[str, Any]]:
+    """The rollouts, given the pipeline calls that made them, and what else was saved with them."""
+    saved = torch.load(path, map_location=device, weights_only=True)
+    states = saved.pop("rollouts")
+    return [replayer.restore(state, call) for state, call in zip(states, calls, strict=True)], saved

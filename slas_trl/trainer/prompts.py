@@ -1,0 +1,64 @@
+"""Prompt data sets: from the embedded world, from a file, or from the Hub."""
+
+from pathlib import Path
+
+import datasets
+from datasets import Dataset
+
+
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+
+
+def load_prompts(name_or_path: str, split: str = "train") -> Dataset:
+    """
+    Load prompts.
+
+    Args:
+        name_or_path (`str`):
+            `"shapes"` for the embedded world; a file (.txt with one prompt per line, or .json, .jsonl, .csv, .tsv, .parquet
+            with a "prompt" column); or a data set on the Hub.
+        split (`str`, *optional*, defaults to `"train"`): split of the embedded world or of the Hub's data set.
+
+    Returns:
+        `Dataset`: with a column "prompt", and whatever other columns there are, for the rewards.
+
+    Raises:
+        `FileNotFoundError`: when a file is named that is not there.
+        `ValueError`: when there is no prompt in it.
+    """
+    path = Path(name_or_path)
+    if name_or_path == "shapes":
+        from ..shapes import shapes_prompts
+
+        return shapes_prompts(split)
+    if path.suffix in (".txt", *BUILDERS) and not path.is_file():
+        raise FileNotFoundError(f"There is no prompt file {str(path)!r}; check the path.")
+    if path.suffix == ".txt":
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        data = Dataset.from_dict({"prompt": [line for line in lines if line]})
+    elif path.suffix in BUILDERS:
+        if not path.stat().st_size:
+            raise ValueError(f"The prompt file {str(path)!r} is empty; expected at least one prompt.")
+        options = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
+        data = datasets.load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train", **options)
+    else:
+        data = datasets.load_dataset(name_or_path, split=split)
+    if not isinstance(data, Dataset):
+        raise TypeError(
+            f"{name_or_path!r} is a {type(data).__name__}; expected a data set that fits in memory or on disk."
+        )
+    return check_prompts(data, repr(name_or_path))
+
+
+def check_prompts(data: Dataset, name: str) -> Dataset:
+    """`data` itself, if every row has a prompt to give; else a ValueError that says which does not."""
+    if "prompt" not in data.column_names:
+        raise ValueError(
+            f"{name} has no column 'prompt'; its columns are {data.column_names}. Rename the one with the text."
+        )
+    if not len(data):
+        raise ValueError(f"{name} is empty; expected at least one prompt.")
+    bad = [i for i, prompt in enumerate(data["prompt"]) if not isinstance(prompt, str) or not prompt.strip()]
+    if bad:
+        raise ValueError(f"{name} has rows without a prompt: {bad[:5]}{' ...' if len(bad) > 5 else ''}. Remove them.")
+    return data

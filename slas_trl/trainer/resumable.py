@@ -1,0 +1,181 @@
+"""
+The part of the trainer that outlives it: weights on disk, checkpoints between two updates of a rollout, Ctrl-C.
+"""
+
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from diffusers import DiffusionPipeline
+from transformers import Trainer
+from transformers.utils import logging
+
+from ..policy import PipelineReplayer, Rollout
+from . import checkpoints, lora
+from .callbacks import EMACallback
+from .slas_config import SLASConfig
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class Buffer:
+    """One rollout of this process, and the advantages `(B,)` of each of its chunks."""
+
+    chunks: list[Rollout]
+    advantages: list[torch.Tensor]
+    steps: list[int]  # trained timesteps, in the order of training
+
+
+class ResumableTrainer(Trainer):
+    """
+    Saves and restores what [`SLASTrainer`] needs beside the Trainer's own: the adapter in diffusers' format, the moving
+    average, and the rollout under way. The subclass sets the attributes below, and defines `_calls`.
+    """
+
+    args: SLASConfig
+    pipe: DiffusionPipeline
+    replayer: PipelineReplayer
+    denoiser_name: str
+    has_adapter: bool
+    _ema: EMACallback | None
+
+    def _reset_progress(self) -> None:
+        self._micro_step = 0  # since the start of the run, on this process
+        self._buffer: Buffer | None = None
+        self._saved_rollout: Path | None = None  # of a checkpoint between two updates of one rollout
+        self._checked = False  # the pre-flight check
+        self._interrupted = False
+
+    def _calls(self, indices: list[int], rollout_index: int) -> list[dict[str, Any]]:
+        """The arguments of the pipeline call of each chunk of a rollout."""
+        raise TypeError(f"{type(self).__name__} does not define _calls().")
+
+    def _averaged_weights(self) -> AbstractContextManager[None]:
+        """The moving average in place of the weights, if there is one."""
+        return nullcontext() if self._ema is None else self._ema.averaged()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with self._averaged_weights():
+            lora.save_weights(self.pipe, self.denoiser_name, folder, self.has_adapter)
+
+    def _load_weights(self, folder: str | Path) -> None:
+        lora.load_weights(self.pipe, self.denoiser_name, folder, self.has_adapter)
+
+    def _load_best_model(self) -> None:
+        logger.info(f"Loading the best weights, from {self.state.best_model_checkpoint} ({self.state.best_metric}).")
+        assert self.state.best_model_checkpoint is not None  # the caller has looked
+        self._load_weights(self.state.best_model_checkpoint)
+        if self._ema is not None:
+            self._ema.adopt()
+
+    def _save_checkpoint(self, model: torch.nn.Module | None, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[arg-type]
+        except checkpoints.WRITE_ERRORS as error:
+            if self.args.should_save:
+                checkpoints.discard(folder)
+            last = checkpoints.last_whole_checkpoint(folder.parent)
+            resume = f"the last whole one is {str(last)!r}; resume from there" if last else "there is no earlier one"
+            raise OSError(
+                f"The checkpoint {str(folder)!r} could not be written ({error}) and was removed; {resume} after making room."
+            ) from error
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The last of the Trainer's own files but one; ours follow, so that a checkpoint without them is not whole."""
+        super()._save_rng_state(output_dir)
+        folder, rank = Path(output_dir), self.accelerator.process_index
+        done = self.state.global_step * self.args.gradient_accumulation_steps  # an update under way starts over
+        midway = done % (self.args.num_iterations * self.args.micro_steps_per_pass) != 0
+        if midway and self._buffer is not None:
+            buffer = self._buffer
+            checkpoints.save_rollouts(
+                folder / checkpoints.rollout_file(rank),
+                buffer.chunks,
+                advantages=buffer.advantages,
+                steps=buffer.steps,
+            )
+        elif midway and self._saved_rollout is not None:  # resumed, and interrupted before it was needed
+            shutil.copy(self._saved_rollout, folder / checkpoints.rollout_file(rank))
+        if self.args.should_save:
+            if self._ema is not None:
+                self._ema.save(folder)
+            checkpoints.write_state(folder, micro_step=done, midway=midway, layout=self.args.layout)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        state = checkpoints.read_state(folder)
+        if state["layout"] != self.args.layout:
+            changed = {k: (v, self.args.layout[k]) for k, v in state["layout"].items() if v != self.args.layout[k]}
+            raise ValueError(f"The checkpoint {str(folder)!r} was made with other settings (then, now): {changed}.")
+        self._load_weights(folder)
+        if self._ema is not None:
+            self._ema.load(folder)
+        self._micro_step = state["micro_step"]
+        if state["midway"]:
+            self._saved_rollout = folder / checkpoints.rollout_file(self.accelerator.process_index)
+
+    def _load_rollout(self, indices: list[int], rollout_index: int) -> Buffer:
+        """The rollout that was under way when the checkpoint was written."""
+        assert self._saved_rollout is not None  # only a resumed run starts within a rollout
+        calls = self._calls(indices, rollout_index)
+        chunks, saved = checkpoints.load_rollouts(self._saved_rollout, self.replayer, calls, self.accelerator.device)
+        return Buffer(chunks, saved["advantages"], saved["steps"])
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        """
+        Train. `resume_from_checkpoint` is a checkpoint folder, or `True` for the newest whole one in `args.output_dir`; the
+        resumed run is the uninterrupted one to the last bit. Ctrl-C saves a checkpoint at the last finished update.
+        """
+        output_dir = Path(self.args.output_dir)
+        if resume_from_checkpoint is True:
+            folder = checkpoints.last_whole_checkpoint(output_dir)
+            if folder is None:
+                raise ValueError(f"There is no whole checkpoint in {str(output_dir)!r} to resume from.")
+            resume_from_checkpoint = str(folder)
+        elif resume_from_checkpoint:
+            checkpoints.read_state(Path(resume_from_checkpoint))
+        self._reset_progress()
+        try:
+            with checkpoints.on_interrupt(self._note_interrupt):
+                return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        except KeyboardInterrupt:
+            self._save_after_interrupt()
+            raise
+
+    def _note_interrupt(self) -> None:
+        self._interrupted = True
+        logger.warning(
+            "Interrupted: saving a checkpoint as soon as the step under way is done. Press again to stop at once."
+        )
+
+    def _stop_if_interrupted(self) -> None:
+        """Several processes agree on it, at the start of an update."""
+        world = self.accelerator.num_processes
+        agreed = world == 1 or self._micro_step % self.args.gradient_accumulation_steps == 0
+        if agreed and any(gather_object([self._interrupted]) if world > 1 else [self._interrupted]):
+            raise KeyboardInterrupt
+
+    def _save_after_interrupt(self) -> None:
+        if not self._interrupted or self.state.global_step == 0:
+            logger.warning("Interrupted before the first update; there is nothing to save.")
+            return
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            checkpoints.read_state(folder)
+        except ValueError:
+            self._save_checkpoint(self.model, None)
+        logger.warning(
+            f"Interrupted after update {self.state.global_step}; the checkpoint is {str(folder)!r}. Resume with "
+            f"train(resume_from_checkpoint={str(folder)!r}), or --resume_from_checkpoint {folder} on the command line."
+        )

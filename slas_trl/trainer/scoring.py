@@ -1,0 +1,154 @@
+"""Calling reward functions, and saying clearly what is wrong with what they return."""
+
+import asyncio
+import functools
+import importlib
+import inspect
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+
+
+RewardFunc = Callable[..., "Sequence[float | None] | Awaitable[Sequence[float | None]]"]
+
+
+def resolve_reward(reward: RewardFunc | str) -> RewardFunc:
+    """A reward function by itself, by its name in `slas_trl.rewards`, or as "package.module:function"."""
+    if callable(reward):
+        return reward
+    if not isinstance(reward, str):
+        raise TypeError(f"A reward must be a callable or a string, but got a {type(reward).__name__}: {reward!r}.")
+    module_name, _, function_name = reward.rpartition(":")
+    try:
+        function = getattr(importlib.import_module(module_name or "slas_trl.rewards"), function_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"There is no reward {reward!r} ({error}). Use a name from slas_trl.rewards, or 'package.module:function'."
+        ) from error
+    if not callable(function):
+        raise TypeError(f"The reward {reward!r} is a {type(function).__name__}, not a function.")
+    return function
+
+
+def reward_name(reward: RewardFunc) -> str:
+    """The name in the logs: the function's, or that of the callable's class."""
+    if isinstance(reward, functools.partial):
+        return reward_name(reward.func)
+    return reward.__name__ if inspect.isroutine(reward) else type(reward).__name__
+
+
+class RewardScorer:
+    """
+    Scores images with every reward function.
+
+    Args:
+        reward_funcs: callable, string, or a list of them; see [`resolve_reward`].
+
+    Raises:
+        `ValueError`: when two rewards have the same name.
+    """
+
+    def __init__(self, reward_funcs: RewardFunc | str | Sequence[RewardFunc | str]):
+        listed = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+        if not listed:
+            raise ValueError("reward_funcs is empty; expected at least one reward function.")
+        self.functions = [resolve_reward(reward) for reward in listed]
+        self.names = [reward_name(function) for function in self.functions]
+        twice = sorted({name for name in self.names if self.names.count(name) > 1})
+        if twice:
+            raise ValueError(
+                f"Two rewards have the name {twice[0]!r}, under which both would be logged. Rename one of them."
+            )
+
+    def score(self, prompts: list[str], images: list[Image], columns: dict[str, list[Any]]) -> torch.Tensor:
+        """
+        Rewards `(N, K)`, float64, NaN where a reward returned `None` or NaN.
+
+        Raises:
+            `ValueError`, `TypeError`: when a reward returns the wrong number or kind of values; it is named.
+            `RuntimeError`: when a reward raises; the message names the reward and the prompt.
+        """
+        scores = [
+            self._checked(name, function, self._call(name, function, prompts, images, columns), prompts)
+            for name, function in zip(self.names, self.functions, strict=True)
+        ]
+        return torch.tensor(scores, dtype=torch.float64).T
+
+    def _call(
+        self, name: str, function: RewardFunc, prompts: list[str], images: list[Image], columns: dict[str, list[Any]]
+    ) -> Any:
+        def call(rows: slice) -> Any:
+            given = {key: values[rows] for key, values in columns.items()}
+            result = function(prompts=prompts[rows], images=images[rows], completions=images[rows], **given)
+            return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+
+        try:
+            return call(slice(None))
+        except Exception as error:
+            # Which image was it? The ones that score by themselves are not to blame.
+            for i, prompt in enumerate(prompts):
+                try:
+                    call(slice(i, i + 1))
+                except Exception as single:
+                    raise RuntimeError(
+                        f"Reward {name!r} raised {type(single).__name__}: {single} on image {i} of {len(images)}, prompt "
+                        f"{prompt!r}. Return None for an image that cannot be scored."
+                    ) from single
+            raise RuntimeError(
+                f"Reward {name!r} raised {type(error).__name__}: {error} on a batch of {len(images)} images, though each "
+                f"alone can be scored. The first prompt is {prompts[0]!r}."
+            ) from error
+
+    @staticmethod
+    def _checked(name: str, function: RewardFunc, values: Any, prompts: list[str]) -> list[float]:
+        if isinstance(values, (torch.Tensor, np.ndarray)):
+            values = values.tolist()
+        if not isinstance(values, (list, tuple)):
+            raise TypeError(
+                f"Reward {name!r} returned a {type(values).__name__}; expected a list of {len(prompts)} numbers."
+            )
+        if len(values) != len(prompts):
+            raise ValueError(
+                f"Reward {name!r} returned {len(values)} values for {len(prompts)} images; expected one for each image."
+            )
+        for i, value in enumerate(values):
+            if value is not None and (not isinstance(value, Real) or isinstance(value, str)):
+                raise TypeError(
+                    f"Reward {name!r} returned {value!r} ({type(value).__name__}) for image {i}, prompt {prompts[i]!r}; "
+                    "expected a number, or None for no score."
+                )
+        numbers = [math.nan if value is None else float(value) for value in values]
+        for i, number in enumerate(numbers):
+            if math.isinf(number):
+                raise ValueError(
+                    f"Reward {name!r} returned {number} for image {i}, prompt {prompts[i]!r}; expected a finite number."
+                )
+        return numbers
+
+
+async def _awaited(result: Awaitable) -> Any:
+    return await result
+
+
+def reward_resolution(rewards: torch.Tensor) -> float:
+    """
+    The finest difference that rewards `(N,)` can show: the spacing at their magnitude of the narrowest floating-point type
+    that holds them all, or the smallest gap between any two if that is larger. 0 if there are not two different values; the
+    gap of a reward with two values is a verdict's, and not counted.
+    """
+    values = torch.unique(rewards[~rewards.isnan()].double())
+    if len(values) < 2:
+        return 0.0
+    largest = values.abs().max()
+    spacing = 0.0
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        if torch.equal(values.to(dtype).double(), values):
+            spacing = max(spacing, torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(largest)))
+            break
+    gap = values.diff().min().item() if len(values) > 2 else 0.0
+    return max(spacing, gap)

@@ -1,0 +1,303 @@
+"""Arguments of [`SLASTrainer`]: TRL's names for reinforcement learning, diffusers' names for sampling."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..schedulers.flow_sde import NOISE_SCHEDULES
+
+
+@dataclass
+class SLASConfig(TrainingArguments):
+    r"""
+    Configuration class for the [`SLASTrainer`].
+
+    Only the arguments that are specific to this trainer, or have another default, are described here; the others are those
+    of [`~transformers.TrainingArguments`]. A *micro-step* is one chunk of `per_device_train_batch_size` sampled trajectories
+    at one timestep; a *rollout* is `steps_per_generation` chunks on every process, sampled and scored before any update.
+
+    Args:
+        num_generations (`int`, *optional*, defaults to `8`):
+            Images per prompt (G of Eq. 1). The rollout must be divisible by it.
+        num_generations_eval (`int`, *optional*):
+            Images per prompt in evaluation; by default `num_generations`.
+        generation_batch_size (`int`, *optional*):
+            Images per rollout over all processes. Mutually exclusive with `steps_per_generation`.
+        steps_per_generation (`int`, *optional*):
+            Chunks per rollout and process; by default `num_generations`, which makes as many groups as there are samples in
+            a chunk over all processes.
+        gradient_accumulation_steps (`int`, *optional*):
+            Micro-steps per update. By default one update per pass over a rollout: `steps_per_generation` times the number
+            of trained timesteps. Must divide that product.
+        num_iterations (`int`, *optional*, defaults to `1`):
+            Passes over each rollout (μ of GRPO).
+        epsilon (`float`, *optional*, defaults to `1e-4`):
+            Clip range of the ratio. So small because log-probabilities are means over latent elements.
+        epsilon_high (`float`, *optional*):
+            Upper clip range; by default `epsilon`.
+        beta (`float`, *optional*, defaults to `0.0`):
+            Weight of the KL divergence to the reference policy (adapters disabled, or a frozen copy of the denoiser).
+        scale_rewards (`str`, *optional*, defaults to `"batch"`):
+            What centred rewards are divided by: the std of the `"batch"` (SLAS), of the `"group"` (GRPO), or `"none"`.
+        gamma (`float`, *optional*, defaults to `0.5`):
+            γ of A = sign(x)|x|^(1+γ) (Eq. 20). 0 leaves advantages linear.
+        gamma_schedule (`str`, *optional*, defaults to `"constant"`):
+            How γ changes during training; only `"constant"`.
+        advantage_clip (`float`, *optional*, defaults to `5.0`):
+            Bound on |x| before shaping, in standard deviations.
+        shape_order (`str`, *optional*, defaults to `"scale_then_shape"`):
+            Or `"shape_then_scale"`.
+        batch_std_of (`str`, *optional*, defaults to `"centered"`):
+            Std of the `"centered"` or of the `"raw"` rewards.
+        shaping_baseline (`str`, *optional*, defaults to `"mean"`):
+            Or `"zero_sum"`, with which the shaped advantages of every group sum to zero (Eq. 13).
+        min_group_std (`float`, *optional*, defaults to `0.0`):
+            Groups whose rewards have a smaller std get advantage 0.
+        reward_weights (`list[float]`, *optional*):
+            One weight for each reward; by default 1. A reward of weight 0 is logged and not trained on.
+        multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
+            Or `"normalize_then_sum"`, as DanceGRPO does.
+        num_inference_steps (`int`, *optional*, defaults to `10`):
+            Denoising steps while sampling for training and in evaluation.
+        guidance_scale (`float`, *optional*):
+            Guidance, in sampling and loss alike; by default the pipeline's own.
+        height (`int`, *optional*), width (`int`, *optional*):
+            Image size in pixels; by default the pipeline's own.
+        eta (`float`, *optional*, defaults to `1.0`):
+            Noise of the DDIM step (ε-, v- and x0-prediction models).
+        noise_schedule (`str`, *optional*, defaults to `"flow_grpo"`):
+            Noise of flow-matching models: `"flow_grpo"`, `"dance_grpo"` or `"cps"`.
+        noise_level (`float`, *optional*):
+            Its level; by default 0.3 for `"dance_grpo"` and 0.7 otherwise.
+        timestep_fraction (`float`, *optional*, defaults to `1.0`):
+            Share of the trainable timesteps that is trained, drawn anew for each rollout.
+        train_final_step (`bool`, *optional*, defaults to `False`):
+            Whether to train the last transition, whose noise stays on the image.
+        sde_window_size (`int`, *optional*):
+            Number of stochastic steps; the others are deterministic. By default all steps are stochastic.
+        sde_window_start (`int`, *optional*):
+            First stochastic step; by default drawn anew for each rollout from the first half of the trajectory.
+        init_same_noise (`bool`, *optional*, defaults to `True`):
+            Whether all images of a group start from the same noise.
+        use_ema (`bool`, *optional*, defaults to `False`):
+            Whether to keep an exponential moving average of the trained weights, which is then evaluated and saved.
+        ema_decay (`float`, *optional*, defaults to `0.9`):
+            Its decay per update.
+        log_completions (`bool`, *optional*, defaults to `True`):
+            Whether to show sampled images in the trackers of `report_to` that can, every tenth rollout.
+        prompt_dataset (`str`, *optional*, defaults to `"shapes"`):
+            Prompts for a trainer without `train_dataset`: `"shapes"`, a .txt, .jsonl, .csv, .tsv or .parquet file, or a
+            data set on the Hub.
+        pipeline_kwargs (`dict`, *optional*):
+            Further arguments of the pipeline's `__call__`.
+        model_init_kwargs (`dict`, *optional*):
+            Arguments of `DiffusionPipeline.from_pretrained` when the model is given as a string.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "pipeline_kwargs", "model_init_kwargs"]
+
+    # Other defaults than TrainingArguments'
+    learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of AdamW."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning-rate schedule."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
+    logging_steps: float = field(default=1, metadata={"help": "Log every so many updates."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses in the logs."})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers to report to."})
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Kept off: all columns reach the rewards."}
+    )
+    gradient_accumulation_steps: int | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Micro-steps per update. Default: one update per pass over a rollout."}
+    )
+
+    # Groups and rollouts
+    num_generations: int = field(default=8, metadata={"help": "Images per prompt."})
+    num_generations_eval: int | None = field(
+        default=None, metadata={"help": "Images per prompt in evaluation. Default: num_generations."}
+    )
+    generation_batch_size: int | None = field(
+        default=None, metadata={"help": "Images per rollout over all processes; or give steps_per_generation."}
+    )
+    steps_per_generation: int | None = field(
+        default=None, metadata={"help": "Chunks per rollout and process. Default: num_generations."}
+    )
+    num_iterations: int = field(default=1, metadata={"help": "Passes over each rollout."})
+
+    # Objective
+    epsilon: float = field(default=1e-4, metadata={"help": "Clip range of the ratio."})
+    epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range. Default: epsilon."})
+    beta: float = field(default=0.0, metadata={"help": "Weight of the KL divergence to the reference policy."})
+
+    # Advantages
+    scale_rewards: str = field(
+        default="batch",
+        metadata={"help": "Divide centred rewards by the std of the batch or the group.", "choices": ["batch", "group", "none"]},
+    )  # fmt: skip
+    gamma: float = field(default=0.5, metadata={"help": "Exponent 1 + gamma shapes the advantages."})
+    gamma_schedule: str = field(
+        default="constant", metadata={"help": "How gamma changes during training.", "choices": ["constant"]}
+    )
+    advantage_clip: float | None = field(
+        default=5.0, metadata={"help": "Bound on scaled rewards before shaping, in standard deviations."}
+    )
+    shape_order: str = field(
+        default="scale_then_shape",
+        metadata={"help": "Order of scaling and shaping.", "choices": ["scale_then_shape", "shape_then_scale"]},
+    )
+    batch_std_of: str = field(
+        default="centered", metadata={"help": "Rewards the batch std is taken of.", "choices": ["centered", "raw"]}
+    )
+    shaping_baseline: str = field(
+        default="mean", metadata={"help": "Baseline of a group before shaping.", "choices": ["mean", "zero_sum"]}
+    )
+    min_group_std: float = field(default=0.0, metadata={"help": "Groups with a smaller std get advantage 0."})
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "One weight for each reward."})
+    multi_objective_aggregation: str = field(
+        default="sum_then_normalize",
+        metadata={"help": "How several rewards meet.", "choices": ["sum_then_normalize", "normalize_then_sum"]},
+    )
+
+    # Sampling
+    num_inference_steps: int = field(default=10, metadata={"help": "Denoising steps."})
+    guidance_scale: float | None = field(
+        default=None, metadata={"help": "Guidance in sampling and loss. Default: the pipeline's own."}
+    )
+    height: int | None = field(default=None, metadata={"help": "Image height in pixels."})
+    width: int | None = field(default=None, metadata={"help": "Image width in pixels."})
+    eta: float = field(default=1.0, metadata={"help": "Noise of the DDIM step."})
+    noise_schedule: str = field(
+        default="flow_grpo", metadata={"help": "Noise of flow-matching models.", "choices": list(NOISE_SCHEDULES)}
+    )
+    noise_level: float | None = field(
+        default=None, metadata={"help": "Noise level of flow-matching models. Default: 0.3 for dance_grpo, else 0.7."}
+    )
+    timestep_fraction: float = field(default=1.0, metadata={"help": "Share of the trainable timesteps to train."})
+    train_final_step: bool = field(default=False, metadata={"help": "Train the last transition too."})
+    sde_window_size: int | None = field(default=None, metadata={"help": "Number of stochastic steps. Default: all."})
+    sde_window_start: int | None = field(
+        default=None, metadata={"help": "First stochastic step. Default: drawn for each rollout from the first half."}
+    )
+    init_same_noise: bool = field(default=True, metadata={"help": "Start all images of a group from the same noise."})
+
+    # The rest
+    use_ema: bool = field(default=False, metadata={"help": "Evaluate and save a moving average of the weights."})
+    ema_decay: float = field(default=0.9, metadata={"help": "Decay of the moving average per update."})
+    log_completions: bool = field(default=True, metadata={"help": "Show sampled images in the trackers."})
+    prompt_dataset: str = field(default="shapes", metadata={"help": "Prompts for a trainer without train_dataset."})
+    pipeline_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further arguments of the pipeline's call, as JSON."}
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of DiffusionPipeline.from_pretrained, as JSON."}
+    )
+
+    @property
+    def num_trained_timesteps(self) -> int:
+        """Timesteps trained for each chunk: `timestep_fraction` of the trainable ones, at least one."""
+        if self.sde_window_size is not None:
+            trainable = self.sde_window_size
+        else:
+            trainable = self.num_inference_steps - (0 if self.train_final_step else 1)
+        return max(1, math.floor(self.timestep_fraction * trainable + 1e-9))
+
+    @property
+    def micro_steps_per_pass(self) -> int:
+        """Micro-steps of one pass over a rollout."""
+        assert self.steps_per_generation is not None  # set in __post_init__
+        return self.steps_per_generation * self.num_trained_timesteps
+
+    @property
+    def layout(self) -> dict[str, int | None]:
+        """What must not change when a run is resumed: how prompts, images and micro-steps follow each other."""
+        names = ("seed", "data_seed", "per_device_train_batch_size", "generation_batch_size", "num_generations",
+                 "gradient_accumulation_steps", "num_iterations", "num_inference_steps", "world_size")  # fmt: skip
+        return {name: getattr(self, name) for name in names} | {"num_trained_timesteps": self.num_trained_timesteps}
+
+    def __post_init__(self):
+        one_update_per_pass = self.gradient_accumulation_steps is None
+        if one_update_per_pass:
+            self.gradient_accumulation_steps = 1  # a number for TrainingArguments; the true one is computed below
+        super().__post_init__()
+        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+        self._check_choices()
+        self._check_numbers()
+        self._divide_the_rollout()
+        if one_update_per_pass:
+            self.gradient_accumulation_steps = self.micro_steps_per_pass
+        elif self.micro_steps_per_pass % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"gradient_accumulation_steps ({self.gradient_accumulation_steps}) must divide the "
+                f"{self.micro_steps_per_pass} micro-steps of a rollout (steps_per_generation {self.steps_per_generation} × "
+                f"{self.num_trained_timesteps} trained timesteps). Leave it out for one update per rollout."
+            )
+
+    def _divide_the_rollout(self) -> None:
+        chunk = self.per_device_train_batch_size * self.world_size
+        of = f"per_device_train_batch_size {self.per_device_train_batch_size} × {self.world_size} process(es)"
+        if self.generation_batch_size is not None and self.steps_per_generation is not None:
+            if self.generation_batch_size != chunk * self.steps_per_generation:
+                raise ValueError(
+                    f"generation_batch_size ({self.generation_batch_size}) and steps_per_generation "
+                    f"({self.steps_per_generation} × {chunk} images) disagree; give one of them."
+                )
+        elif self.generation_batch_size is not None:
+            if self.generation_batch_size % chunk:
+                raise ValueError(
+                    f"generation_batch_size ({self.generation_batch_size}) must be divisible by {chunk} ({of}); use "
+                    f"{math.ceil(self.generation_batch_size / chunk) * chunk}."
+                )
+            self.steps_per_generation = self.generation_batch_size // chunk
+        elif self.steps_per_generation is None:
+            self.steps_per_generation = self.num_generations
+        self.generation_batch_size = chunk * self.steps_per_generation
+        if self.generation_batch_size % self.num_generations:
+            raise ValueError(
+                f"A rollout of {self.generation_batch_size} images ({of} × steps_per_generation "
+                f"{self.steps_per_generation}) does not divide into groups of num_generations ({self.num_generations}). "
+                f"Use steps_per_generation={self.num_generations // math.gcd(chunk, self.num_generations)} or a multiple."
+            )
+
+    def _check_choices(self) -> None:
+        for name, definition in self.__dataclass_fields__.items():
+            choices = definition.metadata.get("choices")
+            if choices and getattr(self, name) is not None and getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, but it is {getattr(self, name)!r}.")
+
+    def _check_numbers(self) -> None:
+        if self.num_generations < 2:
+            raise ValueError(
+                f"num_generations must be at least 2, but it is {self.num_generations}: an advantage compares an image with "
+                "others of its prompt."
+            )
+        for name in ("num_iterations", "num_inference_steps", "steps_per_generation", "generation_batch_size",
+                     "num_generations_eval", "sde_window_size"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, but it is {value}.")
+        for name in ("epsilon", "epsilon_high"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, but it is {value}; 1e-4 is usual.")
+        for name in ("gamma", "beta", "min_group_std"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, but it is {getattr(self, name)}.")
+        if not 0 < self.timestep_fraction <= 1:
+            raise ValueError(f"timestep_fraction must be in (0, 1], but it is {self.timestep_fraction}.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), but it is {self.ema_decay}.")
+        if self.num_inference_steps == 1 and not self.train_final_step:
+            raise ValueError("With num_inference_steps=1 the only step is the final one; set train_final_step=True.")
+        last = self.num_inference_steps - (0 if self.train_final_step else 1)
+        if self.sde_window_size is not None and (self.sde_window_start or 0) + self.sde_window_size > last:
+            raise ValueError(
+                f"The window of sde_window_size ({self.sde_window_size}) steps from {self.sde_window_start or 0} does not fit "
+                f"into the {last} trainable of num_inference_steps ({self.num_inference_steps})."
+            )
+        if self.sde_window_start is not None and (self.sde_window_size is None or self.sde_window_start < 0):
+            raise ValueError("sde_window_start needs sde_window_size, and must not be negative.")
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size would break up the groups; lower per_device_train_batch_size instead."
+            )

@@ -1,0 +1,184 @@
+"""Tiny pipelines with random weights: real diffusers classes and tokenizers, no network, built in under a second."""
+
+import string
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    letters = [chr(c) for c in range(33, 127)]
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
+    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=16)
+
+
+def clip_config(projection_dim: int = 16) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=192,
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=projection_dim,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in string.ascii_lowercase)]
+    return T5Tokenizer(vocab=pieces, extra_ids=0)
+
+
+def t5_encoder() -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(vocab_size=32, d_model=16, d_ff=32, d_kv=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    )
+
+
+def autoencoder(latent_channels: int) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(4, 4),
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=2,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        sample_size=16,
+        shift_factor=0.0,
+        scaling_factor=1.0,
+    )
+
+
+def finished(pipe):
+    """Evaluation mode, frozen and quiet, as a user would load it."""
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval().requires_grad_(False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sd_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=2,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    return finished(
+        StableDiffusionPipeline(
+            vae=autoencoder(4),
+            text_encoder=CLIPTextModel(clip_config()),
+            tokenizer=clip_tokenizer(),
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    )
+
+
+def sd3_pipeline() -> StableDiffusion3Pipeline:
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=32,
+        pos_embed_max_size=8,
+    )
+    return finished(
+        StableDiffusion3Pipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=autoencoder(4),
+            text_encoder=CLIPTextModelWithProjection(clip_config()),
+            tokenizer=clip_tokenizer(),
+            text_encoder_2=CLIPTextModelWithProjection(clip_config()),
+            tokenizer_2=clip_tokenizer(),
+            text_encoder_3=None,
+            tokenizer_3=None,
+        )
+    )
+
+
+def flux_pipeline() -> FluxPipeline:
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    return finished(
+        FluxPipeline(
+            transformer=transformer,
+            scheduler=scheduler,
+            vae=autoencoder(4),
+            text_encoder=CLIPTextModel(clip_config()),
+            tokenizer=clip_tokenizer(),
+            text_encoder_2=t5_encoder(),
+            tokenizer_2=t5_tokenizer(),
+        )
+    )
+
+
+# Builder and the arguments of one call, by family.
+PIPELINES = {
+    "sd": (sd_pipeline, {"guidance_scale": 5.0, "height": 16, "width": 16}),
+    "sd-v": (lambda: sd_pipeline("v_prediction"), {"guidance_scale": 3.0, "height": 16, "width": 16}),
+    "sd3": (sd3_pipeline, {"guidance_scale": 4.5, "height": 16, "width": 16, "max_sequence_length": 8}),
+    "flux": (flux_pipeline, {"guidance_scale": 3.5, "height": 16, "width": 16, "max_sequence_length": 8}),
+}
