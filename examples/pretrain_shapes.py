@@ -4,9 +4,9 @@ Pretrain the embedded text-to-image pipeline and its contrastive reward, from no
     python examples/pretrain_shapes.py --output_dir shapes_pretraining
     torchrun --nproc_per_node 2 examples/pretrain_shapes.py --output_dir shapes_pretraining --stage denoiser
 
-Stages run in order (`vae`, `text`, `bank`, `denoiser`, `clip`, `export`); each leaves a file in `--output_dir`, and a stage
-whose file is there is skipped, so an interrupted run is started again with the same command. `docs/source/shapes.md` has
-the time, the losses and the seed of the weights that the package ships.
+Stages run in order (`vae`, `text`, `bank`, `denoiser`, `clip`, `export`); each leaves a file in `--output_dir`, and a
+stage whose file is there is skipped, so an interrupted run is started again with the same command.
+`docs/source/shapes.md` has the time, the losses and the seed of the weights that the package ships.
 """
 
 import argparse
@@ -115,7 +115,8 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
 
 
 def encode(encoders: nn.ModuleList, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `StableDiffusion3Pipeline.encode_prompt` makes of token ids: sequence `(B, 16, 96)` and pooled `(B, 96)`."""
+    """What `StableDiffusion3Pipeline.encode_prompt` makes of token ids: sequence `(B, 16, 96)` and pooled `(B, "
+    "96)`."""
     outputs = [encoder(ids, output_hidden_states=True) for encoder in encoders]
     sequence = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
     return sequence, torch.cat([output.text_embeds for output in outputs], dim=-1)
@@ -273,7 +274,9 @@ def train_denoiser(args, path: Path) -> None:
     # Muon for the matrices inside the blocks, AdamW for embeddings, norms, biases and the text encoders.
     hidden = [k for k, p in parameters.items() if p.ndim == 2 and ".transformer_blocks." in k]
     optimizers = [
-        torch.optim.Muon([parameters[k] for k in hidden], lr=args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(
+            [parameters[k] for k in hidden], lr=args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+        ),
         torch.optim.AdamW(
             [p for k, p in parameters.items() if k not in hidden], lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01
         ),
@@ -323,7 +326,8 @@ def train_denoiser(args, path: Path) -> None:
                 shuffled = flow_loss(policy.denoiser, policy.encoders, z, y.roll(1, 0), g).mean()
             logger.info(
                 "denoiser step %d loss %.4f gap %.4f, %.1f pictures/s, %.0f s",
-                step + 1, np.mean(losses), shuffled - right, 250 * args.batch_size / (time.time() - last), time.time() - start,
+                step + 1, np.mean(losses), shuffled - right, 250 * args.batch_size / (time.time() - last), time.time()
+                - start,
             )  # fmt: skip
             losses, last = [], time.time()
         if rank == 0 and (step + 1) % 1000 == 0:
@@ -342,7 +346,10 @@ def train_clip(args, path: Path) -> None:
     rng = np.random.default_rng(args.seed + 3)
     tokenizer, _ = load_text(args.output_dir / "text")
     text = dict(
-        build_text_encoder(tokenizer, 48).config.to_dict(), num_attention_heads=3, num_hidden_layers=1, projection_dim=32
+        build_text_encoder(tokenizer, 48).config.to_dict(),
+        num_attention_heads=3,
+        num_hidden_layers=1,
+        projection_dim=32,
     )
     vision = {
         "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,

@@ -79,7 +79,7 @@ class PipelineReplayer:
                 f"scheduler must be a FlowSDEScheduler or a DDIMSDEScheduler, but it is a {type(scheduler).__name__}. "
                 "Leave it out to convert the pipeline's own."
             )
-        self.pipe: Any = pipe  # DiffusionPipeline itself declares neither components nor __call__
+        self.pipe: Any = pipe  # DiffusionPipeline itself declares no __call__
         if scheduler is None:
             own = pipe.scheduler
             scheduler = own if isinstance(own, StochasticScheduler) else stochastic_scheduler(pipe)

@@ -13,7 +13,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
+from diffusers import (
+    DDIMScheduler,
+    SchedulerMixin,  # noqa: F401  DiffusionPipeline.from_pretrained looks for it here, to know what it loads
+)
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 

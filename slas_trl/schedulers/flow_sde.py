@@ -18,7 +18,10 @@ import math
 from typing import Literal
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,  # noqa: F401  DiffusionPipeline.from_pretrained looks for it here, to know what it loads
+)
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 

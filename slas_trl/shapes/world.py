@@ -1,8 +1,8 @@
 """
 The shapes world: captions in GenEval's six categories, and pictures that show what they say.
 
-A picture is 32x32 RGB: one to four flat shapes on a grey gradient. A caption is one of about 1,700 sentences of a small
-grammar. Everything is drawn from an explicit `numpy.random.Generator`, a whole batch at a time.
+A picture is 32x32 RGB: one to four flat shapes on a grey gradient. A caption is one of about 1,700 sentences of a
+small grammar. Everything is drawn from an explicit `numpy.random.Generator`, a whole batch at a time.
 
 The six categories and their rules follow GenEval (https://huggingface.co/papers/2310.11513).
 """
@@ -51,8 +51,8 @@ class Caption:
     """
     What a sentence demands of a picture.
 
-    `things` has one entry, or two when the sentence names two; `count` is the number of the first thing. `relation` says
-    where the first thing is, seen from the second.
+    `things` has one entry, or two when the sentence names two; `count` is the number of the first thing. `relation`
+    says where the first thing is, seen from the second.
     """
 
     category: str
@@ -86,8 +86,7 @@ def all_captions() -> dict[str, Caption]:
     bodies += [Caption("colors", (Thing(s, c),)) for s, c in product(SHAPES, COLORS)]
     bodies += [Caption("position", (Thing(a), Thing(b)), relation=r) for (a, b), r in product(pairs, RELATIONS)]
     bodies += [
-        Caption("color_attr", (Thing(a, c), Thing(b, d)))
-        for (a, b), (c, d) in product(pairs, permutations(COLORS, 2))
+        Caption("color_attr", (Thing(a, c), Thing(b, d))) for (a, b), (c, d) in product(pairs, permutations(COLORS, 2))
     ]
     captions = [replace(body, ground=ground) for body, ground in product(bodies, (None, *GROUNDS))]
     return {caption.text: caption for caption in captions}
@@ -114,8 +113,8 @@ def _meaning(caption: Caption) -> tuple:
     things, relation = caption.things, caption.relation
     if len(things) == 2 and things[0].shape > things[1].shape:
         things = things[::-1]
-        opposite = dict(zip(RELATIONS, ("right of", "left of", "below", "above"), strict=True))
-        relation = opposite[relation] if relation else None
+        opposite = ("right of", "left of", "below", "above")
+        relation = opposite[RELATIONS.index(relation)] if relation else None
     return caption.category, things, caption.count, relation, caption.ground
 
 
@@ -215,8 +214,8 @@ def draw(captions: list[Caption], rng: np.random.Generator) -> np.ndarray:
 
 def coverage(shape: np.ndarray, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
     """
-    How much of each pixel a shape covers, from its signed distance: `shape` and `radius` are `(N,)`, `x` and `y` are pixel
-    centres relative to the shape's centre, broadcastable to `(N, H, W)`; returns float32 `(N, H, W)` in [0, 1].
+    How much of each pixel a shape covers, from its signed distance: `shape` and `radius` are `(N,)`, `x` and `y` are
+    pixel centres relative to the shape's centre, broadcastable to `(N, H, W)`; returns float32 `(N, H, W)` in [0, 1].
     """
     r = radius[:, None, None].astype(np.float32)
     x, y = x.astype(np.float32), y.astype(np.float32)

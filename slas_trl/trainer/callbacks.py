@@ -31,11 +31,14 @@ class RLProgressCallback(ProgressCallback):
         "images_per_second": "images/s",
     }
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: dict[str, str] = {}  # the last of each: not every update samples a rollout
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and logs:
-            shown = {label: f"{logs[key]:.3g}" for key, label in self.SHOWN.items() if key in logs}
-            if shown:
-                self.training_bar.set_postfix(shown)
+            self._shown |= {label: f"{logs[key]:.3g}" for key, label in self.SHOWN.items() if key in logs}
+            self.training_bar.set_postfix(self._shown)
             evaluated = {key: f"{value:.4g}" for key, value in logs.items() if key.startswith("eval_reward")}
             if evaluated:
                 self.training_bar.write(f"step {state.global_step}: {evaluated}")
@@ -45,15 +48,17 @@ class MetricsFileCallback(TrainerCallback):
     """One JSON object for each log in `metrics.jsonl`; a resumed run drops the lines that it is about to repeat."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        path = Path(args.output_dir) / METRICS_FILE
+        path = Path(args.output_dir or ".") / METRICS_FILE
         if state.is_world_process_zero and path.exists():
-            lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+            # The last line of a run that was killed may not be whole.
+            whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            lines = [json.loads(line) for line in whole] if state.global_step else []
             kept = [line for line in lines if line["step"] <= state.global_step and "train_runtime" not in line]
-            path.write_text("".join(json.dumps(line) + "\n" for line in (kept if state.global_step else [])))
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
-            with (Path(args.output_dir) / METRICS_FILE).open("a") as file:
+            with (Path(args.output_dir or ".") / METRICS_FILE).open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 

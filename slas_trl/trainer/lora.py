@@ -1,27 +1,38 @@
 """The trained weights on disk: a LoRA adapter that plain diffusers loads, or the whole denoiser."""
 
 from pathlib import Path
+from typing import Any, cast
 
 from diffusers import DiffusionPipeline
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig, PeftConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import nn
 
 
 ADAPTER_NAME = "default"
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 
 
-def add_adapter(denoiser: nn.Module, config: PeftConfig) -> None:
+def takes_adapter(denoiser: object) -> bool:
+    """Whether diffusers has adapters for this denoiser."""
+    return isinstance(denoiser, PeftAdapterMixin)
+
+
+def carries_adapter(denoiser: object) -> bool:
+    """Whether one has been added or loaded."""
+    return isinstance(denoiser, PeftAdapterMixin) and denoiser._hf_peft_config_loaded
+
+
+def add_adapter(denoiser: Any, config: PeftConfig) -> None:
     """
     Add a LoRA adapter to a frozen denoiser, its weights in float32.
 
     Raises:
-        `ValueError`: when `config` has dropout, or the denoiser carries an adapter already.
+        `ValueError`: when `config` has dropout, or diffusers has no adapters for this denoiser.
     """
     if not isinstance(config, LoraConfig):
         raise TypeError(f"peft_config must be a peft.LoraConfig, but it is a {type(config).__name__}.")
@@ -29,6 +40,8 @@ def add_adapter(denoiser: nn.Module, config: PeftConfig) -> None:
         raise ValueError(
             f"lora_dropout is {config.lora_dropout}, with which the ratio is not 1 before an update; set it to 0."
         )
+    if not takes_adapter(denoiser):
+        raise ValueError(f"A {type(denoiser).__name__} takes no adapter; leave peft_config out to train all of it.")
     denoiser.requires_grad_(False)
     denoiser.add_adapter(config, adapter_name=ADAPTER_NAME)
     for parameter in denoiser.parameters():
@@ -49,7 +62,7 @@ def save_weights(pipe: DiffusionPipeline, name: str, folder: str | Path, adapter
     state_dict = {key: value.detach().to("cpu").contiguous() for key, value in state_dict.items()}
     if isinstance(pipe, LoraBaseMixin):
         # The metadata hold lora_alpha, without which a reader takes alpha = r.
-        pipe.save_lora_weights(
+        cast(Any, pipe).save_lora_weights(
             folder, **{f"{name}_lora_layers": state_dict}, **_collate_lora_metadata({name: denoiser})
         )
     else:

@@ -1,9 +1,11 @@
 """Prompt data sets: from the embedded world, from a file, or from the Hub."""
 
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets import Dataset
+from datasets.exceptions import DatasetGenerationError
 
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -15,8 +17,8 @@ def load_prompts(name_or_path: str, split: str = "train") -> Dataset:
 
     Args:
         name_or_path (`str`):
-            `"shapes"` for the embedded world; a file (.txt with one prompt per line, or .json, .jsonl, .csv, .tsv, .parquet
-            with a "prompt" column); or a data set on the Hub.
+            `"shapes"` for the embedded world; a file (.txt with one prompt per line, or .json, .jsonl, .csv, .tsv,
+            .parquet with a "prompt" column); or a data set on the Hub.
         split (`str`, *optional*, defaults to `"train"`): split of the embedded world or of the Hub's data set.
 
     Returns:
@@ -34,13 +36,10 @@ def load_prompts(name_or_path: str, split: str = "train") -> Dataset:
     if path.suffix in (".txt", *BUILDERS) and not path.is_file():
         raise FileNotFoundError(f"There is no prompt file {str(path)!r}; check the path.")
     if path.suffix == ".txt":
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
         data = Dataset.from_dict({"prompt": [line for line in lines if line]})
     elif path.suffix in BUILDERS:
-        if not path.stat().st_size:
-            raise ValueError(f"The prompt file {str(path)!r} is empty; expected at least one prompt.")
-        options = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
-        data = datasets.load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train", **options)
+        data = _read(path)
     else:
         data = datasets.load_dataset(name_or_path, split=split)
     if not isinstance(data, Dataset):
@@ -50,11 +49,35 @@ def load_prompts(name_or_path: str, split: str = "train") -> Dataset:
     return check_prompts(data, repr(name_or_path))
 
 
+def _read(path: Path) -> Dataset:
+    """A file of one of the formats in `BUILDERS`."""
+    builder = BUILDERS[path.suffix]
+    options: dict[str, Any] = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
+    if not path.stat().st_size:
+        raise ValueError(f"The prompt file {str(path)!r} is empty; expected at least one prompt.")
+    try:
+        data = datasets.load_dataset(builder, data_files=str(path), split="train", **options)
+    except (ValueError, DatasetGenerationError) as error:
+        raise ValueError(
+            f"The prompt file {str(path)!r} is empty, or cannot be read as {builder}: {error.__cause__ or error}"
+        ) from error
+    if builder == "csv" and "__index_level_0__" in data.column_names:
+        # The reader takes what is too much for an index, and of "a cat, asleep" keeps "asleep".
+        raise ValueError(
+            f"{str(path)!r} has rows with more fields than its header; quote prompts with commas or tabs."
+        )
+    return data
+
+
 def check_prompts(data: Dataset, name: str) -> Dataset:
     """`data` itself, if every row has a prompt to give; else a ValueError that says which does not."""
     if "prompt" not in data.column_names:
         raise ValueError(
             f"{name} has no column 'prompt'; its columns are {data.column_names}. Rename the one with the text."
+        )
+    if taken := {"prompts", "images", "completions"} & set(data.column_names):
+        raise ValueError(
+            f"{name} has the column {min(taken)!r}, by which name a reward gets the rollout's. Rename it."
         )
     if not len(data):
         raise ValueError(f"{name} is empty; expected at least one prompt.")

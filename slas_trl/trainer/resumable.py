@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from diffusers import DiffusionPipeline
+from datasets import Dataset
 from transformers import Trainer
 from transformers.utils import logging
 
@@ -34,16 +34,21 @@ class Buffer:
 
 class ResumableTrainer(Trainer):
     """
-    Saves and restores what [`SLASTrainer`] needs beside the Trainer's own: the adapter in diffusers' format, the moving
-    average, and the rollout under way. The subclass sets the attributes below, and defines `_calls`.
+    Saves and restores what [`SLASTrainer`] needs beside the Trainer's own: the adapter in diffusers' format, the
+    moving average, and the rollout under way. The subclass sets the attributes below, and defines `_calls`.
     """
 
     args: SLASConfig
-    pipe: DiffusionPipeline
+    train_dataset: Dataset
+    pipe: Any  # a DiffusionPipeline; every class has a __call__ of its own
     replayer: PipelineReplayer
     denoiser_name: str
     has_adapter: bool
     _ema: EMACallback | None
+
+    @property
+    def _output_dir(self) -> Path:
+        return Path(self.args.output_dir or ".")
 
     def _reset_progress(self) -> None:
         self._micro_step = 0  # since the start of the run, on this process
@@ -63,7 +68,7 @@ class ResumableTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir) if output_dir else self._output_dir
         folder.mkdir(parents=True, exist_ok=True)
         with self._averaged_weights():
             lora.save_weights(self.pipe, self.denoiser_name, folder, self.has_adapter)
@@ -88,15 +93,16 @@ class ResumableTrainer(Trainer):
             last = checkpoints.last_whole_checkpoint(folder.parent)
             resume = f"the last whole one is {str(last)!r}; resume from there" if last else "there is no earlier one"
             raise OSError(
-                f"The checkpoint {str(folder)!r} could not be written ({error}) and was removed; {resume} after making room."
+                f"The checkpoint {str(folder)!r} could not be written ({error}) and was removed; {resume} after "
+                "making room."
             ) from error
 
     def _save_rng_state(self, output_dir: str) -> None:
         """The last of the Trainer's own files but one; ours follow, so that a checkpoint without them is not whole."""
         super()._save_rng_state(output_dir)
         folder, rank = Path(output_dir), self.accelerator.process_index
-        done = self.state.global_step * self.args.gradient_accumulation_steps  # an update under way starts over
-        midway = done % (self.args.num_iterations * self.args.micro_steps_per_pass) != 0
+        done = self.state.global_step * self.args.micro_steps_per_update  # an update under way starts over
+        midway = done % self.args.micro_steps_per_rollout != 0
         if midway and self._buffer is not None:
             buffer = self._buffer
             checkpoints.save_rollouts(
@@ -107,6 +113,7 @@ class ResumableTrainer(Trainer):
             )
         elif midway and self._saved_rollout is not None:  # resumed, and interrupted before it was needed
             shutil.copy(self._saved_rollout, folder / checkpoints.rollout_file(rank))
+        self.accelerator.wait_for_everyone()  # the files of all processes are listed with their sizes
         if self.args.should_save:
             if self._ema is not None:
                 self._ema.save(folder)
@@ -134,24 +141,20 @@ class ResumableTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """
-        Train. `resume_from_checkpoint` is a checkpoint folder, or `True` for the newest whole one in `args.output_dir`; the
-        resumed run is the uninterrupted one to the last bit. Ctrl-C saves a checkpoint at the last finished update.
+        Train. `resume_from_checkpoint` is a checkpoint folder, or `True` for the newest whole one in
+        `args.output_dir`; the resumed run is the uninterrupted one to the last bit. Ctrl-C saves a checkpoint at the
+        last finished update.
         """
-        output_dir = Path(self.args.output_dir)
         if resume_from_checkpoint is True:
-            folder = checkpoints.last_whole_checkpoint(output_dir)
+            folder = checkpoints.last_whole_checkpoint(self._output_dir)
             if folder is None:
-                raise ValueError(f"There is no whole checkpoint in {str(output_dir)!r} to resume from.")
+                raise ValueError(f"There is no whole checkpoint in {str(self._output_dir)!r} to resume from.")
             resume_from_checkpoint = str(folder)
         elif resume_from_checkpoint:
             checkpoints.read_state(Path(resume_from_checkpoint))
         self._reset_progress()
-        try:
-            with checkpoints.on_interrupt(self._note_interrupt):
-                return super().train(resume_from_checkpoint or None, *args, **kwargs)
-        except KeyboardInterrupt:
-            self._save_after_interrupt()
-            raise
+        with checkpoints.on_interrupt(self._note_interrupt):
+            return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
     def _note_interrupt(self) -> None:
         self._interrupted = True
@@ -162,20 +165,23 @@ class ResumableTrainer(Trainer):
     def _stop_if_interrupted(self) -> None:
         """Several processes agree on it, at the start of an update."""
         world = self.accelerator.num_processes
-        agreed = world == 1 or self._micro_step % self.args.gradient_accumulation_steps == 0
+        agreed = world == 1 or self._micro_step % self.args.micro_steps_per_update == 0
         if agreed and any(gather_object([self._interrupted]) if world > 1 else [self._interrupted]):
+            # Here and not where it is caught: a second Ctrl-C comes in the middle of anything.
+            self._save_unfinished("Interrupted")
             raise KeyboardInterrupt
 
-    def _save_after_interrupt(self) -> None:
-        if not self._interrupted or self.state.global_step == 0:
-            logger.warning("Interrupted before the first update; there is nothing to save.")
+    def _save_unfinished(self, why: str) -> None:
+        """Keep what has been learned so far, and say how to go on."""
+        step, folder = self.state.global_step, self._output_dir / f"checkpoint-{self.state.global_step}"
+        if step == 0:
+            logger.warning(f"{why} before the first update; there is nothing to save.")
             return
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
             checkpoints.read_state(folder)
         except ValueError:
             self._save_checkpoint(self.model, None)
         logger.warning(
-            f"Interrupted after update {self.state.global_step}; the checkpoint is {str(folder)!r}. Resume with "
+            f"{why} after update {step}; the checkpoint is {str(folder)!r}. Resume with "
             f"train(resume_from_checkpoint={str(folder)!r}), or --resume_from_checkpoint {folder} on the command line."
         )

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from numbers import Real
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from PIL.Image import Image
 
 
-RewardFunc = Callable[..., "Sequence[float | None] | Awaitable[Sequence[float | None]]"]
+# (prompts, images, **columns) -> a score for each image, or None; sync or async
+RewardFunc = Callable[..., Any]
 
 
 def resolve_reward(reward: RewardFunc | str) -> RewardFunc:
@@ -54,7 +56,7 @@ class RewardScorer:
     """
 
     def __init__(self, reward_funcs: RewardFunc | str | Sequence[RewardFunc | str]):
-        listed = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+        listed: list[Any] = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
         if not listed:
             raise ValueError("reward_funcs is empty; expected at least one reward function.")
         self.functions = [resolve_reward(reward) for reward in listed]
@@ -70,8 +72,8 @@ class RewardScorer:
         Rewards `(N, K)`, float64, NaN where a reward returned `None` or NaN.
 
         Raises:
-            `ValueError`, `TypeError`: when a reward returns the wrong number or kind of values; it is named.
-            `RuntimeError`: when a reward raises; the message names the reward and the prompt.
+            `ValueError`, `TypeError`: when a reward raises, or returns the wrong number or kind of values; the message
+                names the reward, and the prompt.
         """
         scores = [
             self._checked(name, function, self._call(name, function, prompts, images, columns), prompts)
@@ -85,7 +87,7 @@ class RewardScorer:
         def call(rows: slice) -> Any:
             given = {key: values[rows] for key, values in columns.items()}
             result = function(prompts=prompts[rows], images=images[rows], completions=images[rows], **given)
-            return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+            return _wait_for(result) if inspect.isawaitable(result) else result
 
         try:
             return call(slice(None))
@@ -95,13 +97,13 @@ class RewardScorer:
                 try:
                     call(slice(i, i + 1))
                 except Exception as single:
-                    raise RuntimeError(
-                        f"Reward {name!r} raised {type(single).__name__}: {single} on image {i} of {len(images)}, prompt "
-                        f"{prompt!r}. Return None for an image that cannot be scored."
+                    raise ValueError(
+                        f"Reward {name!r} raised {type(single).__name__}: {single} on image {i} of {len(images)}, "
+                        f"prompt {prompt!r}. Return None for an image that cannot be scored."
                     ) from single
-            raise RuntimeError(
-                f"Reward {name!r} raised {type(error).__name__}: {error} on a batch of {len(images)} images, though each "
-                f"alone can be scored. The first prompt is {prompts[0]!r}."
+            raise ValueError(
+                f"Reward {name!r} raised {type(error).__name__}: {error} on a batch of {len(images)} images, though "
+                f"each alone can be scored. The first prompt is {prompts[0]!r}."
             ) from error
 
     @staticmethod
@@ -114,32 +116,40 @@ class RewardScorer:
             )
         if len(values) != len(prompts):
             raise ValueError(
-                f"Reward {name!r} returned {len(values)} values for {len(prompts)} images; expected one for each image."
+                f"Reward {name!r} returned {len(values)} values for {len(prompts)} images; expected one for each "
+                "image."
             )
         for i, value in enumerate(values):
             if value is not None and (not isinstance(value, Real) or isinstance(value, str)):
                 raise TypeError(
-                    f"Reward {name!r} returned {value!r} ({type(value).__name__}) for image {i}, prompt {prompts[i]!r}; "
-                    "expected a number, or None for no score."
+                    f"Reward {name!r} returned {value!r} ({type(value).__name__}) for image {i}, prompt "
+                    f"{prompts[i]!r}; expected a number, or None for no score."
                 )
         numbers = [math.nan if value is None else float(value) for value in values]
         for i, number in enumerate(numbers):
             if math.isinf(number):
                 raise ValueError(
-                    f"Reward {name!r} returned {number} for image {i}, prompt {prompts[i]!r}; expected a finite number."
+                    f"Reward {name!r} returned {number} for image {i}, prompt {prompts[i]!r}; expected a finite "
+                    "number."
                 )
         return numbers
 
 
-async def _awaited(result: Awaitable) -> Any:
-    return await result
+def _wait_for(result: Awaitable) -> Any:
+    """In a thread of its own: in the caller's a loop may be running already, as in a notebook."""
+
+    async def awaited() -> Any:
+        return await result
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, awaited()).result()
 
 
 def reward_resolution(rewards: torch.Tensor) -> float:
     """
-    The finest difference that rewards `(N,)` can show: the spacing at their magnitude of the narrowest floating-point type
-    that holds them all, or the smallest gap between any two if that is larger. 0 if there are not two different values; the
-    gap of a reward with two values is a verdict's, and not counted.
+    The finest difference that rewards `(N,)` can show: the spacing at their magnitude of the narrowest floating-point
+    type that holds them all, or the smallest gap between any two if that is larger. 0 if there are not two different
+    values; the gap of a reward with two values is a verdict's, and not counted.
     """
     values = torch.unique(rewards[~rewards.isnan()].double())
     if len(values) < 2:
@@ -152,3 +162,12 @@ def reward_resolution(rewards: torch.Tensor) -> float:
             break
     gap = values.diff().min().item() if len(values) > 2 else 0.0
     return max(spacing, gap)
+
+
+def typical_group_std(rewards: torch.Tensor, num_generations: int) -> float:
+    """Median std (ddof 0) of one reward `(N,)` within its groups, over the groups that have any; 0 if none has."""
+    groups = rewards.double().reshape(-1, num_generations)
+    centered = groups - groups.nanmean(1, keepdim=True)
+    std = centered.square().nanmean(1).sqrt()
+    std = std[std > 0]
+    return std.median().item() if len(std) else 0.0

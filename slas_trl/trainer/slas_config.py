@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainingArguments
 
@@ -14,9 +14,10 @@ class SLASConfig(TrainingArguments):
     r"""
     Configuration class for the [`SLASTrainer`].
 
-    Only the arguments that are specific to this trainer, or have another default, are described here; the others are those
-    of [`~transformers.TrainingArguments`]. A *micro-step* is one chunk of `per_device_train_batch_size` sampled trajectories
-    at one timestep; a *rollout* is `steps_per_generation` chunks on every process, sampled and scored before any update.
+    Only the arguments that are specific to this trainer, or have another default, are described here; the others are
+    those of [`~transformers.TrainingArguments`]. A *micro-step* is one chunk of `per_device_train_batch_size` sampled
+    trajectories at one timestep; a *rollout* is `steps_per_generation` chunks on every process, sampled and scored
+    before any update.
 
     Args:
         num_generations (`int`, *optional*, defaults to `8`):
@@ -26,11 +27,11 @@ class SLASConfig(TrainingArguments):
         generation_batch_size (`int`, *optional*):
             Images per rollout over all processes. Mutually exclusive with `steps_per_generation`.
         steps_per_generation (`int`, *optional*):
-            Chunks per rollout and process; by default `num_generations`, which makes as many groups as there are samples in
-            a chunk over all processes.
+            Chunks per rollout and process; by default `num_generations`, which makes as many groups as there are
+            samples in a chunk over all processes.
         gradient_accumulation_steps (`int`, *optional*):
-            Micro-steps per update. By default one update per pass over a rollout: `steps_per_generation` times the number
-            of trained timesteps. Must divide that product.
+            Micro-steps per update. By default one update per pass over a rollout: `steps_per_generation` times the
+            number of trained timesteps. Must divide that product.
         num_iterations (`int`, *optional*, defaults to `1`):
             Passes over each rollout (μ of GRPO).
         epsilon (`float`, *optional*, defaults to `1e-4`):
@@ -88,8 +89,8 @@ class SLASConfig(TrainingArguments):
         log_completions (`bool`, *optional*, defaults to `True`):
             Whether to show sampled images in the trackers of `report_to` that can, every tenth rollout.
         prompt_dataset (`str`, *optional*, defaults to `"shapes"`):
-            Prompts for a trainer without `train_dataset`: `"shapes"`, a .txt, .jsonl, .csv, .tsv or .parquet file, or a
-            data set on the Hub.
+            Prompts for a trainer without `train_dataset`: `"shapes"`, a .txt, .jsonl, .csv, .tsv or .parquet file, or
+            a data set on the Hub.
         pipeline_kwargs (`dict`, *optional*):
             Further arguments of the pipeline's `__call__`.
         model_init_kwargs (`dict`, *optional*):
@@ -133,8 +134,11 @@ class SLASConfig(TrainingArguments):
     # Advantages
     scale_rewards: str = field(
         default="batch",
-        metadata={"help": "Divide centred rewards by the std of the batch or the group.", "choices": ["batch", "group", "none"]},
-    )  # fmt: skip
+        metadata={
+            "help": "Divide centred rewards by the std of the batch or the group.",
+            "choices": ["batch", "group", "none"],
+        },
+    )
     gamma: float = field(default=0.5, metadata={"help": "Exponent 1 + gamma shapes the advantages."})
     gamma_schedule: str = field(
         default="constant", metadata={"help": "How gamma changes during training.", "choices": ["constant"]}
@@ -203,10 +207,24 @@ class SLASConfig(TrainingArguments):
         return max(1, math.floor(self.timestep_fraction * trainable + 1e-9))
 
     @property
+    def images_per_rollout(self) -> int:
+        """Images of one rollout on each process."""
+        return self.per_device_train_batch_size * cast(int, self.steps_per_generation)  # set in __post_init__
+
+    @property
     def micro_steps_per_pass(self) -> int:
         """Micro-steps of one pass over a rollout."""
-        assert self.steps_per_generation is not None  # set in __post_init__
-        return self.steps_per_generation * self.num_trained_timesteps
+        return cast(int, self.steps_per_generation) * self.num_trained_timesteps
+
+    @property
+    def micro_steps_per_rollout(self) -> int:
+        """Micro-steps from one rollout to the next."""
+        return self.num_iterations * self.micro_steps_per_pass
+
+    @property
+    def micro_steps_per_update(self) -> int:
+        """`gradient_accumulation_steps`, which is a number by now."""
+        return cast(int, self.gradient_accumulation_steps)
 
     @property
     def layout(self) -> dict[str, int | None]:
@@ -220,17 +238,19 @@ class SLASConfig(TrainingArguments):
         if one_update_per_pass:
             self.gradient_accumulation_steps = 1  # a number for TrainingArguments; the true one is computed below
         super().__post_init__()
-        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+        if isinstance(self.scale_rewards, bool):  # as TRL accepts it
+            self.scale_rewards = "group" if self.scale_rewards else "none"
         self._check_choices()
         self._check_numbers()
         self._divide_the_rollout()
         if one_update_per_pass:
             self.gradient_accumulation_steps = self.micro_steps_per_pass
-        elif self.micro_steps_per_pass % self.gradient_accumulation_steps:
+        elif self.micro_steps_per_pass % self.micro_steps_per_update:
             raise ValueError(
                 f"gradient_accumulation_steps ({self.gradient_accumulation_steps}) must divide the "
-                f"{self.micro_steps_per_pass} micro-steps of a rollout (steps_per_generation {self.steps_per_generation} × "
-                f"{self.num_trained_timesteps} trained timesteps). Leave it out for one update per rollout."
+                f"{self.micro_steps_per_pass} micro-steps of a rollout (steps_per_generation "
+                f"{self.steps_per_generation} × {self.num_trained_timesteps} trained timesteps). Leave it out for one "
+                "update per rollout."
             )
 
     def _divide_the_rollout(self) -> None:
@@ -255,8 +275,9 @@ class SLASConfig(TrainingArguments):
         if self.generation_batch_size % self.num_generations:
             raise ValueError(
                 f"A rollout of {self.generation_batch_size} images ({of} × steps_per_generation "
-                f"{self.steps_per_generation}) does not divide into groups of num_generations ({self.num_generations}). "
-                f"Use steps_per_generation={self.num_generations // math.gcd(chunk, self.num_generations)} or a multiple."
+                f"{self.steps_per_generation}) does not divide into groups of num_generations "
+                f"({self.num_generations}). Use "
+                f"steps_per_generation={self.num_generations // math.gcd(chunk, self.num_generations)} or a multiple."
             )
 
     def _check_choices(self) -> None:
@@ -268,11 +289,12 @@ class SLASConfig(TrainingArguments):
     def _check_numbers(self) -> None:
         if self.num_generations < 2:
             raise ValueError(
-                f"num_generations must be at least 2, but it is {self.num_generations}: an advantage compares an image with "
-                "others of its prompt."
+                f"num_generations must be at least 2, but it is {self.num_generations}: an advantage compares an "
+                "image with others of its prompt."
             )
-        for name in ("num_iterations", "num_inference_steps", "steps_per_generation", "generation_batch_size",
-                     "num_generations_eval", "sde_window_size"):  # fmt: skip
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations",
+                     "num_inference_steps", "steps_per_generation", "generation_batch_size", "num_generations_eval",
+                     "sde_window_size"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, but it is {value}.")
@@ -292,11 +314,17 @@ class SLASConfig(TrainingArguments):
         last = self.num_inference_steps - (0 if self.train_final_step else 1)
         if self.sde_window_size is not None and (self.sde_window_start or 0) + self.sde_window_size > last:
             raise ValueError(
-                f"The window of sde_window_size ({self.sde_window_size}) steps from {self.sde_window_start or 0} does not fit "
-                f"into the {last} trainable of num_inference_steps ({self.num_inference_steps})."
+                f"The window of sde_window_size ({self.sde_window_size}) steps from {self.sde_window_start or 0} does "
+                f"not fit into the {last} trainable of num_inference_steps ({self.num_inference_steps})."
             )
         if self.sde_window_start is not None and (self.sde_window_size is None or self.sde_window_start < 0):
             raise ValueError("sde_window_start needs sde_window_size, and must not be negative.")
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"This one process sees {self.n_gpu} GPUs, between which nn.DataParallel would cut the rollouts up. Start "
+                f"one process for each with `accelerate launch --num_processes {self.n_gpu}`, or show it one with "
+                "CUDA_VISIBLE_DEVICES=0."
+            )
         if self.auto_find_batch_size:
             raise ValueError(
                 "auto_find_batch_size would break up the groups; lower per_device_train_batch_size instead."

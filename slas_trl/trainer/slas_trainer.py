@@ -2,15 +2,15 @@
 `SLASTrainer`: GRPO-style fine-tuning of any diffusers pipeline with Super-Linear Advantage Shaping.
 
 The loop is transformers' Trainer's. Its model is the denoiser, and one of its micro-steps is one chunk of sampled
-trajectories at one timestep, so accumulation, distribution, clipping, callbacks and resuming are the Trainer's too. The
-mathematics is in `advantages.py`, `objective.py`, `schedulers/` and `policy/`.
+trajectories at one timestep, so accumulation, distribution, clipping, callbacks and resuming are the Trainer's too.
+The mathematics is in `advantages.py`, `objective.py`, `schedulers/` and `policy/`.
 """
 
 import copy
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from . import lora, sampling
 from .callbacks import EMACallback, MetricsFileCallback, PromptOrderCallback, RLProgressCallback, show_images
 from .prompts import check_prompts, load_prompts
 from .resumable import Buffer, ResumableTrainer
-from .scoring import RewardFunc, RewardScorer, reward_resolution
+from .scoring import RewardFunc, RewardScorer, reward_resolution, typical_group_std
 from .slas_config import SLASConfig
 
 
@@ -58,7 +58,8 @@ class SLASTrainer(ResumableTrainer):
         peft_config (`LoraConfig`, *optional*): trains an adapter; without it, the whole denoiser is trained.
 
     Raises:
-        `ValueError`, `TypeError`: when something does not fit; the message says what was expected, what came and what to do.
+        `ValueError`, `TypeError`: when something does not fit; the message says what was expected, what came and what
+        to do.
     """
 
     _tag_names = ["trl", "slas", "text-to-image", "reinforcement-learning"]
@@ -84,7 +85,7 @@ class SLASTrainer(ResumableTrainer):
                 f"({', '.join(self.scorer.names)}); give one for each."
             )
         pipe = (
-            DiffusionPipeline.from_pretrained(model, **(args.model_init_kwargs or {}))
+            DiffusionPipeline.from_pretrained(model, **cast(dict, args.model_init_kwargs or {}))
             if isinstance(model, str)
             else model
         )
@@ -94,7 +95,7 @@ class SLASTrainer(ResumableTrainer):
             if train_dataset is None
             else check_prompts(train_dataset, "train_dataset")
         )
-        prompts_per_rollout = args.generation_batch_size // args.num_generations
+        prompts_per_rollout = args.images_per_rollout * args.world_size // args.num_generations
         if len(data) < prompts_per_rollout:
             raise ValueError(
                 f"A rollout needs {prompts_per_rollout} prompts (generation_batch_size {args.generation_batch_size} / "
@@ -106,8 +107,9 @@ class SLASTrainer(ResumableTrainer):
             if isinstance(component, torch.nn.Module):
                 component.requires_grad_(False)
                 component.eval()
-        self.denoiser_name, denoiser = next(iter(denoisers_of(pipe).items()))
-        if denoiser._hf_peft_config_loaded:
+        self.denoiser_name = next(iter(denoisers_of(pipe)))
+        denoiser: Any = pipe.components[self.denoiser_name]
+        if lora.carries_adapter(denoiser):
             raise ValueError(
                 "The denoiser carries an adapter already. Merge it first with `pipe.fuse_lora()` and "
                 "`pipe.unload_lora_weights()`; the reference policy is then the merged model."
@@ -131,15 +133,15 @@ class SLASTrainer(ResumableTrainer):
             range(len(data)),
             mini_repeat_count=args.num_generations,
             batch_size=prompts_per_rollout,
-            repeat_count=args.num_iterations * args.micro_steps_per_pass,
+            repeat_count=args.micro_steps_per_rollout,
             seed=args.data_seed if args.data_seed is not None else args.seed,
         )
         super().__init__(
             model=denoiser,
             args=args,
-            data_collator=list,
+            data_collator=list,  # type: ignore[arg-type]
             train_dataset=data,
-            eval_dataset=eval_dataset,
+            eval_dataset=eval_dataset,  # type: ignore[arg-type]
             callbacks=[PromptOrderCallback(self._sampler), MetricsFileCallback(), *(callbacks or [])],
             optimizers=optimizers,
         )
@@ -156,23 +158,31 @@ class SLASTrainer(ResumableTrainer):
             self.add_callback(self._ema)
 
         self._reset_progress()
+
+    def _reset_progress(self) -> None:
+        super()._reset_progress()
         self._metrics: dict[str, list[float]] = defaultdict(list)
-        self._last_update = time.perf_counter()
         self._images_sampled = 0
+        self._last_log: tuple[float, int] | None = None  # when, and after which update
+        self._last_images = 0.0  # when images_per_second was logged
 
     # Data
 
     def get_train_dataloader(self) -> DataLoader:
         """Each batch is what this process samples in one rollout, as indices; it comes once for each micro-step."""
-        size = self.args.per_device_train_batch_size * self.args.steps_per_generation
-        loader = DataLoader(range(len(self.train_dataset)), batch_size=size, sampler=self._sampler, collate_fn=list)  # type: ignore[arg-type]
+        rows: Any = range(len(self.train_dataset))
+        loader = DataLoader(rows, batch_size=self.args.images_per_rollout, sampler=self._sampler, collate_fn=list)
         return self.accelerator.prepare(loader)
 
     def _prepare_inputs(self, inputs: list[int]) -> dict[str, Any]:  # type: ignore[override]
         self._stop_if_interrupted()
-        self.replayer.models[self.denoiser_name] = self.model_wrapped  # in its DDP form, with several processes
-        micro_steps = self.args.num_iterations * self.args.micro_steps_per_pass
-        rollout_index, position = divmod(self._micro_step, micro_steps)
+        if self._last_log is None:
+            self._last_images = time.perf_counter()
+            self._last_log = self._last_images, self.state.global_step
+        self.replayer.models[self.denoiser_name] = cast(
+            torch.nn.Module, self.model_wrapped
+        )  # in its DDP form, with several processes
+        rollout_index, position = divmod(self._micro_step, self.args.micro_steps_per_rollout)
         if position == 0:
             self._buffer = None  # free the old rollout before the new one is sampled
             self._buffer = self._sample_rollout(inputs, rollout_index)
@@ -199,15 +209,15 @@ class SLASTrainer(ResumableTrainer):
         return [self._call(prompts[i : i + size], generators[i : i + size]) for i in range(0, len(indices), size)]
 
     def _call(self, prompts: list[str], generators: list[torch.Generator]) -> dict[str, Any]:
+        return {"prompt": prompts, "generator": generators, **self.call_kwargs}
+
+    @property
+    def call_kwargs(self) -> dict[str, Any]:
+        """Arguments of every call of the pipeline, beside prompts and generators."""
         args = self.args
         chosen = {"guidance_scale": args.guidance_scale, "height": args.height, "width": args.width}
-        return {
-            "prompt": prompts,
-            "generator": generators,
-            "num_inference_steps": args.num_inference_steps,
-            **{key: value for key, value in chosen.items() if value is not None},
-            **(args.pipeline_kwargs or {}),
-        }
+        chosen = {key: value for key, value in chosen.items() if value is not None}
+        return {"num_inference_steps": args.num_inference_steps, **chosen, **cast(dict, args.pipeline_kwargs or {})}
 
     def _sample_rollout(self, indices: list[int], rollout_index: int) -> Buffer:
         args, size, device = self.args, self.args.per_device_train_batch_size, self.accelerator.device
@@ -223,7 +233,7 @@ class SLASTrainer(ResumableTrainer):
                 self._stop_if_interrupted()
             rollout = self.replayer.sample(noise_generator=noise[i * size : (i + 1) * size], **call)
             images += rollout.images
-            rollout.images = None
+            rollout.images = None  # the replay does not need them
             chunks.append(rollout)
         self.replayer.scheduler.window = None
         steps = self._choose_steps(chunks[0], rng)
@@ -248,10 +258,14 @@ class SLASTrainer(ResumableTrainer):
         self._images_sampled += len(rewards)
         if args.log_completions and rollout_index % 10 == 0 and self.is_world_process_zero():
             show_images(
-                args.report_to, self.callback_handler.callbacks, images[:8], prompts[:8], self.state.global_step
+                cast(list, args.report_to),
+                self.callback_handler.callbacks,
+                images[:8],
+                prompts[:8],
+                self.state.global_step,
             )
         if not self._checked:
-            self._check_before_training(chunks[0], steps, rewards, result.group_std)
+            self._check_before_training(chunks[0], steps, rewards)
         return Buffer(chunks, list(mine.split(size)), steps)
 
     def _window(self, rng: np.random.Generator) -> range | None:
@@ -264,15 +278,16 @@ class SLASTrainer(ResumableTrainer):
         return range(start, start + size)
 
     def _choose_steps(self, rollout: Rollout, rng: np.random.Generator) -> list[int]:
-        """The trained timesteps, in random order: the same for all chunks, so that the cut into chunks does not matter."""
+        """The trained timesteps, in random order: the same for all chunks, so that their cut does not matter."""
         final = len(rollout.steps) - 1
         trainable = [step for step in rollout.trainable_steps if step != final or self.args.train_final_step]
         wanted = self.args.num_trained_timesteps
         if len(trainable) < wanted:
             raise ValueError(
                 f"{wanted} timesteps should be trained (timestep_fraction {self.args.timestep_fraction} of "
-                f"num_inference_steps {self.args.num_inference_steps}), but the pipeline took {len(rollout.steps)} steps, of "
-                f"which {len(trainable)} can be trained. Lower timestep_fraction to {len(trainable) / wanted:.2f} or less."
+                f"num_inference_steps {self.args.num_inference_steps}), but the pipeline took {len(rollout.steps)} "
+                f"steps, of which {len(trainable)} can be trained. Lower timestep_fraction or sde_window_size, or "
+                "raise the noise (noise_level, eta) if it is 0."
             )
         return rng.permutation(trainable)[:wanted].tolist()
 
@@ -280,39 +295,43 @@ class SLASTrainer(ResumableTrainer):
         """Rewards `(N, K)` of all processes, in the order of their ranks."""
         rows = {i: dataset[i] for i in set(indices)}
         columns = {key: [rows[i][key] for i in indices] for key in dataset.column_names if key != "prompt"}
-        rewards = self.scorer.score([rows[i]["prompt"] for i in indices], images, columns)
+        try:
+            rewards = self.scorer.score([rows[i]["prompt"] for i in indices], images, columns)
+        except (ValueError, TypeError):
+            if self.is_in_train and self.accelerator.num_processes == 1:
+                self._save_unfinished("A reward failed")
+            raise
         return torch.tensor(gather_object(rewards.tolist()), dtype=torch.float64).reshape(-1, len(self.scorer.names))
 
-    def _check_before_training(
-        self, rollout: Rollout, steps: list[int], rewards: torch.Tensor, group_std: torch.Tensor
-    ) -> None:
+    def _check_before_training(self, rollout: Rollout, steps: list[int], rewards: torch.Tensor) -> None:
         """Once for each call of `train`: the ratio is 1 before any update, and the reward can show a difference."""
         self._checked = True
+        weights = self.args.reward_weights or [1.0] * len(self.scorer.names)
+        trained = [i for i, weight in enumerate(weights) if weight]
+        if rewards[:, trained].isnan().all():
+            names = ", ".join(self.scorer.names[i] for i in trained)
+            raise ValueError(f"No image of the first rollout got a score: {names} returned only None or NaN.")
         with self.accelerator.no_sync(self.model_wrapped):
             step, deviation = measure_ratio(self.replayer, rollout, tuple(sorted(steps))).worst
         if not deviation <= min(1e-5, self.args.epsilon / 10):
             raise ValueError(
-                f"Before any update the ratio of step {step} should be 1, but it is off by {deviation:.3g} (clip range "
-                f"{self.args.epsilon:g}). Likely causes: dropout or another random layer in the denoiser, a kernel whose "
-                "result varies between calls, or a module that behaves otherwise in train mode."
+                f"Before any update the ratio of step {step} should be 1, but it is off by {deviation:.3g} (clip "
+                f"range {self.args.epsilon:g}). Likely causes: dropout or another random layer in the denoiser, a "
+                "kernel whose result varies between calls, or a module that behaves otherwise in train mode."
             )
-        if rewards.isnan().all():
-            raise ValueError(
-                f"No image of the first rollout got a score: {', '.join(self.scorer.names)} returned only None or NaN."
-            )
-        spread = group_std[group_std > 0]
-        weights = self.args.reward_weights or [1.0] * len(self.scorer.names)
-        for name, weight, column in zip(self.scorer.names, weights, rewards.T, strict=True):
-            resolution = reward_resolution(column)
-            if weight and len(spread) and resolution >= (typical := spread.median().item()):
+        for i in trained:
+            column = rewards[:, i]
+            resolution, spread = reward_resolution(column), typical_group_std(column, self.args.num_generations)
+            if resolution >= spread > 0:
                 logger.warning(
-                    f"Reward {name!r} resolves differences of {resolution:.3g}, but within a group its values spread by only "
-                    f"{typical:.3g}: much of the advantage is rounding. Score in float32, or return finer values."
+                    f"Reward {self.scorer.names[i]!r} resolves differences of {resolution:.3g}, but within a group "
+                    f"its values spread by only {spread:.3g}: much of the advantage is rounding. Score in float32, or "
+                    "return finer values."
                 )
 
     # Loss
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(self, model, inputs: Any, return_outputs=False, num_items_in_batch=None):
         args, rollout, step = self.args, inputs["rollout"], inputs["step"]
         reference = None
         if args.beta:
@@ -352,8 +371,8 @@ class SLASTrainer(ResumableTrainer):
             metrics[key].append(value)
         if 0 < result.effective_share < 0.1:
             logger.warning_once(
-                f"The effective sample share of the advantages is {result.effective_share:.2f}, below 0.1: few images decide "
-                "the update. Lower gamma or enlarge the rollout."
+                f"The effective sample share of the advantages is {result.effective_share:.2f}, below 0.1: few images "
+                "decide the update. Lower gamma or enlarge the rollout."
             )
 
     def _reward_metrics(self, rewards: torch.Tensor) -> dict[str, float]:
@@ -365,11 +384,13 @@ class SLASTrainer(ResumableTrainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:  # a training log
-            now = time.perf_counter()
-            elapsed, self._last_update = now - self._last_update, now
-            logs["step_time"] = elapsed / max(1, self.args.logging_steps)
-            logs["images_per_second"], self._images_sampled = self._images_sampled / elapsed, 0
+        if "loss" in logs and self._last_log is not None:  # a training log
+            now, step = time.perf_counter(), self.state.global_step
+            logs["step_time"] = (now - self._last_log[0]) / max(1, step - self._last_log[1])
+            self._last_log = now, step
+            if self._images_sampled:  # which not every update begins with
+                logs["images_per_second"] = self._images_sampled / (now - self._last_images)
+                self._last_images, self._images_sampled = now, 0
             means = {key: float(np.mean(values)) for key, values in self._metrics.items()}
             everyone = gather_object([means]) if self.accelerator.num_processes > 1 else [means]
             logs.update({key: float(np.mean([each[key] for each in everyone])) for key in means})
@@ -385,11 +406,12 @@ class SLASTrainer(ResumableTrainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """
-        Sample `num_generations_eval` images for each prompt with the pipeline's own scheduler, the same noise every time,
-        and score them.
+        Sample `num_generations_eval` images for each prompt with the pipeline's own scheduler, the same noise every
+        time, and score them.
 
         Returns:
-            `dict[str, float]`: `eval_reward`, `eval_reward_std` (between images), `eval_rewards/{name}/mean` and `/std`.
+            `dict[str, float]`: `eval_reward`, `eval_reward_std` (between images), `eval_rewards/{name}/mean` and
+            `/std`.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
@@ -397,7 +419,7 @@ class SLASTrainer(ResumableTrainer):
         if isinstance(dataset, dict):
             metrics = {}
             for name, data in dataset.items():
-                metrics |= self.evaluate(data, ignore_keys, f"{metric_key_prefix}_{name}")
+                metrics |= self.evaluate(cast(Dataset, data), ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
         check_prompts(dataset, "eval_dataset")  # type: ignore[arg-type]
         start = time.perf_counter()
@@ -420,14 +442,16 @@ class SLASTrainer(ResumableTrainer):
         jobs = [(i, j) for i in range(len(dataset)) for j in range(copies)]
         # Every process gets equally many, so that collective calls of a sharded model meet; surplus ones are dropped.
         share = -(-len(jobs) // world)
-        mine = [jobs[k % len(jobs)] for k in range(self.accelerator.process_index * share, (self.accelerator.process_index + 1) * share)]  # fmt: skip
+        first = self.accelerator.process_index * share
+        mine = [jobs[k % len(jobs)] for k in range(first, first + share)]
         images, size = [], args.per_device_eval_batch_size
-        was_training = self.model.training
-        self.model.eval()
+        denoiser = self.pipe.components[self.denoiser_name]
+        was_training = denoiser.training
+        denoiser.eval()
         with self._averaged_weights():
             for at in range(0, len(mine), size):
                 part = mine[at : at + size]
                 seeds = sampling.generators([(args.seed, sampling.EVALUATION, i, j) for i, j in part])
                 images += self.pipe(**self._call([dataset[i]["prompt"] for i, _ in part], seeds))[0]
-        self.model.train(was_training)
+        denoiser.train(was_training)
         return self._score(dataset, [i for i, _ in mine], images)[: len(jobs)]

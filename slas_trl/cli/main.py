@@ -1,0 +1,69 @@
+"""
+The command `slas-trl`: finds the script of a subcommand, runs it, and turns failure into a message and an exit status.
+
+Nothing heavy is imported here: `slas-trl --help` answers at once, and each script imports what it needs when it runs.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from slas_trl import __version__
+
+
+COMMANDS = {
+    "train": "fine-tune a text-to-image pipeline; without arguments, the embedded one",
+    "generate": "make pictures with a pipeline, with or without a trained adapter",
+    "env": "print versions and devices, for a bug report",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run `slas-trl`.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): Command line without the program's name. `None` is the process's own.
+
+    Returns the exit status: 0, 2 for bad input (one message on stderr, with the traceback too if the environment has
+    `SLAS_TRL_DEBUG=1`), or 130 for Ctrl-C.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="slas-trl",
+        description="Super-Linear Advantage Shaping: reinforcement learning for diffusers pipelines.",
+        epilog="slas-trl COMMAND --help lists a command's own options.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"slas-trl {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        subparsers.add_parser(name, help=summary, add_help=False)
+    # Only the first word is ours; the rest is the script's to parse, its --help included.
+    command = parser.parse_args(argv[:1]).command
+    if command is None:
+        parser.print_help()
+        return 0
+    return run_script(command, argv[1:])
+
+
+def run_script(command: str, argv: list[str]) -> int:
+    """Run `slas_trl.scripts.<command>`, and return its exit status, or that of the error it raised."""
+    try:
+        import_module(f"slas_trl.scripts.{command}").main(argv)
+    except KeyboardInterrupt:
+        print(f"slas-trl {command}: interrupted.", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError) as error:
+        if os.environ.get("SLAS_TRL_DEBUG") == "1":
+            raise
+        message = str(error) or type(error).__name__
+        print(f"slas-trl {command}: error: {message}\n(SLAS_TRL_DEBUG=1 shows where.)", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

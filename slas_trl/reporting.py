@@ -1,0 +1,279 @@
+"""What a run leaves for people to look at: sheets of captioned pictures, curves, and the model card."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from huggingface_hub import ModelCard, ModelCardData
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from scipy import stats
+
+from slas_trl import __version__
+from slas_trl.evaluation.shapes import Estimate
+
+
+TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+SMALLEST, LARGEST = 160, 320  # pixels of a picture's longer side on a sheet
+MARGIN = 10
+FONT_SIZE, LINE_HEIGHT = 13, 16
+CAPTION_LINES = 6  # at most; longer captions end in an ellipsis
+
+
+def sample_grid(images: Sequence[Image.Image], captions: Sequence[str], columns: int | None = None) -> Image.Image:
+    """
+    One sheet of pictures with their captions under them.
+
+    Args:
+        images (`Sequence[PIL.Image.Image]`):
+            At least one. Those under 160 pixels are enlarged by a whole factor without smoothing, so that every pixel
+            can be seen; those over 320 are reduced.
+        captions (`Sequence[str]`):
+            One per image. Wrapped, and cut after 6 lines.
+        columns (`int`, *optional*):
+            Pictures per row. `None` is as many as make the sheet about square, but at most 6.
+
+    Returns a `PIL.Image.Image` in RGB. Raises `ValueError` if there is no image, or not one caption per image.
+    """
+    if not images or len(images) != len(captions):
+        raise ValueError(f"expected images and one caption for each, got {len(images)} and {len(captions)}.")
+    columns = min(columns or min(math.ceil(math.sqrt(len(images))), 6), len(images))
+    pictures = [_readable_size(image.convert("RGB")) for image in images]
+    width = max(max(picture.width for picture in pictures), SMALLEST)
+    texts = [_wrap(caption, width) for caption in captions]
+
+    starts = range(0, len(pictures), columns)
+    # A row is as high as its highest picture and its longest caption ask for.
+    picture_heights = [max(picture.height for picture in pictures[i : i + columns]) for i in starts]
+    text_heights = [LINE_HEIGHT * max(len(text) for text in texts[i : i + columns]) for i in starts]
+    height = sum(picture_heights) + sum(text_heights) + MARGIN * (2 * len(starts) + 1)
+    sheet = Image.new("RGB", (columns * (width + MARGIN) + MARGIN, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    top = MARGIN
+    for row, start in enumerate(starts):
+        for column, index in enumerate(range(start, min(start + columns, len(pictures)))):
+            left = MARGIN + column * (width + MARGIN)
+            picture = pictures[index]
+            sheet.paste(picture, (left, top + picture_heights[row] - picture.height))
+            for line, text in enumerate(texts[index]):
+                below = top + picture_heights[row] + MARGIN // 2 + line * LINE_HEIGHT
+                draw.text((left, below), text, fill="black", font=_font())
+        top += picture_heights[row] + text_heights[row] + 2 * MARGIN
+    return sheet
+
+
+def plot_training(metrics_path: str | Path, output_path: str | Path) -> None:
+    """
+    Draw reward, KL, clip fraction and advantage spread against steps.
+
+    Args:
+        metrics_path (`str` or `Path`): A run's `metrics.jsonl`: one JSON object a line, with "step" and TRL's metrics.
+        output_path (`str` or `Path`): The picture to write; its ending names the format. Its folder has to exist.
+
+    Metrics that were not logged leave their panel empty, with a word that says so.
+    """
+    history = read_metrics(metrics_path)
+    figure = Figure(figsize=(10, 7), dpi=120, layout="constrained")
+    reward, kl, clip, spread = figure.subplots(2, 2, sharex=True).flatten()
+
+    _draw(reward, history, "Reward", "reward", {"reward": "training", "eval_reward": "evaluation"})
+    stds = dict(zip(*_series(history, "reward_std"), strict=True))
+    band = [(step, mean, stds[step]) for step, mean in zip(*_series(history, "reward"), strict=True) if step in stds]
+    if band:
+        steps, means, spreads = np.array(band).T
+        reward.fill_between(
+            steps, means - spreads, means + spreads, color="C0", alpha=0.15, lw=0, label="± std within a group"
+        )
+        reward.legend(frameon=False)
+    _draw(kl, history, "KL to the reference model", "KL per latent element (nats)", {"kl": "KL"})
+    _draw(clip, history, "Clip fraction", "share of clipped ratios", {"clip_ratio/region_mean": "clip fraction"})
+    spread_labels = {"advantages/std": "std", "advantages/effective_share": "effective share of the samples"}
+    _draw(spread, history, "Advantage spread", "advantage", spread_labels)
+    figure.savefig(output_path)
+
+
+def read_metrics(metrics_path: str | Path) -> dict[int, dict[str, float]]:
+    """
+    Numbers logged at each step, by step, from a run's `metrics.jsonl`.
+
+    A run that was killed and resumed has logged some steps twice, and may have left half a line: what was logged last
+    counts, and half a line does not.
+    """
+    history: dict[int, dict[str, float]] = {}
+    for line in Path(metrics_path).read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
+        history.setdefault(record["step"], {}).update(numbers)
+    return dict(sorted(history.items()))
+
+
+def compare_scores(
+    before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]
+) -> dict[str, dict[str, Estimate]]:
+    """
+    Scores before and after training, and their difference.
+
+    Args:
+        before (`Mapping[str, Sequence[float]]`):
+            By reward, one score per prompt, which is the mean over its pictures. NaN is no score.
+        after (`Mapping[str, Sequence[float]]`): The same rewards and prompts, in the same order.
+
+    Returns, by reward, [`Estimate`]s "before", "after" and "change". The change is taken prompt by prompt, so its
+    interval is narrower than the other two suggest.
+    """
+    return {
+        name: {
+            "before": _estimate(before[name]),
+            "after": _estimate(after[name]),
+            "change": _estimate(np.subtract(after[name], before[name])),
+        }
+        for name in before
+    }
+
+
+def score_table(comparison: Mapping[str, Mapping[str, Estimate]], first_column: str = "reward") -> str:
+    """A table, in Markdown aligned for the terminal, of what [`compare_scores`] returns."""
+    rows = [[first_column, "before", "after", "change"]]
+    for name, estimates in comparison.items():
+        rows.append([name, *(_written(estimates[column], "+" * (column == "change")) for column in rows[0][1:])])
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def write_model_card(
+    run_dir: str | Path,
+    *,
+    base_model: str,
+    base_model_id: str | None,
+    load_code: str,
+    rewards: Mapping[str, float],
+    settings: Mapping[str, object],
+    evaluation: str,
+    adapter: bool = True,
+) -> Path:
+    """
+    Write a run's `README.md`, which is its model card too. Works without a network.
+
+    Args:
+        run_dir (`str` or `Path`): The run's folder, which exists.
+        base_model (`str`): What was trained, for people.
+        base_model_id (`str` or `None`): The same as a Hub id. `None` if it is not on the Hub.
+        load_code (`str`): Python that loads the result and makes a picture.
+        rewards (`Mapping[str, float]`): Weight of each reward. Those of weight 0 were logged only.
+        settings (`Mapping[str, object]`): Name and value of the settings that make the result.
+        evaluation (`str`): Markdown: the scores before and after, and how they were made. May be empty.
+        adapter (`bool`, *optional*, defaults to `True`): Whether the result is a LoRA adapter, not a whole model.
+
+    Returns the `Path` written.
+    """
+    run_dir = Path(run_dir)
+    tags = ["text-to-image", "diffusers", "reinforcement-learning", "slas", "slas-trl", *(["lora"] if adapter else [])]
+    data = ModelCardData(base_model=base_model_id, library_name="diffusers", pipeline_tag="text-to-image", tags=tags)
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=run_dir.resolve().name,
+        version=__version__,
+        base_model=base_model,
+        load_code=load_code.strip(),
+        rewards=dict(rewards),
+        settings=dict(settings),
+        evaluation=evaluation.strip(),
+        adapter=adapter,
+        pictures=[name for name in ("samples/before.png", "samples/after.png") if (run_dir / name).is_file()],
+        curves=(run_dir / "training.png").is_file(),
+    )
+    path = run_dir / "README.md"
+    path.write_text(str(card), encoding="utf-8")
+    return path
+
+
+def _estimate(values: Sequence[float] | np.ndarray) -> Estimate:
+    """From one value per prompt, NaN for none. Student's t, for they may be few."""
+    known = np.asarray(values, dtype=np.float64)
+    known = known[~np.isnan(known)]
+    mean = float(known.mean()) if len(known) else math.nan
+    if len(known) < 2:
+        return Estimate(mean, math.nan, math.nan, len(known))
+    se = float(known.std(ddof=1)) / math.sqrt(len(known))
+    return Estimate(mean, se, float(stats.t.ppf(0.975, len(known) - 1)) * se, len(known))
+
+
+def _written(estimate: Estimate, sign: str) -> str:
+    if math.isnan(estimate.mean):
+        return "no score"
+    width = "" if math.isnan(estimate.half_width) else f" ± {estimate.half_width:.4f}"
+    return f"{estimate.mean:{sign}.4f}{width}"
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont:
+    # matplotlib's own: unlike Pillow's it has Greek, Cyrillic and most accents, and it is on every machine.
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", FONT_SIZE)
+
+
+def _readable_size(image: Image.Image) -> Image.Image:
+    longest = max(image.size)
+    if longest > LARGEST:
+        return image.resize([max(1, round(side * LARGEST / longest)) for side in image.size], Image.Resampling.LANCZOS)
+    factor = max(1, round(SMALLEST / longest))
+    return image.resize([side * factor for side in image.size], Image.Resampling.NEAREST)
+
+
+def _wrap(caption: str, width: int) -> list[str]:
+    """Lines of at most `width` pixels. Words longer than a line are broken."""
+    lines = [""]
+    for word in caption.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if _font().getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if _font().getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    if len(lines) > CAPTION_LINES:
+        lines = lines[:CAPTION_LINES]
+        while lines[-1] and _font().getlength(lines[-1] + "…") > width:
+            lines[-1] = lines[-1][:-1]
+        lines[-1] += "…"
+    return lines
+
+
+def _series(history: Mapping[int, Mapping[str, float]], key: str) -> tuple[list[int], list[float]]:
+    points = [(step, record[key]) for step, record in history.items() if key in record and math.isfinite(record[key])]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _draw(
+    axes: Axes, history: Mapping[int, Mapping[str, float]], title: str, unit: str, labels: Mapping[str, str]
+) -> None:
+    axes.set(title=title, xlabel="step", ylabel=unit)
+    axes.xaxis.set_tick_params(labelbottom=True)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    for key, label in labels.items():
+        steps, values = _series(history, key)
+        if steps:
+            # A single point has no line, and evaluations are few and far between.
+            marker = "o" if len(steps) == 1 or key.startswith("eval_") else None
+            axes.plot(steps, values, label=label, marker=marker, linewidth=1.5)
+    if not axes.lines:
+        axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", va="center", color="grey")
+        axes.set_yticks([])
+    elif len(axes.lines) > 1:
+        axes.legend(frameon=False)

@@ -1,0 +1,214 @@
+"""What `slas-trl train` can be told, from the command line and from a YAML file."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import cast
+
+import yaml
+from peft import LoraConfig
+from trl import TrlParser
+
+from slas_trl.trainer import SLASConfig
+
+
+# What `slas-trl train` does with the embedded pipeline, unless told otherwise. A YAML file and the command line, in
+# this order, override each of them; no other model is touched by them.
+SHAPES_SETTINGS: dict[str, object] = {
+    "dataset_name": "shapes",
+    "reward_funcs": ["shapes_verifier", "shapes_clip"],
+    "reward_weights": [1.0, 0.0],  # the second is logged, never trained on
+    "per_device_train_batch_size": 48,
+    "steps_per_generation": 4,
+    "num_generations": 16,
+    "num_inference_steps": 10,
+    "timestep_fraction": 0.6,
+    "learning_rate": 1e-3,
+    "max_steps": 60,
+    "use_peft": True,
+    "lora_r": 32,
+    "lora_alpha": 64,
+    "logging_steps": 1,
+    "seed": 42,
+    "output_dir": "runs/shapes",
+}
+
+
+@dataclass
+class SLASScriptArguments:
+    """
+    What `slas-trl train` trains, on what, and for which reward.
+
+    Args:
+        model_name_or_path (`str`, *optional*):
+            Folder or Hub id of a diffusers pipeline. `None` is the embedded pipeline, with settings of its own.
+        reward_funcs (`list[str]`, *optional*):
+            Functions of `slas_trl.rewards` by name, or any others as `package.module:function`.
+        dataset_name (`str`, *optional*):
+            Prompts: a file (txt, jsonl, csv, tsv, parquet), `"shapes"`, or a Hub id. `None` leaves it to
+            `prompt_dataset`.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`):
+            Split to train on.
+        dataset_test_split (`str`, *optional*, defaults to `"test"`):
+            Split to evaluate on, where there is one.
+        eval_dataset_name (`str`, *optional*):
+            Prompts to evaluate on, where they are not a split of `dataset_name`.
+        report_prompts (`int`, *optional*):
+            Number of prompts that are sampled before and after training, for the run's report. `None` is all held-out
+            ones of the embedded pipeline and 16 of any other's; 0 leaves this part of the report out.
+        report_images_per_prompt (`int`, *optional*, defaults to `4`):
+            Pictures of each of these prompts.
+    """
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of a diffusers pipeline. None is the embedded pipeline."},
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of functions of slas_trl.rewards, or package.module:function. May be several."},
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Prompts: a file (txt, jsonl, csv, tsv, parquet), 'shapes', or a Hub id."},
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on, where there is one."})
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Prompts to evaluate on, where they are not a split of dataset_name."},
+    )
+    report_prompts: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of prompts sampled before and after training for the report. None is all held-out ones "
+            "of the embedded pipeline and 16 of any other's; 0 leaves this part out."
+        },
+    )
+    report_images_per_prompt: int = field(default=4, metadata={"help": "Pictures of each prompt of the report."})
+
+    def __post_init__(self):
+        if isinstance(self.reward_funcs, str):  # `reward_funcs: clip_score` in YAML
+            self.reward_funcs = [self.reward_funcs]
+        if self.report_prompts is not None and self.report_prompts < 0:
+            raise ValueError(f"report_prompts must be at least 0, got {self.report_prompts}.")
+        if self.report_images_per_prompt < 1:
+            raise ValueError(f"report_images_per_prompt must be at least 1, got {self.report_images_per_prompt}.")
+
+
+@dataclass
+class LoraArguments:
+    """
+    The LoRA adapter, by the names of [`~trl.ModelConfig`].
+
+    Args:
+        use_peft (`bool`, *optional*, defaults to `False`): Train a LoRA adapter rather than all weights.
+        lora_r (`int`, *optional*, defaults to `16`): Rank.
+        lora_alpha (`int`, *optional*, defaults to `32`): Scale; the adapter is multiplied by `lora_alpha / lora_r`.
+        lora_dropout (`float`, *optional*, defaults to `0.0`): Has to be 0.
+        lora_target_modules (`list[str]`, *optional*): Layers to adapt. `None` is the attention projections.
+        use_rslora (`bool`, *optional*, defaults to `False`): Multiply by `lora_alpha / √lora_r` instead.
+    """
+
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter rather than all weights."})
+    lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA scale, divided by the rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Has to be 0: see the error otherwise."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers to adapt. None is the attention projections."}
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "Divide lora_alpha by the root of the rank."})
+
+    def __post_init__(self):
+        if self.lora_dropout != 0:
+            raise ValueError(
+                f"lora_dropout must be 0, got {self.lora_dropout}: with dropout, the probabilities recorded while "
+                "sampling are not those of the policy that is trained. Leave it out."
+            )
+        if isinstance(self.lora_target_modules, str):
+            self.lora_target_modules = [self.lora_target_modules]
+
+    def peft_config(self) -> LoraConfig | None:
+        """The adapter's configuration, or `None` for full fine-tuning."""
+        if not self.use_peft:
+            return None
+        targets = self.lora_target_modules or ["to_q", "to_k", "to_v", "to_out.0"]
+        return LoraConfig(
+            r=self.lora_r, lora_alpha=self.lora_alpha, target_modules=targets, use_rslora=self.use_rslora
+        )
+
+
+DATACLASSES = (SLASScriptArguments, LoraArguments, SLASConfig)
+
+
+class _Parser(TrlParser):
+    """Raises what argparse would print under two screenfuls of usage before it leaves the process."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message}.")
+
+
+def parse(argv: Sequence[str], prog: str = "slas-trl train") -> tuple[SLASScriptArguments, LoraArguments, SLASConfig]:
+    """
+    Settings from the command line, over those of the YAML file after `--config`, over the defaults.
+
+    Args:
+        argv (`Sequence[str]`): Command line without the program's name.
+        prog (`str`, *optional*, defaults to `"slas-trl train"`): The program's name.
+
+    Returns one instance of each of `DATACLASSES`. Raises `ValueError` for an unknown field, naming the nearest known
+    one, and for values that do not fit; `FileNotFoundError` if there is no such YAML file.
+    """
+    parser = _Parser(
+        list(DATACLASSES),
+        prog=prog,
+        description="Fine-tune a text-to-image pipeline. Without --model_name_or_path: the embedded one.",
+        epilog="--config FILE reads any of these from a YAML file; the command line overrides it.",
+        allow_abbrev=False,
+    )
+    # TrlParser does not know "--config=FILE".
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    values: dict[str, object] = {}
+    rest = list(argv)
+    if "--config" in argv:
+        place = argv.index("--config")
+        if place + 1 == len(argv):
+            raise ValueError("--config needs the name of a YAML file after it.")
+        values = _read_yaml(argv[place + 1])
+        rest = [*argv[:place], *argv[place + 2 :]]
+        _refuse_unknown(values.keys() - {"env"}, f"field in {argv[place + 1]}", prefix="")
+    given, unknown = parser.parse_known_args(rest)
+    if unknown:
+        options = [word[2:].split("=")[0].replace("-", "_") for word in unknown if word.startswith("--")]
+        _refuse_unknown(options, "option", prefix="--")
+        raise ValueError(f"unexpected {' '.join(unknown)!r}: every value follows the --name of a field.")
+
+    if given.model_name_or_path is None and values.get("model_name_or_path") is None:
+        settings = dict(SHAPES_SETTINGS)
+        if given.reward_funcs is not None or "reward_funcs" in values:
+            del settings["reward_weights"]  # those of other rewards
+        parser.set_defaults_with_config(**settings)
+    script, lora, config = parser.parse_args_and_config(argv)
+    return cast(SLASScriptArguments, script), cast(LoraArguments, lora), cast(SLASConfig, config)
+
+
+def _read_yaml(path: str) -> dict[str, object]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}, which --config names.")
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
+        raise ValueError(f"{path} must hold 'field: value' lines, got {type(config).__name__}.")
+    return config
+
+
+def _refuse_unknown(names: Iterable[str], what: str, prefix: str) -> None:
+    known = [f.name for dataclass in DATACLASSES for f in fields(dataclass) if f.init]
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {prefix}{nearest[0]}?" if nearest else ""
+            raise ValueError(f"unknown {what}: {prefix}{name}.{hint} slas-trl train --help lists all of them.")

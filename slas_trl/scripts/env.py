@@ -1,0 +1,60 @@
+"""`slas-trl env`: versions and devices, for a bug report."""
+
+import argparse
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from slas_trl import __version__
+
+
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "trl",
+    "datasets",
+    "huggingface_hub",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "pillow",
+    "matplotlib",
+    # optional
+    "torchvision",
+    "open_clip_torch",
+    "rapidocr",
+    "deepspeed",
+    "bitsandbytes",
+    "tensorboard",
+    "trackio",
+    "wandb",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argparse.ArgumentParser(prog="slas-trl env", description=__doc__).parse_args(argv)
+    print("Copy and paste this into a bug report:\n")
+    print(f"- slas-trl: {__version__}")
+    print(f"- Python: {platform.python_version()}")
+    print(f"- Platform: {platform.platform()}")
+    for package in PACKAGES:
+        print(f"- {package}: {_version(package)}")
+    print(f"- Accelerators: {_accelerators()}")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _accelerators() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return "Apple MPS" if torch.backends.mps.is_available() else "none, CPU only"

@@ -1,0 +1,86 @@
+"""`slas-trl generate`: pictures of a prompt, from the embedded pipeline or any other, with or without an adapter."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+
+def make_parser(prog: str = "slas-trl generate") -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False, description=__doc__)
+    parser.add_argument("--prompt", required=True, help="what to draw")
+    parser.add_argument("--output", required=True, help="picture to write; several pictures make one sheet")
+    parser.add_argument("--model_name_or_path", help="folder or Hub id of a pipeline (default: the embedded one)")
+    parser.add_argument("--adapter", help="folder or Hub id of a LoRA adapter, such as a run's output_dir")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture, the next has the next one")
+    parser.add_argument("--num_images", type=int, default=1, help="number of pictures (default: 1)")
+    parser.add_argument("--num_inference_steps", type=int, help="denoising steps (default: the pipeline's)")
+    parser.add_argument("--guidance_scale", type=float, help="guidance (default: the pipeline's)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    output = Path(args.output)
+    _check(args, output)
+
+    # Only now: loading takes seconds, and what is wrong with the arguments should be said before.
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from slas_trl.reporting import sample_grid
+    from slas_trl.shapes import load_shapes_pipeline
+
+    pipe: Any  # every pipeline's call has its own arguments
+    if args.model_name_or_path is None:
+        pipe = load_shapes_pipeline()
+    else:
+        pipe = DiffusionPipeline.from_pretrained(args.model_name_or_path)
+    if args.adapter is not None:
+        _load_adapter(pipe, args.adapter)
+    if torch.cuda.is_available():
+        pipe.to("cuda")
+    call = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    images = pipe(
+        prompt=[args.prompt] * args.num_images,
+        # One generator a picture: the second picture of a sheet is the first one of the next seed.
+        generator=[torch.Generator().manual_seed(args.seed + i) for i in range(args.num_images)],
+        **{name: value for name, value in call.items() if value is not None},
+    ).images
+    picture = images[0] if len(images) == 1 else sample_grid(images, [args.prompt] * len(images))
+    picture.save(output)
+    print(f"Wrote {output}.")
+
+
+def _load_adapter(pipe: Any, adapter: str) -> None:
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()  # it also warns of text encoders that an adapter rightly leaves alone
+    try:
+        pipe.load_lora_weights(adapter)
+    except Exception as error:  # of the file, the Hub or the network: too many kinds to name
+        where = "" if Path(adapter).is_dir() else ", which is no folder here, from the Hub"
+        raise ValueError(f"could not load the adapter {adapter}{where}: {error}") from error
+    if not pipe.get_active_adapters():  # keys that it does not know, diffusers leaves out
+        raise ValueError(f"{adapter} holds no weights that fit this pipeline. Was it trained from another one?")
+
+
+def _check(args: argparse.Namespace, output: Path) -> None:
+    if not args.prompt.strip():
+        raise ValueError("--prompt is empty.")
+    if args.num_images < 1:
+        raise ValueError(f"--num_images must be at least 1, got {args.num_images}.")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"the folder {output.parent} of --output does not exist. Make it first.")
+    if output.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--output must end in the name of an image format, such as .png, got {output.name!r}.")
+    if output.is_dir():
+        raise IsADirectoryError(f"--output {output} is a folder. Add a file name, such as x.png.")
+    model = args.model_name_or_path or ""
+    is_folder = model.startswith((".", "/")) or (model != "" and Path(model).is_dir())
+    if is_folder and not (Path(model) / "model_index.json").is_file():
+        raise FileNotFoundError(f"{model} holds no diffusers pipeline: there is no model_index.json in it.")
+    if args.adapter is not None and Path(args.adapter).is_dir() and not list(Path(args.adapter).glob("*.safetensors")):
+        raise FileNotFoundError(f"{args.adapter} holds no adapter: there is no .safetensors file in it.")

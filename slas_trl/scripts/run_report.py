@@ -1,0 +1,192 @@
+"""What `slas-trl train` measures before and after training, and what it writes about the run at its end."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from diffusers.loaders.lora_base import LoraBaseMixin
+from PIL import Image
+
+from slas_trl.evaluation.shapes import ShapesReport, compare, evaluate_shapes
+from slas_trl.reporting import compare_scores, plot_training, sample_grid, score_table, write_model_card
+from slas_trl.schedulers import FlowSDEScheduler
+from slas_trl.trainer import SLASTrainer
+from slas_trl.trainer.callbacks import METRICS_FILE
+
+
+PICTURES_ON_SHEET = 12
+DEFAULT_PROMPTS = 16
+# Settings that decide the result, for the model card.
+SETTINGS = (
+    "scale_rewards",
+    "gamma",
+    "shape_order",
+    "batch_std_of",
+    "shaping_baseline",
+    "advantage_clip",
+    "multi_objective_aggregation",
+    "num_generations",
+    "generation_batch_size",
+    "num_iterations",
+    "epsilon",
+    "beta",
+    "num_inference_steps",
+    "guidance_scale",
+    "timestep_fraction",
+    "learning_rate",
+    "seed",
+)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The pipeline at one time: pictures to look at, and scores."""
+
+    sheet: list[Image.Image]
+    shapes: ShapesReport | None  # of the embedded pipeline
+    rewards: dict[str, list[float]]  # of any other: by reward, the mean of each prompt
+
+
+class RunReport:
+    """
+    Before and after of one run. Every process has to call every method, for a sharded model needs all of them to
+    sample; only the main one writes.
+
+    Args:
+        trainer ([`SLASTrainer`]): Before training.
+        base_model (`str` or `None`): Folder or Hub id of the pipeline; `None` is the embedded one.
+        prompts (`int` or `None`): How many to use; `None` is all held-out ones of the embedded pipeline, else 16.
+        images_per_prompt (`int`): Pictures of each of them.
+    """
+
+    def __init__(self, trainer: SLASTrainer, base_model: str | None, prompts: int | None, images_per_prompt: int):
+        self.trainer, self.base_model, self.images_per_prompt = trainer, base_model, images_per_prompt
+        if base_model is None:
+            from slas_trl.shapes import shapes_prompts
+
+            self.data, self.origin = shapes_prompts("test"), "held-out"
+        elif isinstance(trainer.eval_dataset, Dataset):
+            self.data, self.origin = trainer.eval_dataset, "evaluation"
+        else:
+            self.data, self.origin = trainer.train_dataset, "training"
+            prompts = DEFAULT_PROMPTS if prompts is None else prompts
+        # Spread over the data: it may be sorted, by category for one.
+        count = len(self.data) if prompts is None else min(prompts, len(self.data))
+        self.rows = [i * len(self.data) // count for i in range(count)]
+        self.prompts: list[str] = [self.data[i]["prompt"] for i in self.rows]
+        shown = min(count, PICTURES_ON_SHEET)
+        self.sheet_prompts = [self.prompts[i * count // shown] for i in range(shown)]
+
+    @torch.no_grad()
+    def measure(self) -> Measurement:
+        """Draw and judge, with the pipeline's own sampler and the same seeds every time."""
+        with self.trainer._averaged_weights():
+            sheet = self._draw(self.sheet_prompts)
+            if self.base_model is None:
+                shapes = evaluate_shapes(
+                    self.trainer.pipe,
+                    self.prompts,
+                    images_per_prompt=self.images_per_prompt,
+                    batch_size=self.trainer.args.per_device_train_batch_size,
+                    **self.trainer.call_kwargs,
+                )
+                return Measurement(sheet, shapes, {})
+            return Measurement(sheet, None, self._rewards())
+
+    def write(self, before: Measurement, after: Measurement) -> str:
+        """Write all of the report into the run's folder, and return its table."""
+        args = self.trainer.args
+        run_dir = Path(args.output_dir or ".")
+        if before.shapes is not None and after.shapes is not None:
+            table = compare(before.shapes, after.shapes)
+            scores: dict[str, Any] = {"before": before.shapes.to_dict(), "after": after.shapes.to_dict()}
+            judged = "The verifier's graded score, and in brackets its strict one,"
+        else:
+            comparison = compare_scores(before.rewards, after.rewards)
+            table = score_table(comparison)
+            scores = {
+                name: {when: estimate.to_dict() for when, estimate in estimates.items()}
+                for name, estimates in comparison.items()
+            }
+            judged = "Mean rewards"
+        how = (
+            f"{judged} on {len(self.prompts)} {self.origin} prompts, {self.images_per_prompt} pictures each, drawn by "
+            "the pipeline's own sampler with the same seeds before and after; ± is the half width of a 95% interval."
+        )
+        if self.trainer.is_world_process_zero():
+            (run_dir / "samples").mkdir(parents=True, exist_ok=True)
+            for name, measurement in (("before", before), ("after", after)):
+                sample_grid(measurement.sheet, self.sheet_prompts).save(run_dir / "samples" / f"{name}.png")
+            plot_training(run_dir / METRICS_FILE, run_dir / "training.png")
+            (run_dir / "evaluation.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+            self._write_card(run_dir, f"{how}\n\n{table}")
+        return f"{how}\n\n{table}"
+
+    def _draw(self, prompts: list[str]) -> list[Image.Image]:
+        """One picture for each prompt; the seed is its place in the list."""
+        images: list[Image.Image] = []
+        size = self.trainer.args.per_device_train_batch_size
+        for at in range(0, len(prompts), size):
+            part = prompts[at : at + size]
+            generators = [torch.Generator().manual_seed(at + i) for i in range(len(part))]
+            images += self.trainer.pipe(prompt=part, generator=generators, **self.trainer.call_kwargs).images
+        return images
+
+    def _rewards(self) -> dict[str, list[float]]:
+        rows = [row for row in self.rows for _ in range(self.images_per_prompt)]
+        prompts = [self.data[row]["prompt"] for row in rows]
+        columns = {name: [self.data[row][name] for row in rows] for name in self.data.column_names if name != "prompt"}
+        scorer = self.trainer.scorer
+        scores = scorer.score(prompts, self._draw(prompts), columns)  # (prompts * images, rewards)
+        per_prompt = scores.view(len(self.prompts), self.images_per_prompt, -1).nanmean(dim=1)
+        return {name: column.tolist() for name, column in zip(scorer.names, per_prompt.T, strict=True)}
+
+    def _write_card(self, run_dir: Path, evaluation: str) -> None:
+        trainer = self.trainer
+        args = trainer.args
+        weights = args.reward_weights or [1.0] * len(trainer.scorer.names)
+        settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+        # The one kind of noise that the pipeline's scheduler takes.
+        kinds = (
+            ("noise_schedule", "noise_level") if isinstance(trainer.replayer.scheduler, FlowSDEScheduler) else ("eta",)
+        )
+        settings |= {name: getattr(args, name) for name in kinds if getattr(args, name) is not None}
+        if trainer.has_adapter:
+            lora = trainer.pipe.components[trainer.denoiser_name].peft_config["default"]
+            settings |= {"lora_r": lora.r, "lora_alpha": lora.lora_alpha}
+        is_folder = self.base_model is not None and Path(self.base_model).exists()
+        write_model_card(
+            run_dir,
+            base_model="the text-to-image pipeline embedded in `slas-trl`"
+            if self.base_model is None
+            else f"`{self.base_model}`",
+            base_model_id=None if is_folder else self.base_model,
+            load_code=self._load_code(run_dir),
+            rewards=dict(zip(trainer.scorer.names, weights, strict=True)),
+            settings={**settings, "updates": trainer.state.global_step},
+            evaluation=evaluation,
+            adapter=trainer.has_adapter,
+        )
+
+    def _load_code(self, run_dir: Path) -> str:
+        """Python that loads the result with plain diffusers."""
+        pipe, name = self.trainer.pipe, self.trainer.denoiser_name
+        denoiser = type(pipe.components[name]).__name__
+        lines = [] if self.trainer.has_adapter else [f"from diffusers import {denoiser}"]
+        if self.base_model is None:
+            lines += ["from slas_trl.shapes import load_shapes_pipeline", "", "pipe = load_shapes_pipeline()"]
+        else:
+            imports = ["DiffusionPipeline", *([] if self.trainer.has_adapter else [denoiser])]
+            lines = [f"from diffusers import {', '.join(imports)}", ""]
+            lines += [f"pipe = DiffusionPipeline.from_pretrained({json.dumps(self.base_model)})"]
+        folder = json.dumps(str(run_dir))
+        if not self.trainer.has_adapter:
+            lines += [f"pipe.{name} = {denoiser}.from_pretrained({folder}, subfolder={json.dumps(name)})"]
+        elif isinstance(pipe, LoraBaseMixin):
+            lines += [f"pipe.load_lora_weights({folder})"]
+        else:
+            lines += [f"pipe.{name}.load_lora_adapter({folder}, prefix=None)"]
+        return "\n".join([*lines, f"image = pipe({json.dumps(self.prompts[0])}).images[0]"])

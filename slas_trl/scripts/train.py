@@ -1,0 +1,78 @@
+"""`slas-trl train`: fine-tune a pipeline and report what it learned. `accelerate launch -m` runs several processes."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from datasets import Dataset
+
+from slas_trl.scripts.arguments import SLASScriptArguments, parse
+from slas_trl.scripts.run_report import RunReport
+from slas_trl.shapes import load_shapes_pipeline
+from slas_trl.trainer import SLASConfig, SLASTrainer
+from slas_trl.trainer.prompts import load_prompts
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    script, lora, config = parse(sys.argv[1:] if argv is None else argv)
+    if script.reward_funcs is None:
+        raise ValueError(
+            "--reward_funcs is missing: name at least one function of slas_trl.rewards, or package.module:function."
+        )
+    # So that "my_rewards:brightness" finds my_rewards.py here: an installed command's path has not got the folder.
+    sys.path.append(str(Path.cwd()))
+    base_model = script.model_name_or_path
+    trainer = SLASTrainer(
+        model=load_shapes_pipeline() if base_model is None else base_model,
+        reward_funcs=script.reward_funcs,
+        args=config,
+        train_dataset=_train_prompts(script),
+        eval_dataset=_eval_prompts(script, config),
+        peft_config=lora.peft_config(),
+    )
+    chief = trainer.is_world_process_zero()
+    if chief:
+        print(
+            f"Training {base_model or 'the embedded pipeline'} on {len(trainer.train_dataset)} prompts "
+            f"for {', '.join(script.reward_funcs)}; results go to {config.output_dir}."
+        )
+    report = None
+    if script.report_prompts != 0:
+        report = RunReport(trainer, base_model, script.report_prompts, script.report_images_per_prompt)
+    before = report and report.measure()
+    # "true" is the newest checkpoint, as in transformers' own examples.
+    resume = config.resume_from_checkpoint
+    try:
+        trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
+    except BaseException:
+        print(file=sys.stderr)  # ends the line of the progress bar, for the message that follows
+        raise
+    trainer.save_model()
+    if report is not None and before is not None:
+        text = report.write(before, report.measure())
+        if chief:
+            print(f"\n{text}\n")
+    if chief:
+        print(f"Done. Look at {config.output_dir}: README.md says what is there and how to use it.")
+
+
+def _train_prompts(script: SLASScriptArguments) -> Dataset | None:
+    """`None` leaves it to the trainer, which then takes `prompt_dataset`."""
+    return None if script.dataset_name is None else load_prompts(script.dataset_name, script.dataset_train_split)
+
+
+def _eval_prompts(script: SLASScriptArguments, config: SLASConfig) -> Dataset | None:
+    if script.eval_dataset_name is not None:
+        return load_prompts(script.eval_dataset_name, script.dataset_test_split)
+    if config.eval_strategy == "no":
+        return None
+    name = script.dataset_name or config.prompt_dataset
+    if Path(name).is_file():  # a file has no splits, and scores on the prompts trained on would say little
+        raise ValueError(f"eval_strategy={config.eval_strategy} needs prompts: name a file as --eval_dataset_name.")
+    return load_prompts(name, script.dataset_test_split)
+
+
+if __name__ == "__main__":  # as `accelerate launch -m slas_trl.scripts.train`
+    from slas_trl.cli.main import run_script
+
+    sys.exit(run_script("train", sys.argv[1:]))

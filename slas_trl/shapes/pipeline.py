@@ -1,0 +1,144 @@
+"""
+The small text-to-image pipeline that comes with the package: `StableDiffusion3Pipeline`, 32x32, without a T5.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import (
+    AutoencoderTiny,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+from slas_trl.shapes import weights_folder
+
+
+class ShapesPipeline(StableDiffusion3Pipeline):
+    """
+    [`~diffusers.StableDiffusion3Pipeline`] whose defaults suit the shapes world: 10 steps, no guidance, and no tokens
+    for the T5 that it does not have. The LoRA methods are those of Stable Diffusion 3.
+
+    Example:
+
+    ```python
+    from slas_trl.shapes import load_shapes_pipeline
+
+    pipe = load_shapes_pipeline()
+    image = pipe("a red circle on a dark background").images[0]
+    ```
+    """
+
+    # Also spares `from_pretrained` of a saved pipeline the arguments `text_encoder_3=None, tokenizer_3=None`.
+    _optional_components = [*StableDiffusion3Pipeline._optional_components, "text_encoder_3", "tokenizer_3"]
+
+    # The parent's, with the types that these components have; diffusers compares them when it loads.
+    def __init__(
+        self,
+        transformer: SD3Transformer2DModel,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: AutoencoderTiny,
+        text_encoder: CLIPTextModelWithProjection,
+        tokenizer: CLIPTokenizer,
+        text_encoder_2: CLIPTextModelWithProjection,
+        tokenizer_2: CLIPTokenizer,
+        text_encoder_3: Any = None,
+        tokenizer_3: Any = None,
+        image_encoder: Any = None,
+        feature_extractor: Any = None,
+    ):
+        super().__init__(
+            transformer=transformer,
+            scheduler=scheduler,
+            vae=vae,  # type: ignore[arg-type]
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            text_encoder_3=text_encoder_3,
+            tokenizer_3=tokenizer_3,
+            image_encoder=image_encoder,
+            feature_extractor=feature_extractor,
+        )
+
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        num_inference_steps: int = 10,
+        guidance_scale: float = 1.0,
+        **kwargs: Any,
+    ):
+        """
+        Draw pictures of shapes.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*): prompts such as those of [`~slas_trl.shapes.shapes_prompts`].
+            num_inference_steps (`int`, *optional*, defaults to `10`): number of denoising steps.
+            guidance_scale (`float`, *optional*, defaults to `1.0`): classifier-free guidance, off at 1.
+            kwargs: the other arguments of [`~diffusers.StableDiffusion3Pipeline`].
+
+        Returns:
+            `StableDiffusion3PipelineOutput`: `.images`, 32x32 PIL images unless `output_type` says otherwise.
+        """
+        arguments: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        return super().__call__(prompt=prompt, **arguments, **kwargs)  # type: ignore[arg-type]
+
+    def _get_t5_prompt_embeds(self, *args: Any, max_sequence_length: int = 0, **kwargs: Any) -> torch.Tensor:
+        # Without a T5 the parent appends `max_sequence_length` tokens of zeros, 256 by default, to the 16 of the
+        # CLIPs. The denoiser was trained without them, and they would cost ten times as much.
+        return super()._get_t5_prompt_embeds(*args, max_sequence_length=0, **kwargs)
+
+
+def load_shapes_pipeline(
+    torch_dtype: torch.dtype = torch.float32, device: str | torch.device | None = None
+) -> ShapesPipeline:
+    """
+    Load the text-to-image pipeline that comes with the package, to sample from or to train. No network is needed.
+
+    Args:
+        torch_dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of all weights.
+        device (`str` or `torch.device`, *optional*): where to put it; by default it stays on the CPU.
+
+    Returns:
+        [`ShapesPipeline`]: components in eval mode, without gradients, and with no progress bar.
+
+    Raises:
+        `FileNotFoundError`: when the package was installed without its weights.
+    """
+    folder = weights_folder("pipeline")
+    with _quiet():
+        pipe = ShapesPipeline.from_pretrained(
+            folder, dtype=torch_dtype, text_encoder_3=None, tokenizer_3=None, local_files_only=True
+        )
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval().requires_grad_(False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe if device is None else pipe.to(device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """
+    Loading without progress bars, and without diffusers' warning that `AutoencoderTiny` does not know a value that it
+    writes into its own config. Puts the settings of both libraries back.
+    """
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    try:
+        for library in libraries:
+            library.set_verbosity_error()
+            library.disable_progress_bar()
+        yield
+    finally:
+        for library, verbosity, bars in before:
+            library.set_verbosity(verbosity)
+            if bars:
+                library.enable_progress_bar()

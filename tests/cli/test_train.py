@@ -1,0 +1,338 @@
+"""`slas-trl train`, from the command line to the last file of the run."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from slas_trl.cli.main import main
+from slas_trl.scripts.arguments import SHAPES_SETTINGS, parse
+from tests.tiny_pipelines import sd_pipeline
+
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = ["a dot", "a box", "dots", "a bar"]
+REWARDS = """
+import math
+
+def darkness(prompts, images, **columns):
+    return [1 - sum(image.convert("L").tobytes()) / (255 * image.width * image.height) for image in images]
+
+def redness(prompts, images, **columns):
+    return [sum(image.getchannel("R").tobytes()) / (255 * image.width * image.height) for image in images]
+
+def too_short(prompts, images, **columns):
+    return [1.0]
+
+def a_word(prompts, images, **columns):
+    return ["good" for _ in images]
+
+def fails_on_dots(prompts, images, **columns):
+    if "dots" in prompts:
+        raise KeyError("no dots here")
+    return darkness(prompts, images)
+
+def never(prompts, images, **columns):
+    return [math.nan for _ in images]
+"""
+SETTINGS = {
+    "model_name_or_path": "model",
+    "dataset_name": "prompts.txt",
+    "reward_funcs": ["tiny_rewards:darkness", "tiny_rewards:redness"],
+    "reward_weights": [1.0, 0.0],
+    "use_peft": True,
+    "lora_r": 4,
+    "lora_alpha": 16,  # another than r: the scale has to survive saving
+    "num_generations": 4,
+    "per_device_train_batch_size": 8,
+    "steps_per_generation": 1,
+    "num_inference_steps": 3,
+    "height": 16,
+    "width": 16,
+    "learning_rate": "1e-2",
+    "max_steps": 2,
+    "report_images_per_prompt": 2,
+    "use_cpu": True,
+    "output_dir": "run",
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A person's folder: a model, prompts, rewards and a YAML file."""
+    folder = tmp_path_factory.mktemp("home")
+    sd_pipeline().save_pretrained(folder / "model")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    (folder / "tiny_rewards.py").write_text(REWARDS)
+    (folder / "run.yaml").write_text(yaml.safe_dump(SETTINGS))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def at_home(home: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+@pytest.fixture(scope="module")
+def finished(home: Path) -> str:
+    """What `slas-trl train --config run.yaml` printed."""
+    printed = io.StringIO()
+    with contextlib.chdir(home), contextlib.redirect_stdout(printed):
+        assert main(["train", "--config", "run.yaml"]) == 0
+    return printed.getvalue()
+
+
+def python_in(card: Path) -> str:
+    """The code that a model card tells people to run."""
+    found = re.search(r"```python\n(.*?)```", card.read_text(encoding="utf-8"), re.DOTALL)
+    assert found
+    return found[1]
+
+
+class TestARun:
+    def test_leaves_everything(self, finished):
+        run = Path("run")
+        files = ["pytorch_lora_weights.safetensors", "README.md", "metrics.jsonl", "training.png", "evaluation.json"]
+        assert all((run / name).is_file() for name in files)
+        assert (run / "checkpoint-2").is_dir()
+        for name in ("before", "after"):
+            with Image.open(run / "samples" / f"{name}.png") as sheet:
+                assert min(sheet.size) > 300  # 4 pictures and their captions
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [record["step"] for record in records if "reward" in record] == [1, 2]
+
+    def test_pictures_changed(self, finished):
+        before, after = (np.asarray(Image.open(f"run/samples/{name}.png")) for name in ("before", "after"))
+        assert before.shape == after.shape
+        assert (before != after).any()
+
+    def test_the_table_is_printed_and_true(self, finished, monkeypatch):
+        assert "4 training prompts, 2 pictures each" in finished
+        scores = json.loads(Path("run/evaluation.json").read_text())
+        assert list(scores) == ["darkness", "redness"]
+        row = next(line for line in finished.splitlines() if line.startswith("| darkness"))
+        for when, cell in zip(("before", "after"), row.split("|")[2:4], strict=True):
+            assert cell.split()[0] == f"{scores['darkness'][when]['mean']:.4f}"
+
+        # The same pictures, made again with the adapter that was saved, by diffusers alone.
+        monkeypatch.syspath_prepend(".")
+        from tiny_rewards import darkness
+
+        pipe = DiffusionPipeline.from_pretrained("model")
+        for when in ("before", "after"):
+            prompts = [prompt for prompt in PROMPTS for _ in range(2)]
+            generators = [torch.Generator().manual_seed(i) for i in range(8)]
+            images = pipe(prompts, generator=generators, num_inference_steps=3, height=16, width=16).images
+            assert np.mean(darkness(prompts, images)) == pytest.approx(scores["darkness"][when]["mean"], abs=1e-4)
+            if when == "before":
+                pipe.load_lora_weights("run")
+        assert scores["darkness"]["before"]["mean"] != scores["darkness"]["after"]["mean"]
+
+    def test_the_card_says_what_was_done(self, finished):
+        card = ModelCard.load(Path("run/README.md"))
+        assert "lora" in card.data.tags and card.data.library_name == "diffusers"
+        assert "base_model" not in card.data.to_dict()  # "model" is a folder, not on the Hub
+        assert "| `darkness` | 1.0 |\n| `redness` | logged only |" in card.text
+        assert (
+            "| `gamma` | 0.5 |" in card.text
+            and "| `eta` | 1.0 |" in card.text
+            and "| `lora_alpha` | 16 |" in card.text
+        )
+        assert "| darkness |" in card.text
+        names = {}
+        exec(python_in(Path("run/README.md")), names)
+        assert isinstance(names["image"], Image.Image)
+
+    def test_the_adapter_is_there_for_generate(self, finished, capsys):
+        argv = ["generate", "--prompt", "a dot", "--model_name_or_path", "model", "--num_inference_steps", "2"]
+        assert main([*argv, "--output", "plain.png"]) == 0
+        assert main([*argv, "--output", "tuned.png", "--adapter", "run"]) == 0
+        assert main([*argv, "--output", "tuned3.png", "--adapter", "run", "--num_images", "3"]) == 0
+        plain, tuned, sheet = (Image.open(name) for name in ("plain.png", "tuned.png", "tuned3.png"))
+        assert plain.size == tuned.size
+        assert (np.asarray(plain) != np.asarray(tuned)).any()
+        assert sheet.width > 2 * 160
+        assert "Wrote tuned3.png" in capsys.readouterr().out
+
+    def test_resumes_from_the_newest_checkpoint(self, finished, capsys):
+        shutil.copytree("run", "resumed")
+        argv = [
+            "train",
+            "--config",
+            "run.yaml",
+            "--output_dir",
+            "resumed",
+            "--max_steps",
+            "3",
+            "--report_prompts",
+            "0",
+        ]
+        assert main([*argv, "--resume_from_checkpoint", "true"]) == 0
+        records = [json.loads(line) for line in Path("resumed/metrics.jsonl").read_text().splitlines()]
+        assert [record["step"] for record in records if "reward" in record] == [1, 2, 3]
+
+
+def test_full_fine_tuning_of_chosen_steps(capsys):
+    argv = ["train", "--config=run.yaml", "--use_peft", "false", "--output_dir", "full", "--max_steps", "1"]
+    assert main([*argv, "--report_prompts", "2", "--learning_rate", "1e-3"]) == 0
+    assert "on 2 training prompts" in capsys.readouterr().out
+    assert not Path("full/pytorch_lora_weights.safetensors").exists()
+    names = {}
+    exec(python_in(Path("full/README.md")), names)
+    assert isinstance(names["image"], Image.Image)
+    assert "lora" not in ModelCard.load(Path("full/README.md")).data.tags
+
+
+def test_evaluation_prompts_are_used_for_the_report(capsys):
+    Path("held_out.txt").write_text("a bar\na box\n")
+    argv = [
+        "train",
+        "--config",
+        "run.yaml",
+        "--output_dir",
+        "held_out",
+        "--max_steps",
+        "1",
+        "--eval_strategy",
+        "steps",
+    ]
+    assert main([*argv, "--eval_steps", "1", "--eval_dataset_name", "held_out.txt"]) == 0
+    assert "on 2 evaluation prompts" in capsys.readouterr().out
+    assert "eval_reward" in Path("held_out/metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--gama", "1"], ["--gama", "Did you mean --gamma?"]),
+        (["--num-generation=8"], ["--num_generation", "Did you mean --num_generations?"]),
+        (["--config", "typo.yaml"], ["learning_rat", "typo.yaml", "Did you mean learning_rate?"]),
+        (["--config", "broken.yaml"], ["broken.yaml", "YAML"]),
+        (["--config", "list.yaml"], ["list.yaml", "list"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["--config"], ["--config needs"]),
+        (["stray"], ["'stray'"]),
+        (["--max_steps", "many"], ["--max_steps", "'many'"]),
+        (["--scale_rewards", "all"], ["--scale_rewards", "'all'"]),
+        (["--lora_dropout", "0.1"], ["lora_dropout must be 0"]),
+        (["--num_generations", "1"], ["num_generations", "at least 2"]),
+        (["--num_generations", "3"], ["8 images", "(3)"]),
+        (["--dataset_name", "empty.txt"], ["empty.txt", "at least one prompt"]),
+        (["--dataset_name", "nowhere.txt"], ["nowhere.txt"]),
+        (["--eval_strategy", "steps", "--eval_steps", "1"], ["--eval_dataset_name"]),
+        (["--reward_funcs", "tiny_rewards:brightnes"], ["tiny_rewards:brightnes"]),
+        (["--reward_weights", "1.0"], ["reward_weights", "darkness"]),
+        (
+            ["--reward_funcs", "tiny_rewards:too_short", "--reward_weights", "1"],
+            ["'too_short'", "1 values", "8 images"],
+        ),
+        (["--reward_funcs", "tiny_rewards:a_word", "--reward_weights", "1"], ["'a_word'", "'good'"]),
+        (["--reward_funcs", "tiny_rewards:fails_on_dots", "--reward_weights", "1"], ["'fails_on_dots'", "'dots'"]),
+        (["--reward_funcs", "tiny_rewards:never", "--reward_weights", "1", "--report_prompts", "0"], ["never", "NaN"]),
+        (["--model_name_or_path", "no_denoiser"], ["unet"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and str(value[0]).startswith("-") else None,
+)
+def test_bad_input_gets_one_message_and_writes_nothing(options, expected, capsys, home):
+    Path("typo.yaml").write_text("learning_rat: 1")
+    Path("broken.yaml").write_text("a: [1")
+    Path("list.yaml").write_text("- a")
+    Path("empty.txt").write_text("\n \n")
+    if not Path("no_denoiser").exists():
+        pipe = DiffusionPipeline.from_pretrained("model")
+        pipe.vae.save_pretrained("no_denoiser/vae")
+        index = {"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderKL"]}
+        Path("no_denoiser/model_index.json").write_text(json.dumps(index))
+    config = [] if "--config" in options else ["--config", "run.yaml"]
+    assert main(["train", *config, "--output_dir", "refused", *options]) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    assert "slas-trl train: error: " in message
+    for part in expected:
+        assert part in message
+    assert not any(Path("refused").rglob("*"))  # the Trainer may have made the folder
+
+
+def test_the_command_line_overrides_the_yaml_file():
+    script, lora, config = parse(["--config", "run.yaml", "--gamma", "0.25", "--lora-r", "2"])
+    assert (config.gamma, lora.lora_r, lora.lora_alpha) == (0.25, 2, 16)
+    assert script.reward_funcs == SETTINGS["reward_funcs"]
+    assert config.learning_rate == 1e-2  # "1e-2" is a string to YAML
+
+
+def test_only_the_embedded_pipeline_has_its_settings():
+    script, lora, config = parse([])
+    assert script.dataset_name == "shapes" and lora.use_peft
+    assert config.learning_rate == SHAPES_SETTINGS["learning_rate"]
+    assert parse(["--learning_rate", "1e-4"])[2].learning_rate == 1e-4
+    assert parse(["--reward_funcs", "shapes_clip"])[2].reward_weights is None
+    script, lora, config = parse(["--model_name_or_path", "model"])
+    assert script.dataset_name is None and not lora.use_peft
+    assert config.learning_rate != SHAPES_SETTINGS["learning_rate"]
+
+
+def test_every_option_has_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--help"])
+    printed = capsys.readouterr().out
+    assert all(f"--{name}" in printed for name in ("config", "model_name_or_path", "lora_r", "gamma", "output_dir"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(home):
+    argv = ["train", "--config", "run.yaml", "--output_dir", "interrupted", "--max_steps", "10000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "slas_trl.cli.main", *argv, "--report_prompts", "0"],
+        cwd=home,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = home / "interrupted" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "resume_from_checkpoint" in errors
+    assert list((home / "interrupted").glob("checkpoint-*"))
+
+
+def test_the_embedded_pipeline_is_the_default(tmp_path, capsys):
+    argv = ["train", "--output_dir", str(tmp_path / "shapes"), "--max_steps", "1", "--num_generations", "4"]
+    argv += ["--per_device_train_batch_size", "16", "--steps_per_generation", "1", "--num_inference_steps", "4"]
+    assert main([*argv, "--report_prompts", "12", "--report_images_per_prompt", "1"]) == 0
+    printed = capsys.readouterr().out
+    for category in ("single_object", "two_object", "counting", "colors", "position", "color_attr", "overall"):
+        assert f"\n| {category} " in printed
+    assert "12 held-out prompts" in printed
+    run = tmp_path / "shapes"
+    scores = json.loads((run / "evaluation.json").read_text())
+    assert 0 <= scores["before"]["estimates"]["overall"]["graded"]["mean"] <= 1
+    record = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"rewards/shapes_verifier/mean", "rewards/shapes_clip/mean"} <= set(record)
+    assert record["reward"] == pytest.approx(record["rewards/shapes_verifier/mean"])  # the other has weight 0
+    names = {}
+    exec(python_in(run / "README.md"), names)
+    assert names["image"].size == (32, 32)
+    for sheet in ("before", "after"):
+        with Image.open(run / "samples" / f"{sheet}.png") as pictures:
+            assert pictures.size[0] > 4 * 160  # 12 pictures of 32 pixels, enlarged

@@ -1,0 +1,136 @@
+import pytest
+import torch
+from diffusers import (
+    FirstBlockCacheConfig,
+    HeunDiscreteScheduler,
+    PyramidAttentionBroadcastConfig,
+    StableDiffusionPipeline,
+    apply_first_block_cache,
+)
+from peft import LoraConfig
+
+from slas_trl.policy import PipelineReplayer, RatioReport, check_pipeline, find_dropout, measure_ratio
+from tests.tiny_pipelines import PIPELINES, flux_pipeline, sd3_pipeline, sd_pipeline
+
+
+def sample(replayer: PipelineReplayer, family: str):
+    _, call = PIPELINES[family]
+    generator = torch.Generator().manual_seed(0)
+    return replayer.sample(prompt=["a dog"] * 2, num_inference_steps=3, generator=generator, **call)
+
+
+# Can it be a policy?
+
+
+@pytest.mark.parametrize("family", PIPELINES)
+def test_pipelines_that_can_be_trained_pass(family):
+    build, _ = PIPELINES[family]
+    check_pipeline(build())
+
+
+def test_what_is_no_pipeline():
+    with pytest.raises(TypeError, match="Expected a diffusers pipeline, but got a SD3Transformer2DModel"):
+        check_pipeline(sd3_pipeline().transformer)
+
+
+def test_a_pipeline_without_a_denoiser():
+    pipe = sd_pipeline()
+    pipe.unet = None
+    with pytest.raises(ValueError, match="StableDiffusionPipeline has no denoiser: expected .*'transformer'.*'unet'"):
+        check_pipeline(pipe)
+
+
+def test_a_pipeline_without_a_scheduler():
+    pipe = sd_pipeline()
+    pipe.scheduler = None
+    with pytest.raises(ValueError, match="has no scheduler"):
+        check_pipeline(pipe)
+
+
+def test_a_wrapper_of_several_pipelines():
+    class StableDiffusionCombinedPipeline(StableDiffusionPipeline):
+        pass
+
+    pipe = StableDiffusionCombinedPipeline(**sd_pipeline().components, requires_safety_checker=False)
+    with pytest.raises(ValueError, match="pass the one that denoises, not the wrapper"):
+        check_pipeline(pipe)
+
+
+def test_schedulers_of_higher_order():
+    pipe = sd_pipeline()
+    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="HeunDiscreteScheduler takes 2 model calls per step"):
+        PipelineReplayer(pipe)
+
+
+def test_dropout():
+    pipe = sd3_pipeline()
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], lora_dropout=0.05))
+    assert len(find_dropout(pipe.transformer)) == 2  # one for each block
+    with pytest.raises(
+        ValueError, match=r"transformer has dropout in 2 place\(s\), the first 'transformer_blocks.0.*"
+    ):
+        PipelineReplayer(pipe)
+
+
+def test_no_dropout():
+    pipe = sd3_pipeline()
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    assert find_dropout(pipe.transformer) == []
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FirstBlockCacheConfig(threshold=0.2),
+        PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_caches(config):
+    pipe = flux_pipeline()
+    pipe.transformer.enable_cache(config)
+    with pytest.raises(ValueError, match=r"A cache is enabled on transformer.*`pipe.transformer.disable_cache\(\)`"):
+        PipelineReplayer(pipe)
+    pipe.transformer.disable_cache()
+    check_pipeline(pipe)
+
+
+def test_a_cache_that_the_model_does_not_know_of():
+    pipe = sd3_pipeline()
+    apply_first_block_cache(pipe.transformer, FirstBlockCacheConfig(threshold=0.2))
+    with pytest.raises(ValueError, match="A cache is enabled on transformer"):
+        check_pipeline(pipe)
+
+
+# Is its ratio 1?
+
+
+@pytest.mark.parametrize("family", PIPELINES)
+def test_the_ratio_is_exactly_1_before_an_update(family):
+    build, _ = PIPELINES[family]
+    replayer = PipelineReplayer(build())
+    report = measure_ratio(replayer, sample(replayer, family))
+    assert report.deviations == {0: 0.0, 1: 0.0, 2: 0.0} and report.worst == (0, 0.0)
+
+
+def test_dropout_that_came_after_the_check_is_measured():
+    replayer = PipelineReplayer(sd3_pipeline())
+    config = LoraConfig(r=2, target_modules=["to_q", "to_v"], lora_dropout=0.5, init_lora_weights=False)
+    replayer.pipe.transformer.add_adapter(config)
+    replayer.pipe.transformer.train()
+    report = measure_ratio(replayer, sample(replayer, "sd3"), steps=(1, 2))
+    assert list(report.deviations) == [1, 2] and report.worst[1] > 1e-6
+
+
+def test_an_update_is_measured():
+    replayer = PipelineReplayer(sd3_pipeline())
+    rollout = sample(replayer, "sd3")
+    with torch.no_grad():
+        replayer.pipe.transformer.proj_out.bias += 0.1
+        assert measure_ratio(replayer, rollout).worst[1] > 1e-4
+
+
+def test_nan_is_worst():
+    step, deviation = RatioReport({0: 0.1, 1: float("nan"), 2: 3.0}).worst
+    assert step == 1 and deviation != deviation

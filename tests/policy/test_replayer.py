@@ -1,0 +1,625 @@
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
+from peft import LoraConfig
+from torch.distributions import Normal
+
+from slas_trl.policy import PipelineReplayer, ReplayError, measure_ratio
+from slas_trl.schedulers import DDIMSDEScheduler, FlowSDEScheduler, stochastic_scheduler
+from tests.tiny_pipelines import PIPELINES, sd3_pipeline, sd_pipeline
+
+
+PROMPTS = ["a red circle", "two dogs"]
+LORA = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def denoiser_of(pipe) -> torch.nn.Module:
+    return pipe.unet if "unet" in pipe.components else pipe.transformer
+
+
+def call_of(family: str, **changes) -> dict:
+    _, call = PIPELINES[family]
+    return {
+        "prompt": PROMPTS,
+        "num_inference_steps": 4,
+        "output_type": "np",
+        "generator": seeded(0, 1),
+        **call,
+        **changes,
+    }
+
+
+def replayer_and_rollout(family: str, **changes):
+    build, _ = PIPELINES[family]
+    replayer = PipelineReplayer(build())
+    return replayer, replayer.sample(**call_of(family, **changes))
+
+
+def log_probs_of(replayer: PipelineReplayer, rollout) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.stack([replayer.replay(rollout, step).log_prob for step in rollout.trainable_steps], dim=1)
+
+
+families = pytest.mark.parametrize("family", PIPELINES)
+
+
+# The policy at the weights that sampled
+
+
+@families
+def test_a_rollout(family):
+    replayer, rollout = replayer_and_rollout(family, output_type="pil")
+    assert len(rollout) == 2 and len(rollout.images) == 2 and rollout.images[0].size == (16, 16)
+    assert rollout.log_probs.shape == (2, 4) and rollout.log_probs.dtype == torch.float32
+    assert rollout.trainable_steps == (0, 1, 2, 3)
+    step = replayer.replay(rollout, 2)
+    assert step.log_prob.shape == (2,) and step.mean.dtype == step.std.dtype == torch.float32
+    assert step.model_output.shape == step.mean.shape == rollout.steps[2].sample.shape
+    torch.testing.assert_close(step.std.item(), rollout.steps[2].std)
+    torch.testing.assert_close(
+        step.log_prob, Normal(step.mean, step.std).log_prob(rollout.steps[2].prev_sample).flatten(1).mean(1)
+    )
+
+
+@pytest.mark.parametrize("precision", ["float32", "autocast", "bf16 weights", "bf16 pipeline"])
+@families
+def test_every_trainable_step_has_exactly_the_recorded_log_prob_and_a_gradient(family, precision):
+    build, _ = PIPELINES[family]
+    pipe = build()
+    denoiser = denoiser_of(pipe).requires_grad_(True)
+    if precision == "bf16 weights":
+        denoiser.to(torch.bfloat16)
+    if precision == "bf16 pipeline":
+        pipe.to(torch.bfloat16)
+    replayer = PipelineReplayer(pipe)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision in ("autocast", "bf16 weights")):
+        rollout = replayer.sample(**call_of(family))
+        for step in rollout.trainable_steps:
+            log_prob = replayer.replay(rollout, step).log_prob
+            assert torch.equal(log_prob, rollout.log_probs[:, step])
+            assert log_prob.dtype == torch.float32
+    log_prob.sum().backward()
+    attention = [p for name, p in denoiser.named_parameters() if ".to_" in name and p.ndim == 2]
+    assert len(attention) >= 7
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in attention)
+
+
+@pytest.mark.parametrize("noise_schedule", ["dance_grpo", "cps"])
+def test_the_other_noise_schedules(noise_schedule):
+    pipe = sd3_pipeline()
+    replayer = PipelineReplayer(pipe, stochastic_scheduler(pipe, noise_schedule=noise_schedule))
+    rollout = replayer.sample(**call_of("sd3"))
+    assert rollout.trainable_steps == ((0, 1, 2) if noise_schedule == "cps" else (0, 1, 2, 3))
+    assert rollout.log_probs[:, 3].isnan().all() == (noise_schedule == "cps")
+    assert torch.equal(log_probs_of(replayer, rollout), rollout.log_probs[:, rollout.trainable_steps])
+
+
+def test_steps_without_density_cannot_be_replayed():
+    pipe = sd3_pipeline()
+    replayer = PipelineReplayer(pipe, stochastic_scheduler(pipe, noise_schedule="cps"))
+    rollout = replayer.sample(**call_of("sd3"))
+    with pytest.raises(
+        ValueError, match=r"Step 3 has no density; the trainable steps of this rollout are \[0, 1, 2\]"
+    ):
+        replayer.replay(rollout, 3)
+
+
+@families
+def test_under_no_grad_there_is_no_graph(family):
+    replayer, rollout = replayer_and_rollout(family)
+    denoiser_of(replayer.pipe).requires_grad_(True)
+    with torch.no_grad():
+        step = replayer.replay(rollout, 1)
+    assert not step.log_prob.requires_grad and not step.model_output.requires_grad
+    assert replayer.replay(rollout, 1).log_prob.requires_grad
+    assert not rollout.log_probs.requires_grad and not any(step.sample.requires_grad for step in rollout.steps)
+
+
+# Gradients
+
+
+def test_the_gradient_is_that_of_a_step_of_sd3_written_out():
+    pipe = sd3_pipeline()
+    replayer = PipelineReplayer(pipe)
+    rollout = replayer.sample(**call_of("sd3", guidance_scale=4.5))
+    parameters = list(pipe.transformer.requires_grad_(True).parameters())
+    got = torch.autograd.grad(replayer.replay(rollout, 2).log_prob.sum(), parameters, allow_unused=True)
+
+    with torch.no_grad():
+        embeds, negative, pooled, negative_pooled = pipe.encode_prompt(
+            PROMPTS, None, None, do_classifier_free_guidance=True, max_sequence_length=8
+        )
+    sigmas = replayer.scheduler.sigmas
+    x, following, sigma, dt = rollout.steps[2].sample, rollout.steps[2].prev_sample, sigmas[2], sigmas[3] - sigmas[2]
+    unconditional, conditional = pipe.transformer(
+        hidden_states=torch.cat([x, x]),
+        timestep=(1000 * sigma).expand(4),
+        encoder_hidden_states=torch.cat([negative, embeds]),
+        pooled_projections=torch.cat([negative_pooled, pooled]),
+        return_dict=False,
+    )[0].chunk(2)
+    v = unconditional + 4.5 * (conditional - unconditional)
+    s = 0.7 * (sigma / (1 - sigma)).sqrt()
+    mean = x * (1 + s**2 * dt / (2 * sigma)) + v * dt * (1 + s**2 * (1 - sigma) / (2 * sigma))
+    log_prob = Normal(mean, s * (-dt).sqrt()).log_prob(following).mean(dim=(1, 2, 3))
+    torch.testing.assert_close(log_prob.detach(), rollout.log_probs[:, 2])
+    expected = torch.autograd.grad(log_prob.sum(), parameters, allow_unused=True)
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@families
+def test_the_gradient_is_the_slope_of_the_log_prob(family):
+    replayer, rollout = replayer_and_rollout(family)
+    weight = next(p for name, p in denoiser_of(replayer.pipe).named_parameters() if name.endswith("to_v.weight"))
+    weight.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(replayer.replay(rollout, 1).log_prob.sum(), weight)
+    direction = 0.02 * gradient / gradient.norm()
+
+    def log_prob(offset: torch.Tensor) -> float:
+        with torch.no_grad():
+            weight.add_(offset)
+            value = replayer.replay(rollout, 1).log_prob.double().sum().item()
+            weight.sub_(offset)
+        return value
+
+    slope = (log_prob(direction) - log_prob(-direction)) / 2
+    assert slope == pytest.approx(0.02 * gradient.norm().item(), rel=0.02, abs=1e-6)
+
+
+def test_gradient_checkpointing_gives_the_same_gradient():
+    replayer, rollout = replayer_and_rollout("sd3")
+    transformer = replayer.pipe.transformer.requires_grad_(True)
+    weight = transformer.transformer_blocks[0].attn.to_q.weight
+    (expected,) = torch.autograd.grad(replayer.replay(rollout, 1).log_prob.sum(), weight)
+    transformer.enable_gradient_checkpointing()
+    transformer.train()
+    step = replayer.replay(rollout, 1)
+    assert torch.equal(step.log_prob, rollout.log_probs[:, 1])
+    torch.testing.assert_close(torch.autograd.grad(step.log_prob.sum(), weight)[0], expected)
+
+
+# The pipeline is left as it was found
+
+
+def state_of(pipe) -> tuple:
+    components = {
+        name: {key: id(value) for key, value in module.__dict__.items()}
+        for name, module in pipe.components.items()
+        if isinstance(module, torch.nn.Module) and module is not denoiser_of(pipe)  # diffusers hooks into FLUX's
+    }
+    attributes = {key: id(value) for key, value in pipe.__dict__.items()}
+    return type(pipe), attributes, components, torch.get_rng_state().tolist(), torch.is_grad_enabled()
+
+
+@families
+def test_the_pipeline_and_the_random_state_are_left_as_they_were(family):
+    build, _ = PIPELINES[family]
+    pipe = build()
+    replayer = PipelineReplayer(pipe)
+    torch.manual_seed(3)
+    before = state_of(pipe)
+    rollout = replayer.sample(**call_of(family))
+    assert state_of(pipe) == before
+    replayer.replay(rollout, 1)
+    assert state_of(pipe) == before
+    rollout.steps[1].sample = rollout.steps[1].sample + 1
+    with pytest.raises(ReplayError):
+        replayer.replay(rollout, 1)
+    assert state_of(pipe) == before
+    with pytest.raises(ValueError, match="prompt"):
+        replayer.sample(**call_of(family, prompt=None))
+    assert state_of(pipe) == before and replayer.scheduler.controller is None
+
+
+def test_the_pipeline_is_usable_with_its_own_scheduler_after_an_error():
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(pipe, index, timestep, kwargs):
+        raise Interrupted
+
+    pipe = sd3_pipeline()
+    expected = pipe(**call_of("sd3")).images
+    before = state_of(pipe)
+    with pytest.raises(Interrupted):
+        PipelineReplayer(pipe).sample(**call_of("sd3", callback_on_step_end=interrupt))
+    assert state_of(pipe) == before
+    np.testing.assert_array_equal(pipe(**call_of("sd3")).images, expected)
+
+
+@families
+def test_encoders_and_vae_are_not_needed_for_training(family):
+    replayer, rollout = replayer_and_rollout(family)
+    for name, module in replayer.pipe.components.items():
+        if isinstance(module, torch.nn.Module) and name not in replayer.models:
+            module.to("meta")
+    assert torch.equal(log_probs_of(replayer, rollout), rollout.log_probs)
+
+
+# Noise
+
+
+@pytest.mark.parametrize("how", ["zero noise", "empty window"])
+@families
+def test_without_noise_the_images_are_those_of_a_plain_call(family, how):
+    build, _ = PIPELINES[family]
+    pipe = build()
+    expected = pipe(**call_of(family)).images
+    scheduler = (
+        stochastic_scheduler(pipe, noise_level=0.0, eta=0.0) if how == "zero noise" else stochastic_scheduler(pipe)
+    )
+    if how == "empty window":
+        scheduler.window = range(0)
+    rollout = PipelineReplayer(pipe, scheduler).sample(**call_of(family))
+    assert rollout.trainable_steps == () and rollout.log_probs.isnan().all()
+    np.testing.assert_allclose(rollout.images, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("generator", ["one", "list", "none"])
+def test_the_kinds_of_generator(generator):
+    def sample():
+        torch.manual_seed(8)
+        given = {"one": torch.Generator().manual_seed(0), "list": seeded(0, 1), "none": None}[generator]
+        return replayer.sample(**call_of("sd3", generator=given))
+
+    replayer = PipelineReplayer(sd3_pipeline())
+    rollout, again = sample(), sample()
+    assert torch.equal(log_probs_of(replayer, rollout), rollout.log_probs)
+    np.testing.assert_array_equal(rollout.images, again.images)  # reproducible
+    x, following = rollout.steps[0].sample, rollout.steps[0].prev_sample
+    assert not torch.equal(x[0], x[1]) and not torch.equal(following[0] - x[0], following[1] - x[1])
+
+
+def test_a_generator_that_is_used_again_gives_new_noise():
+    replayer, (generator,) = PipelineReplayer(sd3_pipeline()), seeded(0)
+    rollouts = [replayer.sample(**call_of("sd3", generator=generator)) for _ in range(2)]
+    noise = []
+    for rollout in rollouts:
+        assert torch.equal(log_probs_of(replayer, rollout), rollout.log_probs)  # from the state that it had
+        step = replayer.replay(rollout, 0)
+        noise.append((rollout.steps[0].prev_sample - step.mean) / step.std)
+    correlation = torch.corrcoef(torch.stack([noise[0].flatten(), noise[1].flatten()]))[0, 1]
+    assert abs(correlation.item()) < 0.2
+    starts = [rollout.steps[0].sample.flatten() for rollout in rollouts]
+    assert abs(torch.corrcoef(torch.stack([starts[0], noise[0].flatten()]))[0, 1].item()) < 0.2
+
+
+def test_samples_with_the_same_seed_start_alike_and_part_at_the_first_step():
+    """`init_same_noise`: one generator seed for all samples of a group."""
+    _, rollout = replayer_and_rollout("sd3", prompt=[PROMPTS[0]] * 3, generator=seeded(7, 7, 7))
+    x, following = rollout.steps[0].sample, rollout.steps[0].prev_sample
+    assert torch.equal(x[0], x[1]) and torch.equal(x[1], x[2])
+    assert not torch.equal(following[0], following[1]) and not torch.equal(following[1], following[2])
+
+
+@families
+def test_with_a_noise_generator_each_a_sample_does_not_depend_on_its_batch(family):
+    build, _ = PIPELINES[family]
+    replayer = PipelineReplayer(build())
+    together = replayer.sample(**call_of(family), noise_generator=seeded(10, 11))
+    alone = replayer.sample(**call_of(family, prompt=PROMPTS[1:], generator=seeded(1)), noise_generator=seeded(11))
+    for both, one in zip(together.steps, alone.steps, strict=True):
+        torch.testing.assert_close(both.prev_sample[1:], one.prev_sample, rtol=1e-3, atol=1e-3)
+
+
+def test_as_many_noise_generators_as_images():
+    replayer = PipelineReplayer(sd3_pipeline())
+    rollout = replayer.sample(
+        **call_of("sd3", generator=None), num_images_per_prompt=2, noise_generator=seeded(1, 2, 3, 4)
+    )
+    assert len(rollout) == 4
+    with pytest.raises(ValueError, match="denoises 4 samples, but 2 noise generators"):
+        replayer.sample(**call_of("sd3", generator=None), num_images_per_prompt=2, noise_generator=seeded(1, 2))
+
+
+# Windows, schedulers, other calls
+
+
+def test_only_the_steps_in_the_window_are_stochastic():
+    pipe = sd3_pipeline()
+    scheduler = stochastic_scheduler(pipe)
+    replayer = PipelineReplayer(pipe, scheduler)
+    scheduler.window = range(1, 3)
+    rollout = replayer.sample(**call_of("sd3"))
+    assert rollout.trainable_steps == (1, 2)
+    assert rollout.log_probs.isnan().any(0).tolist() == [True, False, False, True]
+    scheduler.window = range(0, 1)  # that of a later rollout
+    assert torch.equal(log_probs_of(replayer, rollout), rollout.log_probs[:, 1:3])
+    assert scheduler.window == range(0, 1)
+
+
+def test_a_stochastic_scheduler_of_the_pipeline_s_own_is_used_as_it_is():
+    pipe = sd3_pipeline()
+    pipe.scheduler = FlowSDEScheduler.from_config(pipe.scheduler.config, noise_schedule="cps", noise_level=0.9)
+    replayer = PipelineReplayer(pipe)
+    assert replayer.scheduler is pipe.scheduler
+    rollout = replayer.sample(**call_of("sd3"))
+    assert rollout.trainable_steps == (0, 1, 2) and pipe.scheduler.controller is None
+    assert torch.equal(log_probs_of(replayer, rollout), rollout.log_probs[:, :3])
+
+
+def test_a_scheduler_that_is_not_stochastic_is_refused():
+    pipe = sd3_pipeline()
+    with pytest.raises(
+        TypeError, match="must be a FlowSDEScheduler or a DDIMSDEScheduler, but it is a FlowMatchEuler"
+    ):
+        PipelineReplayer(pipe, pipe.scheduler)
+
+
+def test_image_to_image_starts_in_the_middle_of_the_schedule():
+    pipe = StableDiffusion3Img2ImgPipeline(**sd3_pipeline().components)
+    pipe.set_progress_bar_config(disable=True)
+    replayer = PipelineReplayer(pipe)
+    image = torch.rand(2, 3, 16, 16, generator=seeded(0)[0])
+    rollout = replayer.sample(**call_of("sd3"), image=image, strength=0.5)
+    assert [step.index for step in rollout.steps] == [2, 3] and rollout.trainable_steps == (0, 1)
+    pipe.vae.to("meta")
+    assert torch.equal(log_probs_of(replayer, rollout), rollout.log_probs)
+
+
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_latents_may_be_changed_in_place_between_steps(family):
+    """Kandinsky 5 does it, and so may a callback; here the left half is kept grey."""
+
+    def keep(pipe, index, timestep, kwargs):
+        kwargs["latents"][..., :4] = 0
+        return kwargs
+
+    replayer, rollout = replayer_and_rollout(family, callback_on_step_end=keep)
+    assert not rollout.steps[1].sample[..., :4].any() and rollout.steps[0].prev_sample[..., :4].any()
+    assert torch.equal(log_probs_of(replayer, rollout), rollout.log_probs)
+
+
+def test_guidance_by_two_calls_of_the_denoiser():
+    replayer, rollout = replayer_and_rollout("flux", negative_prompt=["", ""], true_cfg_scale=2.0)
+    assert all(len(step.outputs) == 2 for step in rollout.steps)
+    assert torch.equal(log_probs_of(replayer, rollout), rollout.log_probs)
+
+
+def test_a_rollout_is_saved_and_restored():
+    replayer, rollout = replayer_and_rollout("flux", negative_prompt=["", ""], true_cfg_scale=2.0)
+    file = io.BytesIO()
+    torch.save(rollout.state(), file)
+    file.seek(0)
+    call = call_of("flux", negative_prompt=["", ""], true_cfg_scale=2.0, generator=seeded(8, 9))  # seeds do not matter
+    with torch.no_grad():
+        replayer.pipe.transformer.proj_out.bias += 0.5  # nor the weights by then, if put back before the replay
+        restored = PipelineReplayer(replayer.pipe).restore(torch.load(file, weights_only=True), call)
+        replayer.pipe.transformer.proj_out.bias -= 0.5
+    assert torch.equal(restored.log_probs, rollout.log_probs) and restored.trainable_steps == rollout.trainable_steps
+    assert torch.equal(log_probs_of(replayer, restored), rollout.log_probs)
+
+
+def test_the_window_is_restored():
+    pipe = sd_pipeline()
+    scheduler = stochastic_scheduler(pipe)
+    replayer = PipelineReplayer(pipe, scheduler)
+    scheduler.window = range(0, 4, 2)
+    rollout = replayer.sample(**call_of("sd"))
+    assert rollout.trainable_steps == (0, 2)
+    restored = replayer.restore(rollout.state(), call_of("sd"))
+    assert restored.window == range(0, 4, 2)
+    assert torch.equal(log_probs_of(replayer, restored), rollout.log_probs[:, [0, 2]])
+
+
+# Other weights
+
+
+@pytest.mark.parametrize("family", ["sd", "sd3", "flux"])
+def test_the_reference_is_the_base_model(family):
+    build, _ = PIPELINES[family]
+    pipe = build()
+    denoiser_of(pipe).add_adapter(LORA)
+    replayer = PipelineReplayer(pipe)
+    rollout = replayer.sample(**call_of(family))
+    policy, reference = replayer.replay(rollout, 1), replayer.reference(rollout, 1)
+    assert policy.log_prob.requires_grad and not reference.log_prob.requires_grad
+    assert not torch.allclose(policy.mean, reference.mean)
+    base = PipelineReplayer(build())
+    with torch.no_grad():
+        assert torch.equal(reference.log_prob, base.replay(rollout, 1).log_prob)
+    assert torch.equal(replayer.replay(rollout, 1).log_prob, policy.log_prob)  # adapters are enabled again
+
+
+def test_the_reference_leaves_frozen_adapters_frozen():
+    pipe = sd3_pipeline()
+    pipe.transformer.add_adapter(LORA, adapter_name="style")
+    pipe.transformer.add_adapter(LORA, adapter_name="policy")
+    pipe.transformer.set_adapters(["style", "policy"])
+    for name, parameter in pipe.transformer.named_parameters():
+        parameter.requires_grad_(".policy." in name)
+    replayer = PipelineReplayer(pipe)
+    rollout = replayer.sample(**call_of("sd3"))
+    before = [parameter.requires_grad for parameter in pipe.transformer.parameters()]
+    replayer.reference(rollout, 1)
+    assert [parameter.requires_grad for parameter in pipe.transformer.parameters()] == before
+    assert torch.equal(log_probs_of(replayer, rollout), rollout.log_probs)
+
+
+def test_the_adapters_are_enabled_again_after_an_error():
+    pipe = sd3_pipeline()
+    pipe.transformer.add_adapter(LORA)
+    replayer = PipelineReplayer(pipe)
+    rollout = replayer.sample(**call_of("sd3"))
+    with pytest.raises(ValueError, match="Step 9 has no density"):
+        replayer.reference(rollout, 9)
+    assert torch.equal(log_probs_of(replayer, rollout), rollout.log_probs)
+
+
+def test_without_adapters_the_reference_is_a_frozen_copy():
+    replayer, rollout = replayer_and_rollout("sd3")
+    with pytest.raises(ValueError, match="no adapter to disable; pass `models`"):
+        replayer.reference(rollout, 0)
+    frozen = copy.deepcopy(replayer.pipe.transformer)
+    with torch.no_grad():
+        replayer.pipe.transformer.proj_out.weight.mul_(1.5)
+    assert torch.equal(replayer.reference(rollout, 2, {"transformer": frozen}).log_prob, rollout.log_probs[:, 2])
+    assert not torch.allclose(replayer.replay(rollout, 2).log_prob, rollout.log_probs[:, 2])
+
+
+def test_models_are_called_in_place_of_the_denoiser_and_at_one_step_alone():
+    replayer, rollout = replayer_and_rollout("flux", negative_prompt=["", ""], true_cfg_scale=2.0)
+    transformer, calls = replayer.pipe.transformer, []
+
+    def wrapped(*args, **kwargs):  # as DDP, FSDP or torch.compile would
+        calls.append(kwargs["timestep"])
+        return transformer(*args, **kwargs)
+
+    assert torch.equal(replayer.replay(rollout, 3, models={"transformer": wrapped}).log_prob, rollout.log_probs[:, 3])
+    assert len(calls) == 2  # with and without the prompt
+    replayer.models["transformer"] = wrapped
+    replayer.sample(**call_of("flux"))
+    assert len(calls) == 2 + 4
+
+
+def test_the_denoiser_in_ddp(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        pipe = sd3_pipeline()
+        pipe.transformer.add_adapter(LORA)
+        replayer = PipelineReplayer(pipe)
+        replayer.models["transformer"] = torch.nn.parallel.DistributedDataParallel(pipe.transformer)
+        rollout = replayer.sample(**call_of("sd3"))
+        for step in rollout.trainable_steps:
+            log_prob = replayer.replay(rollout, step).log_prob
+            assert torch.equal(log_prob, rollout.log_probs[:, step])
+            log_prob.sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(p.grad is not None for name, p in pipe.transformer.named_parameters() if "lora" in name)
+
+
+def test_unknown_models_are_refused():
+    replayer, rollout = replayer_and_rollout("sd")
+    with pytest.raises(ValueError, match=r"models has \['transformer'\], but the pipeline's denoisers are \['unet'\]"):
+        replayer.replay(rollout, 0, models={"transformer": replayer.pipe.unet})
+
+
+def test_a_replay_follows_the_weights():
+    """The log-prob rises along its gradient: what a trainer relies on."""
+    replayer, rollout = replayer_and_rollout("sd")
+    bias = replayer.pipe.unet.conv_out.bias.requires_grad_(True)
+    log_prob = replayer.replay(rollout, 2).log_prob.sum()
+    (gradient,) = torch.autograd.grad(log_prob, bias)
+    with torch.no_grad():
+        bias += 1e-3 * gradient
+        assert replayer.replay(rollout, 2).log_prob.sum() > log_prob
+
+
+# What cannot be replayed is said to be so
+
+
+class Unseeded(StableDiffusion3Pipeline):
+    """Draws its latents from numpy."""
+
+    def prepare_latents(self, *args, **kwargs):
+        latents = super().prepare_latents(*args, **kwargs)
+        return latents + torch.from_numpy(np.random.default_rng().standard_normal(latents.shape)).to(latents)
+
+
+def test_randomness_that_is_not_torch_s_in_the_initial_latents():
+    pipe = Unseeded(**sd3_pipeline().components)
+    pipe.set_progress_bar_config(disable=True)
+    replayer = PipelineReplayer(pipe)
+    rollout = replayer.sample(**call_of("sd3"))
+    with pytest.raises(ReplayError, match="At step 0 the latents differ .* up to .*not reproducible from `generator`"):
+        replayer.replay(rollout, 0)
+
+
+def test_randomness_that_is_not_torch_s_between_steps():
+    def disturb(pipe, index, timestep, kwargs):
+        return {"latents": kwargs["latents"] + float(np.random.default_rng().standard_normal())}
+
+    replayer, rollout = replayer_and_rollout("sd3", callback_on_step_end=disturb)
+    assert torch.equal(replayer.replay(rollout, 0).log_prob, rollout.log_probs[:, 0])
+    with pytest.raises(ReplayError, match="At step 2 .* outside of scheduler.step, and not reproducibly"):
+        replayer.replay(rollout, 2)
+
+
+def test_randomness_of_torch_s_global_generator_is_replayed():
+    def disturb(pipe, index, timestep, kwargs):
+        return {"latents": kwargs["latents"] + 0.1 * torch.randn(1)}
+
+    replayer, rollout = replayer_and_rollout("sd3", callback_on_step_end=disturb)
+    torch.randn(5)
+    assert torch.equal(log_probs_of(replayer, rollout), rollout.log_probs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "step", "message"),
+    [
+        ({"generator": seeded(5, 6)}, 0, None),  # the recorded states count
+        ({"latents": torch.zeros(2, 4, 8, 8)}, 0, "the latents differ from the recorded ones"),
+        ({"height": 24}, 0, r"the latents are \(2, 4, 12, 8\) .*; recorded were \(2, 4, 8, 8\)"),
+        ({"num_inference_steps": 2}, 3, "returned before step 3; 4 steps were recorded"),
+    ],
+)
+def test_changed_arguments(changes, step, message):
+    replayer, rollout = replayer_and_rollout("sd")
+    rollout.call.update(changes)
+    if message is None:
+        assert torch.equal(replayer.replay(rollout, step).log_prob, rollout.log_probs[:, step])
+    else:
+        with pytest.raises(ReplayError, match=message):
+            replayer.replay(rollout, step)
+
+
+def test_fewer_calls_of_the_denoiser_than_recorded():
+    replayer, rollout = replayer_and_rollout("flux", negative_prompt=["", ""], true_cfg_scale=2.0)
+    rollout.call["true_cfg_scale"] = 1.0
+    with pytest.raises(ReplayError, match=r"after 2 denoiser call\(s\), but the replay is at index 0 after 1"):
+        replayer.replay(rollout, 1)
+
+
+def test_more_calls_of_the_denoiser_than_recorded():
+    replayer, rollout = replayer_and_rollout("flux", negative_prompt=["", ""], true_cfg_scale=2.0)
+    for step in rollout.steps:
+        step.outputs.pop()
+    with pytest.raises(
+        ReplayError, match=r"At step 0 .* called the denoiser more often than the 1 time\(s\) recorded"
+    ):
+        replayer.replay(rollout, 1)
+
+
+def test_other_calls_of_the_frozen_components_than_recorded():
+    replayer, rollout = replayer_and_rollout("flux")
+    rollout.call.update(negative_prompt=["", ""], true_cfg_scale=2.0)
+    with pytest.raises(ReplayError, match="called 'encode_prompt' where sampling called nothing"):
+        replayer.replay(rollout, 1)
+
+
+def test_a_scheduler_stepped_without_the_denoiser():
+    class Twice(StableDiffusion3Pipeline):
+        def prepare_latents(self, *args, **kwargs):
+            latents = super().prepare_latents(*args, **kwargs)
+            return self.scheduler.step(latents, self.scheduler.timesteps[0], latents).prev_sample
+
+    pipe = Twice(**sd3_pipeline().components)
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match="stepped at index 0 without a call of the denoiser"):
+        PipelineReplayer(pipe).sample(**call_of("sd3"))
+
+
+def test_a_pipeline_without_steps():
+    class Idle(StableDiffusion3Pipeline):
+        def __call__(self, prompt=None, generator=None, **kwargs):
+            return (torch.zeros(len(prompt), 3, 16, 16),)
+
+    with pytest.raises(ValueError, match=r"Idle finished without calling scheduler\.step"):
+        PipelineReplayer(Idle(**sd3_pipeline().components)).sample(**call_of("sd3"))
+
+
+def test_the_ratio_of_a_ddim_policy_with_less_noise():
+    pipe = sd_pipeline("v_prediction")
+    replayer = PipelineReplayer(pipe, DDIMSDEScheduler.from_config(pipe.scheduler.config, eta=0.2))
+    rollout = replayer.sample(**call_of("sd-v"))
+    assert measure_ratio(replayer, rollout).deviations == {0: 0.0, 1: 0.0, 2: 0.0, 3: 0.0}

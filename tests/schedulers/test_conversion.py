@@ -1,0 +1,151 @@
+import pytest
+import torch
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    TCDScheduler,
+    UniPCMultistepScheduler,
+)
+
+from slas_trl.schedulers import DDIMSDEScheduler, FlowSDEScheduler, stochastic_scheduler
+from tests.tiny_pipelines import flux_pipeline, sd3_pipeline, sd_pipeline
+
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def converted(scheduler, **options):
+    pipe = sd_pipeline()
+    pipe.scheduler = scheduler
+    return stochastic_scheduler(pipe, **options)
+
+
+def test_the_scheduler_that_stable_diffusion_comes_with():
+    pndm = PNDMScheduler(**BETAS, set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1)
+    ddim = converted(pndm)
+    assert type(ddim) is DDIMSDEScheduler and ddim.config.eta == 1.0
+    assert ddim.config.clip_sample is False  # PNDM does not know of it, and DDIM would clip latents at 1
+    assert ddim.config.set_alpha_to_one is False and ddim.config.steps_offset == 1
+    torch.testing.assert_close(ddim.alphas_cumprod, pndm.alphas_cumprod, rtol=0, atol=0)
+    ddim.set_timesteps(50)
+    assert ddim.timesteps.tolist() == list(range(981, 0, -20))
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler(
+            **BETAS, prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True
+        ),
+        DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample_range=2.0),
+        DPMSolverMultistepScheduler(**BETAS, algorithm_type="dpmsolver++", use_karras_sigmas=True),
+        UniPCMultistepScheduler(**BETAS, prediction_type="v_prediction"),
+        EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1),
+        EulerAncestralDiscreteScheduler(**BETAS),
+        DDIMScheduler(trained_betas=[0.01] * 1000),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_schedulers_with_betas_become_ddim_with_the_same_noise_levels_and_prediction(scheduler):
+    ddim = converted(scheduler, eta=0.6)
+    assert type(ddim) is DDIMSDEScheduler and ddim.config.eta == 0.6
+    torch.testing.assert_close(ddim.alphas_cumprod, scheduler.alphas_cumprod.float(), rtol=0, atol=1e-6)
+    for key in ("prediction_type", "timestep_spacing", "steps_offset", "clip_sample_range"):
+        assert ddim.config[key] == scheduler.config.get(key, ddim.config[key])
+    assert ddim.config.clip_sample == scheduler.config.get("clip_sample", False)
+
+
+@pytest.mark.parametrize("rescale_betas_zero_snr", [False, True])
+def test_a_shifted_signal_to_noise_ratio_is_kept(rescale_betas_zero_snr):
+    """CogView 3+; DDIM has no argument for it, so its betas are spelled out."""
+    stock = CogVideoXDDIMScheduler(
+        **BETAS,
+        snr_shift_scale=4.0,
+        rescale_betas_zero_snr=rescale_betas_zero_snr,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+    ddim = converted(stock, eta=0.0)
+    torch.testing.assert_close(ddim.alphas_cumprod.double(), stock.alphas_cumprod.double(), rtol=1e-4, atol=1e-6)
+    x = y = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for scheduler in (stock, ddim):
+        scheduler.set_timesteps(6)
+    for t in stock.timesteps:
+        x = stock.step(x.tanh(), t, x).prev_sample
+        y = ddim.step(y.tanh(), t, y).prev_sample
+    torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-4)
+
+
+def test_flow_matching_keeps_every_field():
+    scheduler = stochastic_scheduler(flux_pipeline())
+    assert type(scheduler) is FlowSDEScheduler
+    assert scheduler.config.use_dynamic_shifting is True and scheduler.config.shift == 3.0
+    assert scheduler.config.noise_schedule == "flow_grpo" and scheduler.config.noise_level == 0.7
+
+
+def test_the_noise_level_follows_the_noise_schedule_unless_given():
+    pipe = sd3_pipeline()
+    assert stochastic_scheduler(pipe, noise_schedule="dance_grpo").config.noise_level == 0.3
+    assert stochastic_scheduler(pipe, noise_schedule="cps").config.noise_level == 0.7
+    assert stochastic_scheduler(pipe, noise_schedule="dance_grpo", noise_level=0.0).config.noise_level == 0.0
+
+
+def test_the_pipeline_is_not_changed():
+    pipe = sd3_pipeline()
+    before = pipe.scheduler
+    stochastic_scheduler(pipe)
+    assert pipe.scheduler is before and type(before) is FlowMatchEulerDiscreteScheduler
+
+
+@pytest.mark.parametrize("solver", [UniPCMultistepScheduler, DPMSolverMultistepScheduler])
+def test_solvers_for_flow_matching_become_flow_matching_with_their_shift(solver):
+    flow = converted(solver(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0))
+    assert type(flow) is FlowSDEScheduler and flow.config.shift == 5.0
+    stock = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    flow.set_timesteps(10)
+    stock.set_timesteps(10)
+    torch.testing.assert_close(flow.sigmas, stock.sigmas)
+
+
+def test_a_shift_that_was_set_later_is_kept():
+    stock = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    stock.set_shift(6.0)
+    flow = converted(stock)
+    flow.set_timesteps(10)
+    stock.set_timesteps(10)
+    torch.testing.assert_close(flow.sigmas, stock.sigmas, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        EDMEulerScheduler(),
+        FlowMatchHeunDiscreteScheduler(),
+        LCMScheduler(),
+        TCDScheduler(),
+        DPMSolverMultistepScheduler(prediction_type="flow_prediction"),  # with betas, not with flow sigmas
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_schedulers_without_a_stochastic_counterpart_are_refused(scheduler):
+    with pytest.raises(
+        ValueError, match=rf"{type(scheduler).__name__} cannot be turned into .*FlowSDEScheduler\(\.\.\.\)"
+    ):
+        converted(scheduler)
+
+
+def test_what_the_flow_scheduler_refuses_is_refused():
+    with pytest.raises(ValueError, match="stochastic_sampling"):
+        converted(FlowMatchEulerDiscreteScheduler(stochastic_sampling=True))
+    with pytest.raises(ValueError, match="noise_schedule must be one of"):
+        stochastic_scheduler(sd3_pipeline(), noise_schedule="ddpo")

@@ -1,0 +1,292 @@
+import inspect
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from torch.distributions import Normal
+
+from slas_trl.schedulers import FlowSDEScheduler
+from tests.tiny_pipelines import PIPELINES, sd3_pipeline
+
+
+SCHEDULES = {"flow_grpo": 0.7, "dance_grpo": 0.3, "cps": 0.5}
+
+
+def scheduler_with(noise_schedule: str, noise_level: float | None = None, sigmas=(1.0, 0.75, 0.5, 0.25)):
+    level = SCHEDULES[noise_schedule] if noise_level is None else noise_level
+    scheduler = FlowSDEScheduler(noise_schedule=noise_schedule, noise_level=level)
+    scheduler.set_timesteps(sigmas=list(sigmas))
+    return scheduler
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(2 * x) - sigma
+
+
+# The Gaussian of one step
+
+
+@pytest.mark.parametrize(
+    ("noise_schedule", "index", "mean", "std"),
+    [
+        # At σ = 1 the denominator takes the second σ: s = 0.7·√(1/0.25) = 1.4.
+        ("flow_grpo", 0, 1 - 1.96 * 0.25 / 2 - 0.5, 1.4 * 0.5),
+        ("flow_grpo", 2, (1 - 0.49 * 0.25) - 0.5 * (1 + 0.49 * 0.5), 0.35),
+        ("flow_grpo", 3, 0.295833, 0.202073),  # s² = 0.49/3
+        ("dance_grpo", 0, 1 - 0.09 * 0.25 / 2 - 0.5, 0.15),
+        ("dance_grpo", 2, 0.9775 - 0.5225, 0.15),
+        ("dance_grpo", 3, 0.955 - 0.5675, 0.15),
+        # sin(π/4) = √½ of the next noise level is fresh; x0 = -1, 0, 0.5 and x1 = 1, 2, 2.5
+        ("cps", 0, -0.25 + 0.75 * math.sqrt(0.5), 0.75 * math.sqrt(0.5)),
+        ("cps", 2, 2 * 0.25 * math.sqrt(0.5), 0.25 * math.sqrt(0.5)),
+        ("cps", 3, 0.5, 0.0),  # the final step is the predicted image
+    ],
+)
+def test_one_step_by_hand(noise_schedule, index, mean, std):
+    scheduler = scheduler_with(noise_schedule)  # σ = 1, 0.75, 0.5, 0.25, 0
+    x, v = torch.full((1, 1, 1, 1), 1.0), torch.full((1, 1, 1, 1), 2.0)
+    got_mean, got_std = scheduler.transition(v, x, index)
+    assert got_mean.item() == pytest.approx(mean, abs=1e-6)
+    assert got_std.item() == pytest.approx(std, abs=1e-6)
+
+
+def reference_transition(noise_schedule, level, x, v, sigma, sigma_next, second_sigma):
+    """docs: the step policy, in float64 and without the package."""
+    dt = sigma_next - sigma
+    if noise_schedule == "cps":
+        std = sigma_next * np.sin(level * np.pi / 2)
+        x0, x1 = x - sigma * v, x + (1 - sigma) * v
+        return (1 - sigma_next) * x0 + np.sqrt(sigma_next**2 - std**2) * x1, std
+    s = level if noise_schedule == "dance_grpo" else level * np.sqrt(sigma / (1 - min(sigma, second_sigma)))
+    mean = x * (1 + s**2 * dt / (2 * sigma)) + v * dt * (1 + s**2 * (1 - sigma) / (2 * sigma))
+    return mean, s * np.sqrt(-dt)
+
+
+@pytest.mark.parametrize("noise_schedule", SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 2, 10])
+def test_every_step_agrees_with_the_formulas_in_float64(noise_schedule, steps):
+    level = SCHEDULES[noise_schedule]
+    scheduler = FlowSDEScheduler(shift=3.0, noise_schedule=noise_schedule, noise_level=level)
+    scheduler.set_timesteps(steps)
+    x, v = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)
+    sigmas = scheduler.sigmas.double().numpy()
+    for index in range(steps):
+        mean, std = scheduler.transition(v, x, index)
+        expected_mean, expected_std = reference_transition(
+            noise_schedule, level, x.double().numpy(), v.double().numpy(), sigmas[index], sigmas[index + 1], sigmas[1]
+        )
+        np.testing.assert_allclose(mean.numpy(), expected_mean, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(std.numpy(), expected_std, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("noise_schedule", SCHEDULES)
+def test_samples_have_the_mean_and_the_std_of_the_transition(noise_schedule):
+    scheduler = scheduler_with(noise_schedule)
+    x, v = torch.full((1, 1, 300, 300), 0.8), torch.full((1, 1, 300, 300), -0.4)
+    mean, std = scheduler.transition(v, x, 1)
+    generator = torch.Generator().manual_seed(0)
+    samples = scheduler.step(v, scheduler.timesteps[1], x, generator=generator).prev_sample
+    assert samples.mean().item() == pytest.approx(mean.mean().item(), abs=4 * std.item() / 300)
+    assert samples.std().item() == pytest.approx(std.item(), rel=0.01)
+
+
+@pytest.mark.parametrize("noise_schedule", SCHEDULES)
+def test_log_prob_is_the_mean_over_elements_of_the_normal_density(noise_schedule):
+    scheduler = scheduler_with(noise_schedule)
+    x, v = randn(3, 4, 8, 8), randn(3, 4, 8, 8, seed=1)
+    mean, std = scheduler.transition(v, x, 1)
+    prev_sample = mean + std * randn(3, 4, 8, 8, seed=2)
+    log_prob = scheduler.log_prob(mean, std, prev_sample)
+    assert log_prob.shape == (3,) and log_prob.dtype == torch.float32
+    torch.testing.assert_close(log_prob, Normal(mean, std).log_prob(prev_sample).mean(dim=(1, 2, 3)))
+
+
+def test_a_step_without_noise_has_no_log_prob():
+    scheduler = scheduler_with("cps")
+    mean, std = scheduler.transition(randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1), 3)
+    assert scheduler.log_prob(mean, std, mean).isnan().all()
+
+
+@pytest.mark.parametrize("noise_schedule", SCHEDULES)
+def test_mean_and_std_are_float32_and_the_sample_keeps_its_dtype(noise_schedule):
+    scheduler = scheduler_with(noise_schedule)
+    x, v = randn(2, 4, 8, 8).bfloat16(), randn(2, 4, 8, 8, seed=1).bfloat16()
+    mean, std = scheduler.transition(v, x, 1)
+    assert mean.dtype == std.dtype == torch.float32
+    torch.testing.assert_close(mean, scheduler.transition(v.float(), x.float(), 1)[0], rtol=0, atol=0)
+    assert scheduler.step(v, scheduler.timesteps[1], x).prev_sample.dtype == torch.bfloat16
+
+
+# What the noise schedules are for
+
+
+def test_cps_keeps_the_noise_level_that_the_model_expects():
+    """With x = (1-σ)·x0 + σ·x1 and the true velocity x1 - x0, the next sample is again of that form."""
+    scheduler = scheduler_with("cps", 0.8)
+    x0, x1 = torch.full((1, 1, 400, 400), 3.0), randn(1, 1, 400, 400)
+    x = (1 - 0.75) * x0 + 0.75 * x1
+    generator = torch.Generator().manual_seed(1)
+    following = scheduler.step(x1 - x0, scheduler.timesteps[1], x, generator=generator).prev_sample
+    noise = following - (1 - 0.5) * x0
+    assert noise.mean().item() == pytest.approx(0, abs=0.005)
+    assert noise.std().item() == pytest.approx(0.5, rel=0.01)
+    mixed = torch.corrcoef(torch.stack([noise.flatten(), x1.flatten()]))[0, 1]
+    assert mixed.item() == pytest.approx(math.cos(0.8 * math.pi / 2), abs=0.01)  # the rest of it is fresh
+
+
+@pytest.mark.parametrize("noise_schedule", ["flow_grpo", "dance_grpo"])
+def test_noise_does_not_change_the_distribution_of_the_images(noise_schedule):
+    """Data N(0, 0.5²) have a velocity in closed form; the SDE has to end at their std, as the ODE does."""
+    scheduler = FlowSDEScheduler(noise_schedule=noise_schedule, noise_level=0.7)
+    scheduler.set_timesteps(400)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 40_000, generator=generator)
+    for t in scheduler.timesteps:
+        sigma = t / 1000
+        variance = (1 - sigma) ** 2 * 0.25 + sigma**2
+        v = (sigma - (1 - sigma) * 0.25) / variance * x  # E[x1 - x0 | x]
+        x = scheduler.step(v, t, x, generator=generator, return_dict=False)[0]
+    assert x.std().item() == pytest.approx(0.5, rel=0.02)
+
+
+# The stock scheduler's limit, and its place
+
+
+@pytest.mark.parametrize("noise_schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "config", [{"shift": 3.0}, {"use_dynamic_shifting": True}, {"use_karras_sigmas": True}], ids=str
+)
+def test_without_noise_a_trajectory_is_that_of_the_stock_scheduler(noise_schedule, config):
+    stock = FlowMatchEulerDiscreteScheduler(**config)
+    ours = FlowSDEScheduler.from_config(stock.config, noise_schedule=noise_schedule, noise_level=0.0)
+    x = y = randn(2, 4, 8, 8)
+    for scheduler in (stock, ours):
+        scheduler.set_timesteps(8, mu=0.8 if scheduler.config.use_dynamic_shifting else None)
+    torch.testing.assert_close(ours.timesteps, stock.timesteps, rtol=0, atol=0)
+    for t in stock.timesteps:
+        x = stock.step(velocity(x, t / 1000), t, x).prev_sample
+        y = ours.step(velocity(y, t / 1000), t, y).prev_sample
+        assert torch.equal(x, y)
+
+
+def test_outside_the_window_the_step_is_the_stock_scheduler_s():
+    scheduler = scheduler_with("flow_grpo")
+    scheduler.window = range(1, 3)
+    x, v = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)
+    stds = [scheduler.transition(v, x, index)[1].item() for index in range(4)]
+    assert [std > 0 for std in stds] == [False, True, True, False]
+    stock = FlowMatchEulerDiscreteScheduler()
+    stock.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    torch.testing.assert_close(
+        scheduler.step(v, scheduler.timesteps[0], x).prev_sample, stock.step(v, stock.timesteps[0], x).prev_sample
+    )
+
+
+def test_set_begin_index_starts_in_the_middle_as_img2img_does():
+    scheduler = scheduler_with("dance_grpo")
+    scheduler.set_begin_index(2)
+    x, v = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    for index in (2, 3):
+        mean, std = scheduler.transition(v, x, index)
+        generator = torch.Generator().manual_seed(3)
+        torch.testing.assert_close(
+            scheduler.step(v, scheduler.timesteps[index], x, generator=generator).prev_sample, mean + std * noise
+        )
+    assert scheduler.step_index == 4
+
+
+@pytest.mark.parametrize("method", ["step", "set_timesteps"])
+def test_signatures_are_the_stock_scheduler_s(method):
+    """Pipelines inspect them, and refuse custom sigmas or pass fewer arguments if they differ."""
+    ours = inspect.signature(getattr(FlowSDEScheduler, method)).parameters.values()
+    stock = inspect.signature(getattr(FlowMatchEulerDiscreteScheduler, method)).parameters.values()
+    assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in stock]
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_standalone_in_a_pipeline(family):
+    build, call = PIPELINES[family]
+    pipe = build()
+
+    def images(noise_level: float | None, seed: int = 0):
+        torch.manual_seed(seed)  # the steps' noise
+        if noise_level is not None:
+            pipe.scheduler = FlowSDEScheduler.from_config(pipe.scheduler.config, noise_level=noise_level)
+        generator = torch.Generator().manual_seed(5)
+        return pipe("a dog", num_inference_steps=4, generator=generator, output_type="latent", **call).images
+
+    stock = images(None)
+    assert torch.equal(images(0.0), stock)
+    noisy = images(0.7)
+    assert noisy.isfinite().all() and not torch.allclose(noisy, stock)
+    assert torch.equal(images(0.7), noisy) and not torch.equal(images(0.7, seed=1), noisy)
+
+
+# Configuration
+
+
+def test_from_config_and_back():
+    stock = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, max_shift=0.9)
+    ours = FlowSDEScheduler.from_config(stock.config, noise_schedule="cps", noise_level=0.4)
+    assert ours.config.noise_schedule == "cps" and ours.config.noise_level == 0.4
+    assert {key: ours.config[key] for key in stock.config if not key.startswith("_")} == {
+        key: value for key, value in stock.config.items() if not key.startswith("_")
+    }
+    assert FlowSDEScheduler.from_config(ours.config).config.noise_schedule == "cps"
+    again = FlowMatchEulerDiscreteScheduler.from_config(ours.config)
+    assert type(again) is FlowMatchEulerDiscreteScheduler and again.config.max_shift == 0.9
+
+
+def test_save_and_load(tmp_path):
+    FlowSDEScheduler(shift=2.0, noise_schedule="dance_grpo", noise_level=0.25).save_pretrained(tmp_path)
+    loaded = FlowSDEScheduler.from_pretrained(tmp_path)
+    assert (loaded.config.shift, loaded.config.noise_schedule, loaded.config.noise_level) == (2.0, "dance_grpo", 0.25)
+
+
+def test_a_pipeline_is_saved_and_loaded_with_it(tmp_path):
+    pipe = sd3_pipeline()
+    pipe.scheduler = FlowSDEScheduler.from_config(pipe.scheduler.config, noise_schedule="cps", noise_level=0.6)
+    pipe.save_pretrained(tmp_path)
+    loaded = StableDiffusion3Pipeline.from_pretrained(tmp_path, text_encoder_3=None, tokenizer_3=None)
+    assert isinstance(loaded.scheduler, FlowSDEScheduler)
+    assert loaded.scheduler.config.noise_schedule == "cps" and loaded.scheduler.config.noise_level == 0.6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"noise_schedule": "ddpo"}, "one of .*'flow_grpo', 'dance_grpo', 'cps'.* but it is 'ddpo'"),
+        ({"noise_level": -0.1}, "noise_level must be at least 0 .*-0.1"),
+        ({"noise_schedule": "cps", "noise_level": 1.5}, "at most 1 with 'cps'.*1.5"),
+        ({"invert_sigmas": True}, "invert_sigmas"),
+        ({"stochastic_sampling": True}, "stochastic_sampling.*noise_schedule='cps' with noise_level=1"),
+    ],
+)
+def test_arguments_without_a_policy_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        FlowSDEScheduler(**arguments)
+
+
+def test_cps_with_level_1_is_stochastic_sampling():
+    """As the error message of `stochastic_sampling=True` says."""
+    stock = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    stock.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    ours = scheduler_with("cps", 1.0)
+    x, v = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)
+    for t in ours.timesteps:
+        expected = stock.step(v, t, x, generator=torch.Generator().manual_seed(2)).prev_sample
+        got = ours.step(v, t, x, generator=torch.Generator().manual_seed(2)).prev_sample
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def test_per_token_timesteps_are_refused():
+    scheduler = scheduler_with("flow_grpo")
+    with pytest.raises(ValueError, match="per_token_timesteps"):
+        scheduler.step(randn(1, 4, 4), scheduler.timesteps[0], randn(1, 4, 4), per_token_timesteps=torch.ones(1, 4))

@@ -1,0 +1,147 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from slas_trl.reporting import plot_training, read_metrics, sample_grid, write_model_card
+
+
+def pictures(count: int, size: tuple[int, int] = (32, 32)) -> list[Image.Image]:
+    return [Image.new("RGB", size, (255, 20 * i, 0)) for i in range(count)]
+
+
+def dark_pixels(image: Image.Image) -> int:
+    return int((np.asarray(image.convert("L")) < 100).sum())
+
+
+class TestSampleGrid:
+    def test_small_pictures_are_enlarged_without_smoothing(self):
+        picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
+        sheet = sample_grid([picture], ["x"])
+        enlarged = sheet.crop((10, 10, 170, 170))
+        assert np.array_equal(np.asarray(enlarged)[2::5, 2::5], np.asarray(picture))
+        assert np.array_equal(np.asarray(enlarged)[0::5, 4::5], np.asarray(picture))
+
+    def test_large_pictures_are_reduced(self):
+        sheet = sample_grid(pictures(1, (1024, 512)), ["x"])
+        assert sheet.width == 320 + 20
+        assert sheet.height < 250
+
+    def test_captions_are_under_their_pictures(self):
+        sheet = sample_grid(pictures(4), ["a red circle", "", "", "three green squares"], columns=2)
+        assert sheet.width == 2 * 170 + 10
+        row = sheet.height // 2
+        under = [
+            (10, 175, 170, row),
+            (180, 175, 340, row),
+            (10, row + 170, 170, sheet.height),
+            (180, row + 170, 340, sheet.height),
+        ]
+        dark = [dark_pixels(sheet.crop(box)) for box in under]
+        assert dark[0] > 50 and dark[3] > 50
+        assert dark[1] == dark[2] == 0
+
+    def test_long_captions_are_wrapped_within_the_picture_and_cut(self):
+        long = "a red circle to the left of a large blue square " * 9
+        sheet = sample_grid(pictures(1), [long])
+        assert sheet.width == 180
+        assert dark_pixels(sheet.crop((170, 0, 180, sheet.height))) == 0
+        short = sample_grid(pictures(1), ["a red circle"])
+        assert short.height < sheet.height < 330
+
+    def test_a_word_longer_than_a_line_is_broken(self):
+        sheet = sample_grid(pictures(1), ["w" * 60])
+        assert dark_pixels(sheet.crop((170, 0, 180, sheet.height))) == 0
+        assert sheet.height > sample_grid(pictures(1), ["w"]).height
+
+    def test_pictures_of_several_sizes_and_modes(self):
+        images = [Image.new("L", (32, 64), 0), Image.new("RGBA", (64, 32), (0, 0, 0, 255)), *pictures(3)]
+        assert sample_grid(images, list("abcde")).mode == "RGB"
+
+    @pytest.mark.parametrize(("images", "captions"), [([], []), (pictures(2), ["one"])])
+    def test_refuses_what_does_not_match(self, images, captions):
+        with pytest.raises(ValueError, match=f"got {len(images)} and {len(captions)}"):
+            sample_grid(images, captions)
+
+
+class TestMetrics:
+    records = [
+        {"step": 1, "reward": 0.1, "reward_std": 0.2, "kl": 0.0, "clip_ratio/region_mean": 0.0, "advantages/std": 1.2},
+        {
+            "step": 2,
+            "reward": 0.3,
+            "reward_std": 0.2,
+            "kl": 0.01,
+            "clip_ratio/region_mean": 0.1,
+            "advantages/std": 1.4,
+        },
+        {"step": 2, "eval_reward": 0.4},
+    ]
+
+    def write(self, path, records, tail=""):
+        path.write_text("".join(json.dumps(record) + "\n" for record in records) + tail, encoding="utf-8")
+        return path
+
+    def test_one_record_per_step_and_the_last_word_counts(self, tmp_path):
+        again = [{"step": 1, "reward": 0.15, "note": "text is no metric"}]
+        history = read_metrics(self.write(tmp_path / "metrics.jsonl", self.records + again, tail='{"step": 3, "rew'))
+        assert list(history) == [1, 2]
+        assert history[1]["reward"] == 0.15 and history[1]["kl"] == 0.0
+        assert "note" not in history[1]
+        assert history[2]["eval_reward"] == 0.4 and history[2]["reward"] == 0.3
+
+    def test_the_plot_has_curves(self, tmp_path):
+        plot_training(self.write(tmp_path / "metrics.jsonl", self.records), tmp_path / "training.png")
+        with Image.open(tmp_path / "training.png") as plot:
+            assert plot.format == "PNG"
+            assert plot.width >= 800 and plot.height >= 600
+            colours = np.asarray(plot.convert("RGB")).reshape(-1, 3)
+        assert (colours == (31, 119, 180)).all(axis=1).sum() > 500  # matplotlib's first colour, C0
+
+    @pytest.mark.parametrize(
+        "records", [[], [{"step": 1}], [{"step": 1, "reward": float("nan")}], [{"step": 5, "reward": 1.0}]]
+    )
+    def test_missing_metrics_leave_their_panel_empty(self, tmp_path, records):
+        plot_training(self.write(tmp_path / "metrics.jsonl", records), tmp_path / "training.png")
+        assert (tmp_path / "training.png").stat().st_size > 5_000
+
+
+class TestModelCard:
+    def card(self, run_dir, **changes):
+        arguments = {
+            "base_model": "`org/model`",
+            "base_model_id": "org/model",
+            "load_code": "pipe.load_lora_weights('x')\n",
+            "rewards": {"clip_score": 1.0, "shapes_clip": 0.0},
+            "settings": {"gamma": 0.5, "scale_rewards": "batch"},
+            "evaluation": "| category | before |\n|---|---|\n| all | 0.5 |",
+        }
+        return write_model_card(run_dir, **{**arguments, **changes})
+
+    def test_metadata_is_what_the_hub_reads(self, tmp_path):
+        from huggingface_hub import ModelCard
+
+        data = ModelCard.load(self.card(tmp_path)).data
+        assert data.base_model == "org/model"
+        assert data.library_name == "diffusers"
+        assert "lora" in data.tags
+        whole = ModelCard.load(self.card(tmp_path, base_model_id=None, adapter=False)).data
+        assert "base_model" not in whole.to_dict()
+        assert "lora" not in whole.tags
+
+    def test_says_how_it_was_made_and_how_to_use_it(self, tmp_path):
+        text = self.card(tmp_path).read_text(encoding="utf-8")
+        assert "```python\npipe.load_lora_weights('x')\n```" in text
+        assert "| `clip_score` | 1.0 |\n| `shapes_clip` | logged only |" in text
+        assert "| `gamma` | 0.5 |\n| `scale_rewards` | batch |" in text
+        assert "| all | 0.5 |" in text
+        assert "Super-Linear Advantage Shaping" in text and "@article" in text
+
+    def test_shows_the_pictures_there_are(self, tmp_path):
+        assert "](samples/" not in self.card(tmp_path).read_text(encoding="utf-8")
+        (tmp_path / "samples").mkdir()
+        for name in ("samples/before.png", "samples/after.png", "training.png"):
+            (tmp_path / name).write_bytes(b"")
+        text = self.card(tmp_path).read_text(encoding="utf-8")
+        assert all(f"]({name})" in text for name in ("samples/before.png", "samples/after.png", "training.png"))

@@ -1,0 +1,146 @@
+"""Prompts from files, and what is said of files without."""
+
+import json
+import re
+
+import pytest
+from datasets import Dataset
+
+from slas_trl.trainer.prompts import check_prompts, load_prompts
+
+
+ROWS = [{"prompt": "a cat, sleeping", "tag": "cat"}, {"prompt": "zwei Hunde im Größenvergleich", "tag": "dog"}]
+
+
+def written(path, rows=ROWS) -> str:
+    """`rows` in the format of the file's name."""
+    columns = list(rows[0])
+    if path.suffix == ".txt":
+        path.write_text("".join(row["prompt"] + "\n" for row in rows), encoding="utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    elif path.suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(path)
+    else:
+        mark = {".csv": ",", ".tsv": "\t"}[path.suffix]
+        lines = [mark.join(columns), *(mark.join(f'"{row[c]}"' for c in columns) for row in rows)]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """What `datasets` keeps of a file goes with the test."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet"])
+def test_a_file(tmp_path, suffix):
+    data = load_prompts(written(tmp_path / f"prompts{suffix}"))
+    assert list(data["prompt"]) == [row["prompt"] for row in ROWS]
+    if suffix != ".txt":
+        assert list(data["tag"]) == ["cat", "dog"]
+
+
+def test_blank_lines_of_a_text_file_are_skipped(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n  a cat  \n\n\t\ntwo dogs")
+    assert list(load_prompts(str(path))["prompt"]) == ["a cat", "two dogs"]
+
+
+def test_a_text_file_written_on_windows(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa cat\r\ntwo dogs\r\n".encode())
+    assert list(load_prompts(str(path))["prompt"]) == ["a cat", "two dogs"]
+
+
+def test_a_file_that_changed_is_read_anew(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    load_prompts(written(path))
+    assert len(load_prompts(written(path, [*ROWS, {"prompt": "snow", "tag": "x"}]))) == 3
+
+
+def test_the_embedded_world():
+    train, test = load_prompts("shapes"), load_prompts("shapes", "test")
+    assert len(train) and not set(train["prompt"]) & set(test["prompt"])
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet"])
+def test_a_missing_file(tmp_path, suffix):
+    path = tmp_path / f"prompts{suffix}"
+    with pytest.raises(FileNotFoundError, match=f"There is no prompt file {re.escape(repr(str(path)))}"):
+        load_prompts(str(path))
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+@pytest.mark.parametrize("suffix", [".txt", ".json", ".jsonl", ".csv", ".tsv"])
+def test_an_empty_file(tmp_path, suffix, content):
+    path = tmp_path / f"prompts{suffix}"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"prompts{suffix}' is empty"):
+        load_prompts(str(path))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_a_header_without_rows(tmp_path, suffix):
+    path = tmp_path / f"prompts{suffix}"
+    path.write_text("prompt\n")
+    with pytest.raises(ValueError, match="is empty"):
+        load_prompts(str(path))
+
+
+@pytest.mark.parametrize("suffix", [".json", ".parquet"])
+def test_a_broken_file(tmp_path, suffix):
+    path = tmp_path / f"prompts{suffix}"
+    path.write_text('[{"prompt": "a c')
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_prompts(str(path))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_a_prompt_that_is_cut_by_its_own_comma(tmp_path, suffix):
+    path = tmp_path / f"prompts{suffix}"
+    path.write_text("prompt\na cat, asleep\n".replace(",", "," if suffix == ".csv" else "\t"))
+    with pytest.raises(ValueError, match="more fields than its header; quote"):
+        load_prompts(str(path))
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".tsv", ".parquet"])
+def test_a_file_without_the_column(tmp_path, suffix):
+    path = written(tmp_path / f"prompts{suffix}", [{"caption": "a cat", "tag": "cat"}])
+    with pytest.raises(ValueError, match=r"no column 'prompt'; its columns are \['caption', 'tag'\]"):
+        load_prompts(path)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "rows"),
+    [
+        (["a cat", ""], "1"),
+        (["  ", "snow", "\t"], "0, 2"),
+        ([None, "a cat"], "0"),
+        ([1, 2], "0, 1"),
+        ([""] * 9, ".* ..."),
+    ],
+)
+def test_rows_without_a_prompt_are_named(prompts, rows):
+    with pytest.raises(ValueError, match=rf"train_dataset has rows without a prompt: \[?{rows}\]?"):
+        check_prompts(Dataset.from_dict({"prompt": prompts}), "train_dataset")
+
+
+def test_rows_without_a_prompt_in_a_file(tmp_path):
+    path = written(tmp_path / "prompts.jsonl", [{"prompt": "a cat"}, {"prompt": " "}, {"prompt": "snow"}])
+    with pytest.raises(ValueError, match=r"rows without a prompt: \[1\]"):
+        load_prompts(path)
+
+
+@pytest.mark.parametrize("name", ["prompts", "images", "completions"])
+def test_a_column_whose_name_a_reward_knows_otherwise(name):
+    with pytest.raises(ValueError, match=f"train_dataset has the column '{name}'.*Rename it"):
+        check_prompts(Dataset.from_dict({"prompt": ["a cat"], name: ["a dog"]}), "train_dataset")
+
+
+def test_a_data_set_without_rows():
+    with pytest.raises(ValueError, match="eval_dataset is empty"):
+        check_prompts(Dataset.from_dict({"prompt": []}), "eval_dataset")

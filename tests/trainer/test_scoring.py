@@ -1,0 +1,240 @@
+"""What may be a reward, what it is given, and what is said when it returns something else."""
+
+import asyncio
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from slas_trl.trainer.scoring import RewardScorer, resolve_reward, reward_name, reward_resolution, typical_group_std
+
+
+PROMPTS = ["a cat", "a cat", "two dogs"]
+IMAGES = [Image.new("RGB", (2, 2), (level, 0, 0)) for level in (0, 100, 200)]
+
+
+def red(prompts, images, **columns):
+    return [image.getpixel((0, 0))[0] / 100 for image in images]
+
+
+def length(prompts, images, **columns):
+    return [len(prompt) for prompt in prompts]
+
+
+class Sharpness:
+    def __call__(self, prompts, images, **columns):
+        return [0.5] * len(images)
+
+    def method(self, prompts, images, **columns):
+        return [0.5] * len(images)
+
+
+def score(*rewards, **columns) -> torch.Tensor:
+    return RewardScorer(list(rewards)).score(PROMPTS, IMAGES, columns)
+
+
+def returning(values):
+    def strange(prompts, images, **columns):
+        return values
+
+    return strange
+
+
+# Which rewards
+
+
+@pytest.mark.parametrize(
+    ("reward", "name"),
+    [
+        (red, "red"),
+        (functools.partial(red, scale=2), "red"),
+        (Sharpness(), "Sharpness"),
+        (Sharpness().method, "method"),
+        ("tests.trainer.tiny_trainers:redness", "redness"),
+        ("shapes_verifier", "shapes_verifier"),
+    ],
+)
+def test_a_reward_has_a_name(reward, name):
+    assert reward_name(resolve_reward(reward)) == name
+
+
+@pytest.mark.parametrize("rewards", [red, [red], (red,)])
+def test_one_reward_or_several(rewards):
+    scorer = RewardScorer(rewards)
+    assert scorer.names == ["red"]
+    assert scorer.score(PROMPTS, IMAGES, {}).tolist() == [[0.0], [1.0], [2.0]]
+
+
+def test_columns_of_the_result_are_the_rewards():
+    assert score(red, length).tolist() == [[0.0, 5.0], [1.0, 5.0], [2.0, 8.0]]
+
+
+def test_two_equal_names_are_refused():
+    with pytest.raises(ValueError, match="Two rewards have the name 'red'"):
+        RewardScorer([red, length, functools.partial(red, scale=2)])
+
+
+def test_no_reward_is_refused():
+    with pytest.raises(ValueError, match="at least one"):
+        RewardScorer([])
+
+
+@pytest.mark.parametrize(
+    "name", ["hpsv9", "no_such_module:red", "tests.trainer.tiny_trainers:blueness", "tests.trainer.tiny_trainers:"]
+)
+def test_an_unknown_name_is_refused(name):
+    with pytest.raises(ValueError, match=f"There is no reward '{name}'.*package.module:function"):
+        RewardScorer(name)
+
+
+@pytest.mark.parametrize("reward", [3, None, "math:pi"])
+def test_what_cannot_be_called_is_refused(reward):
+    with pytest.raises(TypeError, match="reward"):
+        RewardScorer([reward])
+
+
+# What it is given
+
+
+def test_a_reward_gets_prompts_images_and_columns():
+    seen = {}
+
+    def reward(prompts, images, completions, number, **columns):
+        seen.update(prompts=prompts, images=images, completions=completions, number=number, **columns)
+        return [0.0] * len(images)
+
+    score(reward, number=[1, 1, 2], tag=["x", "x", "y"])
+    assert seen["prompts"] == PROMPTS and seen["images"] == IMAGES and seen["completions"] == IMAGES
+    assert seen["number"] == [1, 1, 2] and seen["tag"] == ["x", "x", "y"]
+
+
+# What it returns
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.5, 1.0, 2.0],
+        (0.5, 1, 2),
+        np.array([0.5, 1.0, 2.0], dtype=np.float32),
+        [np.float32(0.5), np.float64(1.0), np.int64(2)],
+        torch.tensor([0.5, 1.0, 2.0]),
+        torch.tensor([0.5, 1.0, 2.0], dtype=torch.bfloat16, requires_grad=True),
+    ],
+)
+def test_numbers_of_many_kinds(values):
+    scores = score(returning(values))
+    assert scores.dtype == torch.float64 and scores.tolist() == [[0.5], [1.0], [2.0]]
+
+
+def test_verdicts_are_numbers():
+    assert score(returning([True, False, True])).tolist() == [[1.0], [0.0], [1.0]]
+
+
+@pytest.mark.parametrize("missing", [None, math.nan])
+def test_none_and_nan_are_no_score(missing):
+    scores = score(returning([1.0, missing, 2.0]), red)
+    assert scores.isnan().tolist() == [[False, False], [True, False], [False, False]]
+
+
+def test_an_async_reward_is_awaited():
+    async def slow(prompts, images, **columns):
+        return red(prompts, images)
+
+    assert torch.equal(score(slow), score(red))
+
+
+def test_an_async_reward_is_awaited_in_a_notebook_too():
+    async def slow(prompts, images, **columns):
+        return red(prompts, images)
+
+    async def cell():  # a loop is running already
+        return score(slow)
+
+    assert torch.equal(asyncio.run(cell()), score(red))
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ([0.5, 1.0], ValueError, "returned 2 values for 3 images"),
+        ([0.5] * 4, ValueError, "returned 4 values for 3 images"),
+        ([], ValueError, "returned 0 values for 3 images"),
+        (0.5, TypeError, "returned a float; expected a list of 3 numbers"),
+        (torch.tensor(0.5), TypeError, "returned a float; expected a list of 3 numbers"),
+        (None, TypeError, "returned a NoneType; expected a list of 3 numbers"),
+        ("good", TypeError, "returned a str; expected a list of 3 numbers"),
+        ({"score": [1, 2, 3]}, TypeError, "returned a dict"),
+        ([0.5, "good", 1.0], TypeError, r"returned 'good' \(str\) for image 1, prompt 'a cat'"),
+        ([0.5, 1.0, "0.5"], TypeError, r"returned '0.5' \(str\) for image 2, prompt 'two dogs'"),
+        (torch.ones(3, 1), TypeError, r"returned \[1.0\] \(list\) for image 0"),
+        ([0.5, math.inf, 1.0], ValueError, "returned inf for image 1, prompt 'a cat'"),
+    ],
+)
+def test_what_is_no_list_of_numbers_is_refused_and_the_reward_named(values, error, message):
+    with pytest.raises(error, match=f"Reward 'strange' {message}"):
+        score(red, returning(values))
+
+
+def test_the_image_on_which_a_reward_raises_is_named_by_its_prompt():
+    def picky(prompts, images, **columns):
+        if any("dogs" in prompt for prompt in prompts):
+            raise KeyError("no dogs")
+        return [0.0] * len(prompts)
+
+    with pytest.raises(
+        ValueError, match="Reward 'picky' raised KeyError: 'no dogs' on image 2 .* 'two dogs'"
+    ) as error:
+        score(picky)
+    assert isinstance(error.value.__cause__, KeyError)
+
+
+def test_an_async_reward_that_raises_is_named_too():
+    async def picky(prompts, images, **columns):
+        raise OSError("server away")
+
+    with pytest.raises(ValueError, match="Reward 'picky' raised OSError: server away on image 0 .* 'a cat'"):
+        score(picky)
+
+
+def test_a_reward_that_raises_on_the_batch_alone():
+    def greedy(prompts, images, **columns):
+        if len(images) > 1:
+            raise MemoryError("too many")
+        return [0.0]
+
+    with pytest.raises(ValueError, match="'greedy' raised MemoryError: too many on a batch of 3 images"):
+        score(greedy)
+
+
+# Its resolution
+
+
+@pytest.mark.parametrize(
+    ("rewards", "resolution"),
+    [
+        ([3.0, 4.0, 2.0, 4.0], 1.0),  # Likert
+        ([0.25, 0.5, 0.75, 0.25], 0.25),
+        ([1.0, 0.0, 1.0, 1.0], 2.0**-10),  # a verdict: its gap is no rounding
+        ([0.3, 0.3, 0.3], 0.0),
+        ([math.nan, 1.0, math.nan], 0.0),
+        (torch.tensor([0.2501, 0.2502, 0.2601]).half().tolist(), 2.0**-12),  # HPSv2 in half precision
+        (torch.tensor([0.2501, 0.2601, 0.2701]).bfloat16().tolist(), 2.0**-9 * 5),
+    ],
+)
+def test_the_resolution_of_a_reward(rewards, resolution):
+    assert reward_resolution(torch.tensor(rewards, dtype=torch.float64)) == pytest.approx(resolution, rel=1e-6)
+
+
+def test_float32_resolves_more_than_half_precision():
+    rewards = 0.3 + 1e-3 * torch.rand(512, generator=torch.Generator().manual_seed(0))
+    assert reward_resolution(rewards) < 1e-7 < 1e-4 < reward_resolution(rewards.half())
+
+
+def test_the_spread_within_groups():
+    rewards = torch.tensor([0.0, 2.0, 5.0, 5.0, 0.0, 4.0, math.nan, 3.0, math.nan, math.nan, 0.0, 6.0])
+    assert typical_group_std(rewards, 2) == 2.0  # of 1, 2 and 3; groups without a difference do not count
+    assert typical_group_std(torch.ones(4), 2) == 0.0
