@@ -13,7 +13,7 @@ and its 95% interval are printed; the first pair, which warms up, is left out.
 import argparse
 import tempfile
 import time
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -70,9 +70,9 @@ class TakeTurns(TrainerCallback):
             self.loop = BareLoop(
                 self.trainer.pipe.transformer,
                 self.call,
-                args.steps_per_generation,
-                args.num_inference_steps,
-                args.num_trained_timesteps,
+                chunks=cast(int, self.trainer.args.steps_per_generation),
+                sampled=self.trainer.args.num_inference_steps,
+                trained=self.trainer.args.num_trained_timesteps,
             )
         self.pairs.append((trained, self.loop.run()))
         self.start = time.perf_counter()

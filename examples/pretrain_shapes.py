@@ -16,6 +16,7 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ def build_tokenizer() -> CLIPTokenizer:
     """One token for each word of the world; any other word is spelled in letters."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789,.!?-'"
     vocab = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
-    merges: list[tuple[str, str]] = []
+    merges: Any = []
     # Longest first: a merge of an earlier word would otherwise break up a later one ("an" of "and" in "triangle").
     words = {word for text in world.all_captions() for word in text.split()}
     for word in sorted(words, key=lambda word: (-len(word), word)):
@@ -58,7 +59,7 @@ def build_tokenizer() -> CLIPTokenizer:
     )
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer, hidden_size: int) -> CLIPTextModelWithProjection:
+def build_text_encoder(tokenizer: Any, hidden_size: int) -> CLIPTextModelWithProjection:
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -92,7 +93,7 @@ def build_denoiser(width: int, layers: int) -> SD3Transformer2DModel:
     )
 
 
-def build_vae() -> AutoencoderTiny:
+def build_vae() -> Any:
     return AutoencoderTiny(
         encoder_block_out_channels=(32, 32, 32),
         decoder_block_out_channels=(32, 32, 32),
@@ -202,7 +203,7 @@ def train_text(args, path: Path) -> None:
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed + 1)
     tokenizer = build_tokenizer()
-    encoders = nn.ModuleList([build_text_encoder(tokenizer, 64), build_text_encoder(tokenizer, 32)])
+    encoders: Any = nn.ModuleList([build_text_encoder(tokenizer, 64), build_text_encoder(tokenizer, 32)])
     reader = CaptionReader()
     optimizer = torch.optim.AdamW([*encoders.parameters(), *reader.parameters()], lr=2e-3, weight_decay=1e-3)
     texts = [caption.text for caption in world.captions_of("train")]
@@ -222,7 +223,7 @@ def train_text(args, path: Path) -> None:
         encoder.save_pretrained(path / f"text_encoder_{i}")
 
 
-def load_text(path: Path) -> tuple[CLIPTokenizer, nn.ModuleList]:
+def load_text(path: Path) -> tuple[CLIPTokenizer, Any]:
     encoders = [CLIPTextModelWithProjection.from_pretrained(path / f"text_encoder_{i}") for i in range(2)]
     return CLIPTokenizer.from_pretrained(path / "tokenizer"), nn.ModuleList(encoders)
 
@@ -231,7 +232,7 @@ def load_text(path: Path) -> tuple[CLIPTokenizer, nn.ModuleList]:
 def build_bank(args, path: Path) -> None:
     """Encode the training pictures once: latents `(N, 8, 8, 8)` in float16 and token ids."""
     rng = np.random.default_rng(args.seed + 2)
-    vae = AutoencoderTiny.from_pretrained(args.output_dir / "vae").eval()
+    vae: Any = AutoencoderTiny.from_pretrained(args.output_dir / "vae").eval()
     tokenizer, _ = load_text(args.output_dir / "text")
     latents, ids = [], []
     for _ in range(args.bank_size // 1000):
@@ -383,17 +384,18 @@ def export(args, path: Path) -> None:
     else:
         state = torch.load(args.output_dir / "denoiser.ckpt", weights_only=True)
         policy.load_state_dict({**state["policy"], **state["average"]})
-    pipe = StableDiffusion3Pipeline(
-        transformer=policy.denoiser,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=args.shift),
-        vae=AutoencoderTiny.from_pretrained(args.output_dir / "vae"),
-        text_encoder=encoders[0],
-        tokenizer=tokenizer,
-        text_encoder_2=encoders[1],
-        tokenizer_2=tokenizer,
-        text_encoder_3=None,
-        tokenizer_3=None,
-    )
+    parts: dict[str, Any] = {
+        "transformer": policy.denoiser,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=args.shift),
+        "vae": AutoencoderTiny.from_pretrained(args.output_dir / "vae"),
+        "text_encoder": encoders[0],
+        "tokenizer": tokenizer,
+        "text_encoder_2": encoders[1],
+        "tokenizer_2": tokenizer,
+        "text_encoder_3": None,
+        "tokenizer_3": None,
+    }
+    pipe = StableDiffusion3Pipeline(**parts)
     pipe.to(dtype=torch.float16).save_pretrained(path / "pipeline")
     if (args.output_dir / "clip").exists():
         CLIPModel.from_pretrained(args.output_dir / "clip").half().save_pretrained(path / "clip")
@@ -412,7 +414,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch_size", type=int, default=96)
-    parser.add_argument("--steps", type=int, default=30_000)
+    parser.add_argument("--steps", type=int, default=17_000)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument("--clip_steps", type=int, default=1500)

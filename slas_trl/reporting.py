@@ -11,6 +11,7 @@ import numpy as np
 from huggingface_hub import ModelCard, ModelCardData
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from scipy import stats
 
@@ -90,10 +91,15 @@ def plot_training(metrics_path: str | Path, output_path: str | Path) -> None:
             steps, means - spreads, means + spreads, color="C0", alpha=0.15, lw=0, label="± std within a group"
         )
         reward.legend(frameon=False)
-    _draw(kl, history, "KL to the reference model", "KL per latent element (nats)", {"kl": "KL"})
+    _draw(
+        kl, history, "KL to the reference model", "KL per latent element (nats)", {"kl": "KL"}, "not logged: beta is 0"
+    )
     _draw(clip, history, "Clip fraction", "share of clipped ratios", {"clip_ratio/region_mean": "clip fraction"})
     spread_labels = {"advantages/std": "std", "advantages/effective_share": "effective share of the samples"}
     _draw(spread, history, "Advantage spread", "advantage", spread_labels)
+    for axes in (kl, clip):  # never negative: a curve that stays at 0 should lie on the floor
+        if axes.lines:
+            axes.set_ylim(bottom=0)
     figure.savefig(output_path)
 
 
@@ -260,10 +266,16 @@ def _series(history: Mapping[int, Mapping[str, float]], key: str) -> tuple[list[
 
 
 def _draw(
-    axes: Axes, history: Mapping[int, Mapping[str, float]], title: str, unit: str, labels: Mapping[str, str]
+    axes: Axes,
+    history: Mapping[int, Mapping[str, float]],
+    title: str,
+    unit: str,
+    labels: Mapping[str, str],
+    empty: str = "not logged",
 ) -> None:
     axes.set(title=title, xlabel="step", ylabel=unit)
     axes.xaxis.set_tick_params(labelbottom=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     for key, label in labels.items():
@@ -273,7 +285,7 @@ def _draw(
             marker = "o" if len(steps) == 1 or key.startswith("eval_") else None
             axes.plot(steps, values, label=label, marker=marker, linewidth=1.5)
     if not axes.lines:
-        axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", va="center", color="grey")
+        axes.text(0.5, 0.5, empty, transform=axes.transAxes, ha="center", va="center", color="grey")
         axes.set_yticks([])
     elif len(axes.lines) > 1:
         axes.legend(frameon=False)

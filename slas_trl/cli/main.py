@@ -5,6 +5,7 @@ Nothing heavy is imported here: `slas-trl --help` answers at once, and each scri
 """
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -51,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_script(command: str, argv: list[str]) -> int:
     """Run `slas_trl.scripts.<command>`, and return its exit status, or that of the error it raised."""
+    # transformers advises to install torchvision, which nothing here needs; one that does not fit breaks imports.
+    advice = logging.getLogger("transformers.utils.import_utils")
+    advice.addFilter(lambda record: "Install torchvision" not in record.getMessage())
     try:
         import_module(f"slas_trl.scripts.{command}").main(argv)
     except KeyboardInterrupt:

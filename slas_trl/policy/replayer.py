@@ -107,6 +107,9 @@ class PipelineReplayer:
 
         Returns:
             [`Rollout`]
+
+        Raises:
+            `ValueError`: when the pipeline does not take one step for each image and denoising step.
         """
         generator = call.get("generator")
         recording = Recording(_noise_source(noise_generator, generator), self.device.type)
@@ -119,8 +122,14 @@ class PipelineReplayer:
             raise ValueError(
                 f"{type(self.pipe).__name__} finished without calling scheduler.step, so it has no steps to train."
             )
+        images, samples = output[0], len(recording.log_probs[0])
+        if len(images) != samples:
+            raise ValueError(
+                f"{type(self.pipe).__name__} denoises {samples} samples for {len(images)} images; expected one for "
+                "each image."
+            )
         return Rollout(
-            images=output[0],
+            images=images,
             log_probs=torch.stack(recording.log_probs, dim=1),
             trainable_steps=tuple(i for i, step in enumerate(recording.steps) if step.std > 0),
             steps=recording.steps,

@@ -29,8 +29,8 @@ class Session(Protocol):
 
 def run_denoiser(forward: Callable, args: tuple, kwargs: dict, device_type: str) -> Any:
     """
-    Call the denoiser; under autocast without the cache of casted weights, which a forward without gradients would
-    leave without a graph for the next one.
+    Call the denoiser; under autocast without its cache of casted weights, which would hide an update of the weights
+    until the caller leaves the autocast context.
     """
     if not torch.is_autocast_enabled(device_type):
         return forward(*args, **kwargs)

@@ -51,7 +51,6 @@ def stochastic_scheduler(
             # Shifted in ways that DDIM has no argument for (CogView 3+).
             products = torch.cat([torch.ones(1, dtype=torch.float64), scheduler.alphas_cumprod.double()])
             config["trained_betas"] = (1 - products[1:] / products[:-1]).tolist()
-            config["rescale_betas_zero_snr"] = False
             converted = DDIMSDEScheduler(**_known(config, DDIMScheduler), eta=eta)
         return converted
     raise ValueError(

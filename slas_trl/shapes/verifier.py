@@ -26,7 +26,7 @@ COLOURED = 80  # 8-bit levels of max - min channel; flat colours have 204 to 255
 MIN_AREA = 10  # pixels; smaller components are specks, which are no things
 IOU_THRESHOLD = 0.70  # with the best template, below which a component has no shape
 MAX_ASPECT = 1.5  # of a bounding box, beyond which no template reaches the threshold
-MAX_SIDE = 20  # pixels, of a bounding box; the world's things have at most 16, and a flooded canvas is no square
+MIN_SIDE, MAX_SIDE = 6, 20  # pixels, longer side of a box; the world's have 8 to 16, and a flooded canvas is no square
 POSITION_MARGIN = 0.1  # share of the two extents that an offset must exceed before it counts; GenEval's
 # A bounding box of whole pixels leaves a shape's place and radius open by about half a pixel (all in pixels).
 _SHIFTS = (-1 / 3, 0.0, 1 / 3)
@@ -173,7 +173,8 @@ def _templates(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
 def _shapes(coverage: np.ndarray) -> np.ndarray:
     """Index into `world.SHAPES` of the best template, or -1, for components `(K, H, W)` that fill their boxes."""
     k, height, width = coverage.shape
-    if max(height, width) > min(MAX_SIDE, MAX_ASPECT * min(height, width)):
+    longer = max(height, width)
+    if not MIN_SIDE <= longer <= MAX_SIDE or longer > MAX_ASPECT * min(height, width):
         return np.full(k, -1)
     masks, areas = _templates(height, width)
     flat = coverage.reshape(k, 1, -1)

@@ -24,7 +24,7 @@ def takes_adapter(denoiser: object) -> bool:
 
 def carries_adapter(denoiser: object) -> bool:
     """Whether one has been added or loaded."""
-    return isinstance(denoiser, PeftAdapterMixin) and denoiser._hf_peft_config_loaded
+    return isinstance(denoiser, PeftAdapterMixin) and bool(denoiser._hf_peft_config_loaded)
 
 
 def add_adapter(denoiser: Any, config: PeftConfig) -> None:

@@ -321,9 +321,9 @@ class SLASConfig(TrainingArguments):
             raise ValueError("sde_window_start needs sde_window_size, and must not be negative.")
         if self.n_gpu > 1:
             raise ValueError(
-                f"This one process sees {self.n_gpu} GPUs, between which nn.DataParallel would cut the rollouts up. Start "
-                f"one process for each with `accelerate launch --num_processes {self.n_gpu}`, or show it one with "
-                "CUDA_VISIBLE_DEVICES=0."
+                f"This one process sees {self.n_gpu} GPUs, between which nn.DataParallel would cut the rollouts up. "
+                f"Start one process for each with `accelerate launch --num_processes {self.n_gpu}`, or show it one "
+                "with CUDA_VISIBLE_DEVICES=0."
             )
         if self.auto_find_batch_size:
             raise ValueError(

@@ -232,6 +232,11 @@ class SLASTrainer(ResumableTrainer):
             if self.accelerator.num_processes == 1:
                 self._stop_if_interrupted()
             rollout = self.replayer.sample(noise_generator=noise[i * size : (i + 1) * size], **call)
+            if not rollout.log_probs[:, list(rollout.trainable_steps)].isfinite().all():
+                raise ValueError(
+                    f"After {self.state.global_step} updates the denoiser's predictions are not finite: the run has "
+                    "diverged. Resume from an earlier checkpoint with a lower learning_rate or max_grad_norm."
+                )
             images += rollout.images
             rollout.images = None  # the replay does not need them
             chunks.append(rollout)

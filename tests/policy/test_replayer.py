@@ -4,13 +4,19 @@ import io
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
+from diffusers import (
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3Pipeline,
+)
 from peft import LoraConfig
 from torch.distributions import Normal
 
 from slas_trl.policy import PipelineReplayer, ReplayError, measure_ratio
 from slas_trl.schedulers import DDIMSDEScheduler, FlowSDEScheduler, stochastic_scheduler
-from tests.tiny_pipelines import PIPELINES, sd3_pipeline, sd_pipeline
+from tests.tiny_pipelines import PIPELINES, autoencoder, finished, sd3_pipeline, sd_pipeline
 
 
 PROMPTS = ["a red circle", "two dogs"]
@@ -311,6 +317,16 @@ def test_with_a_noise_generator_each_a_sample_does_not_depend_on_its_batch(famil
         torch.testing.assert_close(both.prev_sample[1:], one.prev_sample, rtol=1e-3, atol=1e-3)
 
 
+def test_prompts_may_come_as_embeddings():
+    pipe = sd_pipeline()
+    embeds, negative = pipe.encode_prompt(PROMPTS, "cpu", 1, True)
+    replayer = PipelineReplayer(pipe)
+    rollout = replayer.sample(**call_of("sd", prompt=None), prompt_embeds=embeds, negative_prompt_embeds=negative)
+    as_text = replayer.sample(**call_of("sd"))
+    assert torch.equal(rollout.log_probs, as_text.log_probs)
+    assert torch.equal(log_probs_of(replayer, rollout), rollout.log_probs)
+
+
 def test_as_many_noise_generators_as_images():
     replayer = PipelineReplayer(sd3_pipeline())
     rollout = replayer.sample(
@@ -515,6 +531,16 @@ def test_a_replay_follows_the_weights():
         assert replayer.replay(rollout, 2).log_prob.sum() > log_prob
 
 
+def test_a_replay_follows_the_weights_within_one_autocast_context():
+    replayer = PipelineReplayer(sd_pipeline())
+    weight = replayer.pipe.unet.conv_out.weight.requires_grad_(True)
+    with torch.autocast("cpu", torch.bfloat16):
+        rollout = replayer.sample(**call_of("sd"))
+        with torch.no_grad():
+            weight.mul_(1.5)
+        assert not torch.equal(replayer.replay(rollout, 2).log_prob, rollout.log_probs[:, 2])
+
+
 # What cannot be replayed is said to be so
 
 
@@ -616,6 +642,16 @@ def test_a_pipeline_without_steps():
 
     with pytest.raises(ValueError, match=r"Idle finished without calling scheduler\.step"):
         PipelineReplayer(Idle(**sd3_pipeline().components)).sample(**call_of("sd3"))
+
+
+def test_a_pipeline_that_steps_more_samples_than_it_returns():
+    """DiT steps the unconditional half too, and throws it away; its log-probs would belong to no image."""
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=1, sample_size=8
+    )
+    pipe = finished(DiTPipeline(transformer, autoencoder(4), DDIMScheduler()))
+    with pytest.raises(ValueError, match="DiTPipeline denoises 4 samples for 2 images; expected one for each"):
+        PipelineReplayer(pipe).sample(class_labels=[1, 2], num_inference_steps=2)
 
 
 def test_the_ratio_of_a_ddim_policy_with_less_noise():

@@ -81,7 +81,9 @@ def test_other_forms_have_no_shape():
     flooded = np.broadcast_to(np.array(RGB["red"], dtype=np.float32), (32, 32, 3))
     ring = scene(("red", "circle", 16, 16, 15))
     ring[((x - 16) ** 2 + (y - 16) ** 2) < 5**2] = GREY["dark"]
-    for picture in (ellipse, flooded, ring):
+    small = scene()
+    small[10:14, 10:14] = RGB["red"]
+    for picture in (ellipse, flooded, ring, small):
         assert [(thing.shape, thing.color) for thing in find_things(picture[None])[0]] == [(None, "red")]
     assert not judge("a square", flooded).lenient
 
@@ -154,7 +156,7 @@ def test_demands_have_names():
     assert verdict.demands == {"circle": 1, "circle is red": 0, "light background": 0, "nothing else": 1}
 
 
-CORNERS = [("red", "circle", x, y, 8) for x, y in product((8, 24), (8, 24))] + [("green", "circle", 16, 16, 6)]
+CORNERS = [("red", "circle", x, y, 8) for x, y in product((8, 24), (8, 24))] + [("green", "circle", 16, 16, 8)]
 
 
 @pytest.mark.parametrize(("found", "count"), [(0, 0), (1, 1 / 3), (2, 2 / 3), (3, 1), (4, 2 / 3), (5, 1 / 3)])

@@ -10,6 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from PIL.Image import Image
 
+from slas_trl.policy import Rollout
 from slas_trl.trainer import SLASConfig, SLASTrainer
 from tests.tiny_pipelines import PIPELINES
 
@@ -71,6 +72,28 @@ def tiny_trainer(
         peft_config=None if full else lora(),
         **arguments,
     )
+
+
+class Watched(SLASTrainer):
+    """Keeps what passes through it: rollouts as they are sampled, their pictures, and the trained micro-steps."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.rollouts: list[Rollout] = []  # one for each chunk
+        self.pictures: list[list[Image]] = []
+        self.micro_steps: list[dict[str, Any]] = []  # rollout, advantages, step
+        sample = self.replayer.sample
+
+        def watched(**call: Any) -> Rollout:
+            self.rollouts.append(sample(**call))
+            self.pictures.append(self.rollouts[-1].images)
+            return self.rollouts[-1]
+
+        self.replayer.sample = watched
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.micro_steps.append(inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 def trained_weights(trainer: SLASTrainer) -> dict[str, torch.Tensor]:
