@@ -113,12 +113,12 @@ def test_clip_hardly_binds():
     for caption in captions:
         a, b = caption.things
         swapped.append(replace(caption, things=(replace(a, color=b.color), replace(b, color=a.color))))
-    assert 0.45 < preferred(captions, swapped) < 0.8
+    assert 0.45 < preferred(captions, swapped) < 0.7
 
     captions = held_out("position")
     opposite = dict(zip(world.RELATIONS, ("right of", "left of", "below", "above"), strict=True))
     mirrored = [replace(caption, relation=opposite[caption.relation]) for caption in captions]
-    assert 0.35 < preferred(captions, mirrored) < 0.8
+    assert 0.4 < preferred(captions, mirrored) < 0.6
 
 
 def test_clip_without_weights(monkeypatch, tmp_path):

@@ -1,6 +1,5 @@
 """`SLASTrainer` as a person uses it: what can be given, what is trained, and what is refused."""
 
-import logging
 import math
 
 import numpy as np
@@ -12,7 +11,6 @@ from transformers import CLIPTextModel, TrainerCallback
 
 from slas_trl import SLASConfig, SLASTrainer
 from slas_trl.advantages import slas_advantages
-from slas_trl.objective import gaussian_kl
 from tests.tiny_pipelines import (
     PIPELINES,
     autoencoder,
@@ -33,6 +31,7 @@ from tests.trainer.tiny_trainers import (
     same,
     tiny_config,
     tiny_trainer,
+    trained,
     trained_weights,
 )
 
@@ -88,9 +87,7 @@ def test_trains_as_it_stands(tmp_path):
     before = trained_weights(trainer)
     trainer.train()
     assert trainer.state.global_step == 2 and not same(before, trained_weights(trainer))
-    assert (
-        "shape" not in trainer.args.prompt_dataset or len(trainer.train_dataset) > 100
-    )  # the embedded world's prompts
+    assert trainer.args.prompt_dataset == "shapes" and len(trainer.train_dataset) > 100
 
 
 def test_prompts_from_a_file_that_the_configuration_names(tmp_path):
@@ -119,13 +116,7 @@ def test_a_folder_in_place_of_the_pipeline(tmp_path):
         peft_config=lora(),
     )
     trainer.train()
-    assert same(trained_weights(trainer), trained_weights(_trained(tmp_path / "again", max_steps=1)))
-
-
-def _trained(output_dir, *args, **kwargs):
-    trainer = tiny_trainer(output_dir, *args, **kwargs)
-    trainer.train()
-    return trainer
+    assert same(trained_weights(trainer), trained_weights(trained(tmp_path / "again", max_steps=1)))
 
 
 def test_callbacks_and_an_optimizer_of_ones_own(tmp_path):
@@ -154,14 +145,11 @@ def test_columns_of_the_data_set_reach_every_reward(tmp_path):
     config = tiny_config(tmp_path, reward_weights=[1.0, 0.5], max_steps=1)
     trainer = SLASTrainer(sd3_pipeline(), [by_tag, blueness], config, train_dataset=data, peft_config=lora())
     trainer.train()
-    assert len(seen) == 8 and set(seen_tag(seen)) <= {("a cat", ("cat",)), ("two dogs", ("dog",)), ("snow", ())}
+    rows = list(zip(data["prompt"], data["tag"], strict=True))
+    assert len(seen) == 8 and all(row in rows for row in seen)
     [line] = logged(tmp_path)
     total = line["rewards/by_tag/mean"] + 0.5 * line["rewards/blueness/mean"]
     assert line["reward"] == pytest.approx(total, rel=1e-5)
-
-
-def seen_tag(seen):
-    return [(prompt, tuple(tag)) for prompt, tag in seen]
 
 
 # What is trained
@@ -197,7 +185,7 @@ def test_a_denoiser_without_adapters_is_trained_in_full(tmp_path):
 
 def test_a_pipeline_that_knows_nothing_of_adapters(tmp_path):
     size = {"height": 64, "width": 64, "pipeline_kwargs": None}
-    whole = _trained(tmp_path, model=ldm_pipeline(), **size, save_strategy="steps", save_steps=1)
+    whole = trained(tmp_path, model=ldm_pipeline(), **size, save_strategy="steps", save_steps=1)
     resumed = tiny_trainer(tmp_path / "resumed", model=ldm_pipeline(), **size)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert same(trained_weights(whole), trained_weights(resumed))
@@ -224,7 +212,9 @@ def test_a_micro_step_is_the_equation(tmp_path, family, full, beta):
     with torch.no_grad():  # an update, so that the ratio is not 1
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
-                parameter += (0.02 if full else 0.5) * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+                parameter += (0.02 if full else 0.5) * torch.randn(
+                    parameter.shape, generator=torch.Generator().manual_seed(0)
+                )
 
     loss = trainer.compute_loss(trainer.model, {"rollout": rollout, "advantages": advantages, "step": step})
     loss.backward()
@@ -275,29 +265,9 @@ def test_an_update_is_the_mean_over_chunks_and_steps(tmp_path):
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_the_kl_is_to_the_weights_before_training(tmp_path, full):
-    trainer = tiny_trainer(tmp_path, cls=Watched, full=full, beta=0.1, max_steps=3)
-    trainer.train()
+    trained(tmp_path, full=full, beta=0.1, max_steps=3)
     kl = [line["kl"] for line in logged(tmp_path)]
     assert kl[0] == 0.0 and 0 < kl[1] < kl[2]
-    last = trainer.micro_steps[-6:]
-    fresh = PIPELINES["sd3"][0]()
-    with torch.no_grad():
-        for inputs in last[:1]:
-            rollout, step = inputs["rollout"], inputs["step"]
-            before = trainer.replayer.replay(rollout, step, {"transformer": fresh.transformer})
-            now = trainer.replayer.replay(rollout, step)
-    assert gaussian_kl(now.mean, before.mean, now.std).mean() > 0
-
-
-def test_beta_holds_the_policy_back(tmp_path):
-    distances = []
-    for beta in (0.0, 1e4):
-        trainer = tiny_trainer(tmp_path / str(beta), beta=beta, max_steps=4, optimizers=(None, None))
-        before = trained_weights(trainer)
-        trainer.train()
-        pairs = zip(before.values(), trained_weights(trainer).values(), strict=True)
-        distances.append(sum((a - b).square().sum().item() for a, b in pairs))
-    assert distances[0] != distances[1]
 
 
 @pytest.mark.parametrize(
@@ -446,8 +416,8 @@ def test_the_pipeline_works_as_before_afterwards(tmp_path, family, full):
 
 
 def test_a_reward_of_weight_0_is_logged_and_not_trained_on(tmp_path):
-    alone = _trained(tmp_path / "alone")
-    watched = _trained(tmp_path / "watched", reward_funcs=[redness, blueness], reward_weights=[1.0, 0.0])
+    alone = trained(tmp_path / "alone")
+    watched = trained(tmp_path / "watched", reward_funcs=[redness, blueness], reward_weights=[1.0, 0.0])
     assert same(trained_weights(alone), trained_weights(watched))
     for one, two in zip(logged(tmp_path / "alone"), logged(tmp_path / "watched"), strict=True):
         assert one["reward"] == two["reward"] == pytest.approx(two["rewards/redness/mean"])
@@ -503,7 +473,7 @@ def test_a_coarse_reward_gets_a_warning(tmp_path, caplog):
 
 
 def test_what_is_logged(tmp_path):
-    _trained(tmp_path, reward_funcs=[redness, blueness], beta=0.1)
+    trained(tmp_path, reward_funcs=[redness, blueness], beta=0.1)
     lines = logged(tmp_path)
     assert [line["step"] for line in lines] == [1, 2]
     for name in (
@@ -603,11 +573,11 @@ def test_a_noisy_denoiser(tmp_path):
 
 
 def test_a_denoiser_that_is_noisy_at_one_step_only(tmp_path):
-    pipe = sd3_pipeline()
+    pipe, generator = sd3_pipeline(), torch.Generator()
 
     def noisy(module, args, kwargs, output):
         late = kwargs["timestep"][0] < 800
-        return (output[0] + 1e-2 * torch.randn(output[0].shape),) if late else output
+        return (output[0] + 1e-2 * torch.randn(output[0].shape, generator=generator),) if late else output
 
     pipe.transformer.register_forward_hook(noisy, with_kwargs=True)
     with pytest.raises(ValueError, match="ratio of step 2 should be 1"):
@@ -618,13 +588,13 @@ def test_a_denoiser_that_is_noisy_at_one_step_only(tmp_path):
 
 
 def test_autocast_does_not_move_the_ratio(tmp_path):
-    trainer = _trained(tmp_path, "sd", full=True, bf16=True)
+    trainer = trained(tmp_path, "sd", full=True, bf16=True)
     assert all(line["ratio/max_deviation"] == 0.0 for line in logged(tmp_path))
     assert trainer.model.dtype == torch.float32
 
 
 def test_gradient_checkpointing_gives_the_same_weights(tmp_path):
-    plain, checkpointed = _trained(tmp_path / "plain"), tiny_trainer(tmp_path, gradient_checkpointing=True)
+    plain, checkpointed = trained(tmp_path / "plain"), tiny_trainer(tmp_path, gradient_checkpointing=True)
     assert checkpointed.model.is_gradient_checkpointing
     checkpointed.train()
     for ours, expected in zip(trained_weights(checkpointed).values(), trained_weights(plain).values(), strict=True):
@@ -638,8 +608,7 @@ def test_the_default_configuration_is_one(tmp_path, monkeypatch):
 
 
 def test_a_run_is_repeatable(tmp_path):
-    logging.getLogger("slas_trl").setLevel(logging.WARNING)
-    one, two = _trained(tmp_path / "one"), _trained(tmp_path / "two")
-    other = _trained(tmp_path / "other", seed=43)
+    one, two = trained(tmp_path / "one"), trained(tmp_path / "two")
+    other = trained(tmp_path / "other", seed=43)
     assert same(trained_weights(one), trained_weights(two))
     assert not same(trained_weights(one), trained_weights(other))

@@ -96,6 +96,13 @@ class Watched(SLASTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
+def trained(output_dir: Path, *args: Any, **kwargs: Any) -> SLASTrainer:
+    """A tiny trainer that has been trained."""
+    trainer = tiny_trainer(output_dir, *args, **kwargs)
+    trainer.train()
+    return trainer
+
+
 def trained_weights(trainer: SLASTrainer) -> dict[str, torch.Tensor]:
     """Copies of the parameters that training changes, by name."""
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
