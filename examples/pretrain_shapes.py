@@ -116,8 +116,7 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
 
 
 def encode(encoders: nn.ModuleList, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `StableDiffusion3Pipeline.encode_prompt` makes of token ids: sequence `(B, 16, 96)` and pooled `(B, "
-    "96)`."""
+    """What `encode_prompt` of Stable Diffusion 3 makes of token ids: sequence `(B, 16, 96)` and pooled `(B, 96)`."""
     outputs = [encoder(ids, output_hidden_states=True) for encoder in encoders]
     sequence = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
     return sequence, torch.cat([output.text_embeds for output in outputs], dim=-1)

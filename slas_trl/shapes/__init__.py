@@ -39,8 +39,10 @@ def shapes_prompts(split: str) -> "Dataset":
         split (`str`): `"train"`, or `"test"` for prompts whose meanings training never sees.
 
     Returns:
-        [`~datasets.Dataset`]: one row for each prompt, grouped by category, with columns `prompt` and `category`: one
-        of GenEval's six, `single_object`, `two_object`, `counting`, `colors`, `position` and `color_attr`.
+        [`~datasets.Dataset`]: grouped by category, with columns `prompt` and `category`: one of GenEval's six,
+        `single_object`, `two_object`, `counting`, `colors`, `position` and `color_attr`. `"test"` has each held-out
+        prompt once. `"train"` has 96 rows of each category, since the score counts categories equally: prompts come
+        several times in the small ones, and are a sample of the large ones.
 
     Raises:
         `ValueError`: for another split.
@@ -49,7 +51,7 @@ def shapes_prompts(split: str) -> "Dataset":
 
     from . import world
 
-    captions = world.captions_of(split)
+    captions = world.captions_of(split) if split != "train" else world.balanced_captions(96)
     return Dataset.from_dict({"prompt": [c.text for c in captions], "category": [c.category for c in captions]})
 
 

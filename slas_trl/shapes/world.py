@@ -143,6 +143,16 @@ def captions_of(split: str) -> tuple[Caption, ...]:
     return tuple(chosen)
 
 
+def balanced_captions(number: int) -> list[Caption]:
+    """`number` training captions of each category: all of them, as often as needed, or a fixed sample."""
+    rng = np.random.default_rng(20260102)
+    chosen: list[Caption] = []
+    for captions in _by_category("train"):
+        order = np.concatenate([rng.permutation(len(captions)) for _ in range(-(-number // len(captions)))])
+        chosen += [captions[i] for i in order[:number]]
+    return chosen
+
+
 def misdescribe(caption: Caption, rng: np.random.Generator) -> Caption:
     """`caption` with one demand changed for another: the noise of captions from the web."""
     first, *rest = caption.things
