@@ -64,12 +64,13 @@ def tiny_trainer(
 ) -> SLASTrainer:
     """A trainer of a fresh pipeline; `changes` are the trainer's arguments, or else the configuration's."""
     arguments = {name: changes.pop(name) for name in ("eval_dataset", "callbacks", "optimizers") if name in changes}
+    adapter = changes.pop("peft_config", None if full else lora())
     return cls(
         changes.pop("model", None) or PIPELINES[family][0](),
         reward_funcs,
-        tiny_config(output_dir, family, **changes.pop("args", {}), **changes),
+        tiny_config(output_dir, family, **changes),
         train_dataset=PROMPTS,
-        peft_config=None if full else lora(),
+        peft_config=adapter,
         **arguments,
     )
 
