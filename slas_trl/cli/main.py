@@ -60,7 +60,7 @@ def run_script(command: str, argv: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"slas-trl {command}: interrupted.", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get("SLAS_TRL_DEBUG") == "1":
             raise
         message = str(error) or type(error).__name__

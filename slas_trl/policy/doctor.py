@@ -1,7 +1,8 @@
 """Checks before training: can this pipeline be a policy, and is its ratio exactly 1 before the first update?"""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import CacheMixin, DiffusionPipeline
@@ -37,6 +38,25 @@ def _is_cached(module: nn.Module) -> bool:
         return True
     registries = [m.__dict__["_diffusers_hook"] for m in module.modules() if "_diffusers_hook" in m.__dict__]
     return any(word in hook for registry in registries for hook in registry.hooks for word in CACHE_HOOKS)
+
+
+def load_pipeline(name_or_path: str, init_kwargs: dict[str, Any]) -> DiffusionPipeline:
+    """
+    `DiffusionPipeline.from_pretrained`, which of a folder without a denoiser says only that some file is not there.
+
+    Raises:
+        `ValueError`: when the folder holds no pipeline, or one without a denoiser.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(f"{name_or_path!r} holds no diffusers pipeline: there is no model_index.json in it.")
+        if not any((folder / name / "config.json").is_file() for name in DENOISERS):
+            raise ValueError(
+                f"{name_or_path!r} has no denoiser: expected a folder named one of {DENOISERS} in it, with a "
+                "config.json."
+            )
+    return DiffusionPipeline.from_pretrained(name_or_path, **init_kwargs)
 
 
 def check_pipeline(pipe: DiffusionPipeline) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 
-class ReplayError(RuntimeError):
+class ReplayError(ValueError):
     """The pipeline, called again with the same arguments, did not do the same."""
 
 

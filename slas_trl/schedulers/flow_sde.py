@@ -116,8 +116,9 @@ class FlowSDEScheduler(StochasticScheduler, FlowMatchEulerDiscreteScheduler):
         """s(σ). Flow-GRPO's is infinite at σ = 1; there the denominator takes the schedule's second σ."""
         if self.config["noise_schedule"] == "dance_grpo":
             return torch.full_like(sigma, self.config["noise_level"])
-        bounded = torch.where(sigma == 1, self.sigmas[1].to(sigma.device), sigma)
-        return self.config["noise_level"] * (sigma / (1 - bounded)).sqrt()
+        # A shift leaves the first σ within rounding of 1, on either side.
+        bounded = torch.where(sigma >= 1 - 1e-6, self.sigmas[1].to(sigma.device), sigma)
+        return self.config["noise_level"] * (sigma.clamp(max=1) / (1 - bounded)).sqrt()
 
     def step(
         self,

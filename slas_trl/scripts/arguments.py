@@ -44,6 +44,14 @@ SHAPES_SETTINGS: dict[str, object] = {
 }
 
 
+# Settings of the embedded pipeline that give way when another way of saying the same is chosen.
+REPLACES = {
+    "generation_batch_size": ("steps_per_generation",),
+    "num_train_epochs": ("max_steps",),
+    "num_inference_steps": ("sde_window_size", "sde_window_start"),
+}
+
+
 @dataclass
 class SLASScriptArguments:
     """
@@ -197,6 +205,10 @@ def parse(argv: Sequence[str], prog: str = "slas-trl train") -> tuple[SLASScript
         settings = dict(SHAPES_SETTINGS)
         if given.reward_funcs is not None or "reward_funcs" in values:
             del settings["reward_weights"]  # those of other rewards
+        chosen = values.keys() | {word[2:].split("=")[0].replace("-", "_") for word in rest if word.startswith("--")}
+        for name, replaced in REPLACES.items():
+            if name in chosen:
+                settings = {key: value for key, value in settings.items() if key not in replaced}
         parser.set_defaults_with_config(**settings)
     script, lora, config = parser.parse_args_and_config(argv)
     return cast(SLASScriptArguments, script), cast(LoraArguments, lora), cast(SLASConfig, config)

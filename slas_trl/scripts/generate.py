@@ -72,6 +72,8 @@ def _check(args: argparse.Namespace, output: Path) -> None:
         raise ValueError("--prompt is empty.")
     if args.num_images < 1:
         raise ValueError(f"--num_images must be at least 1, got {args.num_images}.")
+    if args.num_inference_steps is not None and args.num_inference_steps < 1:
+        raise ValueError(f"--num_inference_steps must be at least 1, got {args.num_inference_steps}.")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"the folder {output.parent} of --output does not exist. Make it first.")
     if output.suffix.lower() not in Image.registered_extensions():

@@ -72,7 +72,8 @@ class RunReport:
             self.data, self.origin = trainer.eval_dataset, "evaluation"
         else:
             self.data, self.origin = trainer.train_dataset, "training"
-            prompts = DEFAULT_PROMPTS if prompts is None else prompts
+        if base_model is not None and prompts is None:
+            prompts = DEFAULT_PROMPTS
         # Spread over the data: it may be sorted, by category for one.
         count = len(self.data) if prompts is None else min(prompts, len(self.data))
         self.rows = [i * len(self.data) // count for i in range(count)]

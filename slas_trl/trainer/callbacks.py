@@ -44,22 +44,39 @@ class RLProgressCallback(ProgressCallback):
                 self.training_bar.write(f"step {state.global_step}: {evaluated}")
 
 
+class DenoiserTensorBoardCallback(TensorBoardCallback):
+    """TensorBoard without the model's configuration, which for a diffusers model is a dictionary."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        kwargs.pop("model", None)
+        super().on_train_begin(args, state, control, **kwargs)
+
+
 class MetricsFileCallback(TrainerCallback):
     """One JSON object for each log in `metrics.jsonl`; a resumed run drops the lines that it is about to repeat."""
 
+    resumed_at: int | None = None
+
     def on_train_begin(self, args, state, control, **kwargs):
-        path = Path(args.output_dir or ".") / METRICS_FILE
-        if state.is_world_process_zero and path.exists():
-            # The last line of a run that was killed may not be whole.
-            whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            lines = [json.loads(line) for line in whole] if state.global_step else []
-            kept = [line for line in lines if line["step"] <= state.global_step and "train_runtime" not in line]
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.resumed_at = state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and logs:
-            with (Path(args.output_dir or ".") / METRICS_FILE).open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        if not state.is_world_process_zero or not logs:
+            return
+        path = Path(args.output_dir or ".") / METRICS_FILE
+        if self.resumed_at is not None:  # not before there is something to log: a run that fails at once leaves it
+            self._forget_after(path, self.resumed_at)
+            self.resumed_at = None
+        with path.open("a") as file:
+            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+    @staticmethod
+    def _forget_after(path: Path, step: int) -> None:
+        """Keep the lines up to `step`, none of an earlier run; the last line of a killed run may not be whole."""
+        if path.exists():
+            whole = [line for line in path.read_text().splitlines() if line.endswith("}")] if step else []
+            kept = [line for line in map(json.loads, whole) if line["step"] <= step and "train_runtime" not in line]
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
 
 class PromptOrderCallback(TrainerCallback):
@@ -79,7 +96,7 @@ class EMACallback(TrainerCallback):
 
     def __init__(self, parameters: list[torch.nn.Parameter], decay: float):
         self.parameters = parameters
-        self.model = EMAModel(parameters, decay=decay)
+        self.model = EMAModel(parameters, decay=decay, min_decay=decay)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.model.step(self.parameters)
@@ -128,4 +145,4 @@ def show_images(
             f"samples/{i}": trackio.Image(image, caption=caption)
             for i, (image, caption) in enumerate(zip(images, captions, strict=True))
         }
-        trackio.log(pictures)
+        trackio.log({**pictures, "train/global_step": step})

@@ -1,9 +1,11 @@
 """Checkpoints that are whole or not there: what belongs to one, how to tell, and rollouts on disk."""
 
 import json
+import math
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +32,7 @@ def rollout_file(rank: int) -> str:
 def write_state(folder: Path, **state: Any) -> None:
     """Write `STATE_FILE` with the sizes of the files that are in `folder` by now."""
     files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    (folder / STATE_FILE).write_text(json.dumps({**state, "files": files}, indent=2))
+    (folder / STATE_FILE).write_text(json.dumps({**state, "written": time.time(), "files": files}, indent=2))
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -58,9 +60,17 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
-    """The checkpoint folders of a run, the newest first."""
+    """The checkpoint folders, the last written first; of several runs, too, and broken ones before all."""
     numbered = [(path.name.removeprefix("checkpoint-"), path) for path in output_dir.glob("checkpoint-*")]
-    return [path for number, path in sorted(((int(n), p) for n, p in numbered if n.isdigit()), reverse=True)]
+    return [path for *_, path in sorted(((_written(p), int(n), p) for n, p in numbered if n.isdigit()), reverse=True)]
+
+
+def _written(folder: Path) -> float:
+    """When, in seconds since the epoch; a copy keeps it."""
+    try:
+        return json.loads((folder / STATE_FILE).read_text())["written"]
+    except (OSError, json.JSONDecodeError, KeyError):
+        return math.inf
 
 
 def last_whole_checkpoint(output_dir: Path) -> Path | None:
@@ -107,6 +117,8 @@ def load_rollouts(
     path: Path, replayer: PipelineReplayer, calls: list[dict[str, Any]], device: torch.device
 ) -> tuple[list[Rollout], dict[str, Any]]:
     """The rollouts, given the pipeline calls that made them, and what else was saved with them."""
-    saved = torch.load(path, map_location=device, weights_only=True)
+    # One of several processes on the CPU has the device "cpu:0", which torch.load does not know.
+    location = "cpu" if device.type == "cpu" else device
+    saved = torch.load(path, map_location=location, weights_only=True)
     states = saved.pop("rollouts")
     return [replayer.restore(state, call) for state, call in zip(states, calls, strict=True)], saved

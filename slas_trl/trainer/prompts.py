@@ -72,7 +72,9 @@ def _read(path: Path) -> Dataset:
 def check_prompts(data: Dataset, name: str) -> Dataset:
     """`data` itself, if every row has a prompt to give; else a ValueError that says which does not."""
     if not isinstance(data, Dataset):
-        raise TypeError(f"{name} must be a datasets.Dataset, but it is a {type(data).__name__}; use Dataset.from_list.")
+        raise TypeError(
+            f"{name} must be a datasets.Dataset, but it is a {type(data).__name__}; use Dataset.from_list."
+        )
     if "prompt" not in data.column_names:
         raise ValueError(
             f"{name} has no column 'prompt'; its columns are {data.column_names}. Rename the one with the text."

@@ -2,6 +2,7 @@
 The part of the trainer that outlives it: weights on disk, checkpoints between two updates of a rollout, Ctrl-C.
 """
 
+import hashlib
 import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -56,6 +57,17 @@ class ResumableTrainer(Trainer):
         self._saved_rollout: Path | None = None  # of a checkpoint between two updates of one rollout
         self._checked = False  # the pre-flight check
         self._interrupted = False
+        self._own_checkpoints: set[Path] = set()  # not those that an earlier run left in the folder
+
+    @property
+    def _layout(self) -> dict[str, Any]:
+        """What must not change when a run is resumed: the settings, the adapter's shape and the prompts."""
+        adapter = None
+        if self.has_adapter:
+            config = self.pipe.components[self.denoiser_name].peft_config[lora.ADAPTER_NAME]
+            adapter = [config.r, config.lora_alpha, sorted(config.target_modules), config.use_rslora]
+        prompts = hashlib.sha256("\n".join(self.train_dataset["prompt"]).encode()).hexdigest()
+        return {**self.args.layout, "adapter": adapter, "prompts": prompts}
 
     def _calls(self, indices: list[int], rollout_index: int) -> list[dict[str, Any]]:
         """The arguments of the pipeline call of each chunk of a rollout."""
@@ -87,6 +99,7 @@ class ResumableTrainer(Trainer):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[arg-type]
+            self._own_checkpoints.add(folder.resolve())
         except checkpoints.WRITE_ERRORS as error:
             if self.args.should_save:
                 checkpoints.discard(folder)
@@ -117,13 +130,13 @@ class ResumableTrainer(Trainer):
         if self.args.should_save:
             if self._ema is not None:
                 self._ema.save(folder)
-            checkpoints.write_state(folder, micro_step=done, midway=midway, layout=self.args.layout)
+            checkpoints.write_state(folder, micro_step=done, midway=midway, layout=self._layout)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         state = checkpoints.read_state(folder)
-        if state["layout"] != self.args.layout:
-            changed = {k: (v, self.args.layout[k]) for k, v in state["layout"].items() if v != self.args.layout[k]}
+        then, now = state["layout"], self._layout
+        if changed := {name: (then.get(name), now[name]) for name in now if then.get(name) != now[name]}:
             raise ValueError(f"The checkpoint {str(folder)!r} was made with other settings (then, now): {changed}.")
         self._load_weights(folder)
         if self._ema is not None:
@@ -153,6 +166,8 @@ class ResumableTrainer(Trainer):
         elif resume_from_checkpoint:
             checkpoints.read_state(Path(resume_from_checkpoint))
         self._reset_progress()
+        if resume_from_checkpoint:
+            self._own_checkpoints.add(Path(resume_from_checkpoint).resolve())
         with checkpoints.on_interrupt(self._note_interrupt):
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
@@ -177,9 +192,7 @@ class ResumableTrainer(Trainer):
         if step == 0:
             logger.warning(f"{why} before the first update; there is nothing to save.")
             return
-        try:
-            checkpoints.read_state(folder)
-        except ValueError:
+        if folder.resolve() not in self._own_checkpoints:
             self._save_checkpoint(self.model, None)
         logger.warning(
             f"{why} after update {step}; the checkpoint is {str(folder)!r}. Resume with "

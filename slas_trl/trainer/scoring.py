@@ -28,7 +28,7 @@ def resolve_reward(reward: RewardFunc | str) -> RewardFunc:
     module_name, _, function_name = reward.rpartition(":")
     try:
         function = getattr(importlib.import_module(module_name or "slas_trl.rewards"), function_name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever the user's module raises
         raise ValueError(
             f"There is no reward {reward!r} ({error}). Use a name from slas_trl.rewards, or 'package.module:function'."
         ) from error

@@ -9,6 +9,10 @@ from transformers import TrainingArguments
 from ..schedulers.flow_sde import NOISE_SCHEDULES
 
 
+# Arguments of the pipeline's call that are the trainer's, or have a field of their own.
+RESERVED = {"prompt", "generator", "num_inference_steps", "num_images_per_prompt", "output_type", "return_dict"}
+
+
 @dataclass
 class SLASConfig(TrainingArguments):
     r"""
@@ -227,11 +231,13 @@ class SLASConfig(TrainingArguments):
         return cast(int, self.gradient_accumulation_steps)
 
     @property
-    def layout(self) -> dict[str, int | None]:
+    def layout(self) -> dict[str, Any]:
         """What must not change when a run is resumed: how prompts, images and micro-steps follow each other."""
         names = ("seed", "data_seed", "per_device_train_batch_size", "generation_batch_size", "num_generations",
-                 "gradient_accumulation_steps", "num_iterations", "num_inference_steps", "world_size")  # fmt: skip
-        return {name: getattr(self, name) for name in names} | {"num_trained_timesteps": self.num_trained_timesteps}
+                 "gradient_accumulation_steps", "num_iterations", "num_inference_steps", "world_size",
+                 "num_trained_timesteps", "train_final_step", "sde_window_size", "sde_window_start", "init_same_noise",
+                 "noise_schedule", "noise_level", "eta", "guidance_scale", "height", "width", "use_ema")  # fmt: skip
+        return {name: getattr(self, name) for name in names} | {"pipeline_kwargs": repr(self.pipeline_kwargs)}
 
     def __post_init__(self):
         one_update_per_pass = self.gradient_accumulation_steps is None
@@ -325,6 +331,12 @@ class SLASConfig(TrainingArguments):
                 f"Start one process for each with `accelerate launch --num_processes {self.n_gpu}`, or show it one "
                 "with CUDA_VISIBLE_DEVICES=0."
             )
+        if reserved := RESERVED & set(cast(dict, self.pipeline_kwargs or {})):
+            raise ValueError(f"pipeline_kwargs holds {sorted(reserved)}, which the trainer sets; leave that out.")
+        if self.reward_weights is not None and not any(self.reward_weights):
+            raise ValueError("All reward_weights are 0, so there is nothing to train on; give one reward a weight.")
+        if self.ignore_data_skip:
+            raise ValueError("ignore_data_skip would resume with other prompts than the rollout's; leave it out.")
         if self.auto_find_batch_size:
             raise ValueError(
                 "auto_find_batch_size would break up the groups; lower per_device_train_batch_size instead."

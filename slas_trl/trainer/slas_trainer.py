@@ -20,16 +20,24 @@ from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
 from ..advantages import Advantages, compute_advantages
 from ..objective import clip_indicators, clipped_surrogate_loss, gaussian_kl, importance_ratio
 from ..policy import PipelineReplayer, Rollout, check_pipeline, measure_ratio
-from ..policy.doctor import denoisers_of
+from ..policy.doctor import denoisers_of, load_pipeline
 from ..schedulers import stochastic_scheduler
 from . import lora, sampling
-from .callbacks import EMACallback, MetricsFileCallback, PromptOrderCallback, RLProgressCallback, show_images
+from .callbacks import (
+    DenoiserTensorBoardCallback,
+    EMACallback,
+    MetricsFileCallback,
+    PromptOrderCallback,
+    RLProgressCallback,
+    show_images,
+)
 from .prompts import check_prompts, load_prompts
 from .resumable import Buffer, ResumableTrainer
 from .scoring import RewardFunc, RewardScorer, reward_resolution, typical_group_std
@@ -62,8 +70,6 @@ class SLASTrainer(ResumableTrainer):
         to do.
     """
 
-    _tag_names = ["trl", "slas", "text-to-image", "reinforcement-learning"]
-    _name = "SLAS"
     loss_is_scaled_for_ga = False
 
     def __init__(
@@ -84,11 +90,7 @@ class SLASTrainer(ResumableTrainer):
                 f"reward_weights has {len(args.reward_weights)} entries for {len(self.scorer.names)} rewards "
                 f"({', '.join(self.scorer.names)}); give one for each."
             )
-        pipe = (
-            DiffusionPipeline.from_pretrained(model, **cast(dict, args.model_init_kwargs or {}))
-            if isinstance(model, str)
-            else model
-        )
+        pipe = load_pipeline(model, cast(dict, args.model_init_kwargs or {})) if isinstance(model, str) else model
         check_pipeline(pipe)
         data = (
             load_prompts(args.prompt_dataset)
@@ -148,6 +150,9 @@ class SLASTrainer(ResumableTrainer):
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(RLProgressCallback)
+        if "tensorboard" in cast(list, args.report_to):
+            self.remove_callback(TensorBoardCallback)
+            self.add_callback(DenoiserTensorBoardCallback)
         set_seed(args.seed, device_specific=True)
         pipe.to(self.accelerator.device)
         pipe.set_progress_bar_config(disable=True)

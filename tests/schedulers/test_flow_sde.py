@@ -290,3 +290,14 @@ def test_per_token_timesteps_are_refused():
     scheduler = scheduler_with("flow_grpo")
     with pytest.raises(ValueError, match="per_token_timesteps"):
         scheduler.step(randn(1, 4, 4), scheduler.timesteps[0], randn(1, 4, 4), per_token_timesteps=torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("shift", [0.54, 1.0, 1.18, 1.32, 1.57, 1.66, 2.07, 2.33, 3.0, 6.5])
+def test_a_shift_that_leaves_the_first_sigma_within_rounding_of_one(shift):
+    scheduler = FlowSDEScheduler(shift=shift)
+    scheduler.set_timesteps(10)
+    x = torch.zeros(1, 4)
+    mean, std = scheduler.transition(torch.ones(1, 4), x, 0)
+    s = 0.7 * float(1 / (1 - scheduler.sigmas[1])) ** 0.5
+    assert float(std) == pytest.approx(s * float(1 - scheduler.sigmas[1]) ** 0.5, rel=1e-4)
+    assert mean.isfinite().all()

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from slas_trl.trainer.checkpoints import checkpoints_in, read_state
+from slas_trl.trainer.checkpoints import checkpoints_in, last_whole_checkpoint, read_state
 from tests.tiny_pipelines import PIPELINES
 from tests.trainer.tiny_trainers import (
     Watched,
@@ -267,7 +267,7 @@ def small_disk(tmp_path):
     if mounted.returncode:
         pytest.skip("only root can mount a small disk")
     yield folder
-    subprocess.run(["umount", folder], check=True)
+    subprocess.run(["umount", "--lazy", folder], check=True)  # what failed may not have closed its files yet
 
 
 def fill(folder: Path, all_but: int) -> None:
@@ -282,7 +282,7 @@ def two_updates(tmp_path_factory):
     return trained_weights(trained(tmp_path_factory.mktemp("two-updates"), **ON_SMALL_DISK, max_steps=2))
 
 
-ON_SMALL_DISK = {"gradient_accumulation_steps": 3, "use_ema": True, **EVERY_UPDATE}
+ON_SMALL_DISK = {"gradient_accumulation_steps": 2, "use_ema": True, **EVERY_UPDATE}  # each with a rollout
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
@@ -334,15 +334,8 @@ def interrupted_at(moment: int) -> type[Watched]:
 
 @pytest.mark.parametrize(
     ("moment", "update"),
-    [(2, 1), (4, 1), (5, 2), (6, 2), (7, 2), (8, 3)],
-    ids=[
-        "second update",
-        "its end",
-        "end of the rollout",
-        "next rollout",
-        "within its first update",
-        "and at its end",
-    ],
+    [(2, 1), (3, 2), (5, 3), (6, 3), (7, 4)],
+    ids=["within an update", "its end", "end of a rollout", "within the next one's first update", "and its end"],
 )
 def test_ctrl_c_saves_what_was_learned(tmp_path, caplog, moment, update):
     """Three updates of two micro-steps to a rollout."""
@@ -438,3 +431,48 @@ def test_a_reward_that_fails_late_costs_nothing(tmp_path, caplog):
     assert "A reward failed after update 2" in caplog.text
     second = resumed(tmp_path / "run", tmp_path / "run" / "checkpoint-2", max_steps=4)
     assert same(trained_weights(trained(tmp_path / "whole", max_steps=4)), trained_weights(second))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"noise_level": 0.3},
+        {"guidance_scale": 1.5},
+        {"use_ema": True},
+        {"peft_config": lora(r=8)},
+        {"learning_rate": 1e-2},
+    ],
+    ids=str,
+)
+def test_a_resumed_run_keeps_what_decides_its_ratio(tmp_path, changes):
+    tiny_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1).train()
+    other = tiny_trainer(tmp_path, max_steps=2, **changes)
+    if "learning_rate" in changes:  # may change
+        other.train(resume_from_checkpoint=True)
+    else:
+        with pytest.raises(ValueError, match="other settings"):
+            other.train(resume_from_checkpoint=True)
+
+
+def test_the_newest_checkpoint_is_the_last_written_one(tmp_path):
+    tiny_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=2).train()
+    tiny_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1).train()  # another run, in the same folder
+    assert last_whole_checkpoint(tmp_path).name == "checkpoint-1"
+
+
+def test_an_earlier_runs_checkpoint_is_not_taken_for_this_runs(tmp_path):
+    tiny_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=2).train()
+    calls = []
+
+    def fails_later(prompts, images, **columns):
+        calls.append(1)
+        if len(calls) > 1:
+            raise OSError("server away")
+        return redness(prompts, images)
+
+    trainer = tiny_trainer(tmp_path, reward_funcs=fails_later, max_steps=2, learning_rate=1e-2)
+    with pytest.raises(ValueError, match="server away"):
+        trainer.train()
+    saved = load_file(tmp_path / "checkpoint-1" / "pytorch_lora_weights.safetensors")
+    now = trained_weights(trainer)
+    assert {float(v.double().sum()) for v in saved.values()} == {float(v.double().sum()) for v in now.values()}
