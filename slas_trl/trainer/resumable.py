@@ -97,6 +97,9 @@ class ResumableTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module | None, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            checkpoints.discard(folder)  # one of an earlier run, whose files would be taken for ours
+        self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[arg-type]
             self._own_checkpoints.add(folder.resolve())
