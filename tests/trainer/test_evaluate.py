@@ -148,7 +148,7 @@ def test_the_average_is_evaluated_and_saved_and_the_weights_are_trained(tmp_path
         "sd",
         full=True,
         use_ema=True,
-        ema_decay=0.15,
+        ema_decay=0.6,
         max_steps=3,
         callbacks=[Remember()],
         eval_dataset=HELD_OUT,
@@ -156,9 +156,8 @@ def test_the_average_is_evaluated_and_saved_and_the_weights_are_trained(tmp_path
     average = list(trained_weights(trainer).values())
     trainer.train()
     assert same(trained_weights(plain), trained_weights(trainer))  # it does not take part in training
-    # diffusers warms the decay up: (1 + n) / (10 + n) until it reaches 0.15, in the first update 0.
     for n, weights in enumerate(steps):
-        decay = 0.0 if n == 0 else min(0.15, (1 + n) / (10 + n))
+        decay = 0.6 if n else 0.0  # diffusers begins the average with the first update's weights
         average = [decay * a + (1 - decay) * w for a, w in zip(average, weights, strict=True)]
 
     trainer.save_model(str(tmp_path / "saved"))
