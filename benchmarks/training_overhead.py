@@ -5,9 +5,9 @@ Training time on the embedded pipeline, as a ratio to the bare denoiser calls th
 
 Trainer and bare loop take turns, in one process and on the same threads, so that a noisy machine disturbs both alike.
 One turn of the trainer is one update: sampling a rollout, decoding, scoring, and the backward passes. One turn of the
-bare loop is the same number of denoiser forwards without gradients, the same number of forwards and backwards with
-them, on inputs of the same shapes and the same adapter, and one optimizer step. The ratio of every pair, their median
-and its 95% interval are printed; the first pair, which warms up, is left out.
+bare loop is the same number of denoiser forwards without gradients (those of the reference policy too), the same
+number of forwards and backwards with them, on inputs of the same shapes and the same adapter, and one optimizer step.
+The ratio of every pair, their median and its 95% interval are printed; the first pair, which warms up, is left out.
 """
 
 import argparse
@@ -28,9 +28,10 @@ from slas_trl.trainer import SLASTrainer
 class BareLoop:
     """The denoiser calls of one update in a plain loop, on the inputs of a call that the pipeline made."""
 
-    def __init__(self, denoiser: Any, call: tuple[tuple, dict], chunks: int, sampled: int, trained: int):
+    def __init__(self, denoiser: Any, call: tuple[tuple, dict], chunks: int, sampled: int, trained: int, beta: float):
         self.denoiser, (self.args, self.kwargs) = denoiser, call
         self.chunks, self.sampled, self.trained = chunks, sampled, trained
+        self.references = trained if beta else 0
         self.parameters = [p for p in denoiser.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, weight_decay=0.0)  # leaves the weights alone
 
@@ -39,6 +40,10 @@ class BareLoop:
         with torch.no_grad():
             for _ in range(self.chunks * self.sampled):
                 self.denoiser(*self.args, **self.kwargs)
+            self.denoiser.disable_adapters()
+            for _ in range(self.chunks * self.references):
+                self.denoiser(*self.args, **self.kwargs)
+            self.denoiser.enable_adapters()
         for _ in range(self.chunks * self.trained):
             self.denoiser(*self.args, **self.kwargs)[0].square().mean().backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -73,6 +78,7 @@ class TakeTurns(TrainerCallback):
                 chunks=cast(int, self.trainer.args.steps_per_generation),
                 sampled=self.trainer.args.num_inference_steps,
                 trained=self.trainer.args.num_trained_timesteps,
+                beta=self.trainer.args.beta,
             )
         self.pairs.append((trained, self.loop.run()))
         self.start = time.perf_counter()
