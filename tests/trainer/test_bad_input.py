@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from slas_trl import SLASTrainer
 from tests.tiny_pipelines import sd3_pipeline, sd_pipeline
-from tests.trainer.tiny_trainers import PROMPTS, lora, redness, tiny_config, tiny_trainer, trained_weights
+from tests.trainer.tiny_trainers import PROMPTS, lora, redness, same, tiny_config, tiny_trainer, trained_weights
 
 
 def blueness(prompts, images, **columns):
