@@ -399,6 +399,10 @@ def export(args, path: Path) -> None:
     if (args.output_dir / "clip").exists():
         CLIPModel.from_pretrained(args.output_dir / "clip").half().save_pretrained(path / "clip")
         tokenizer.save_pretrained(path / "clip")
+    for config in path.rglob("config.json"):  # without the folder that it was loaded from
+        settings = json.loads(config.read_text())
+        settings.pop("_name_or_path", None)
+        config.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def main() -> None:
