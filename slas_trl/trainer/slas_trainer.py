@@ -184,9 +184,8 @@ class SLASTrainer(ResumableTrainer):
         if self._last_log is None:
             self._last_images = time.perf_counter()
             self._last_log = self._last_images, self.state.global_step
-        self.replayer.models[self.denoiser_name] = cast(
-            torch.nn.Module, self.model_wrapped
-        )  # in its DDP form, with several processes
+        # In its DDP form, with several processes.
+        self.replayer.models[self.denoiser_name] = cast(torch.nn.Module, self.model_wrapped)
         rollout_index, position = divmod(self._micro_step, self.args.micro_steps_per_rollout)
         if position == 0:
             self._buffer = None  # free the old rollout before the new one is sampled
@@ -379,6 +378,10 @@ class SLASTrainer(ResumableTrainer):
         metrics["gamma"].append(self.args.gamma)
         for key, value in self._reward_metrics(rewards).items():
             metrics[key].append(value)
+        if result.rewards.isnan().all():
+            logger.warning(
+                f"No image of the rollout after update {self.state.global_step} got a score: nothing to learn."
+            )
         if 0 < result.effective_share < 0.1:
             logger.warning_once(
                 f"The effective sample share of the advantages is {result.effective_share:.2f}, below 0.1: few images "

@@ -92,3 +92,15 @@ def test_a_denoiser_that_is_noisy_at_one_step_only(tmp_path):
     pipe.transformer.register_forward_hook(noisy, with_kwargs=True)
     with pytest.raises(ValueError, match="ratio of step 2 should be 1"):
         tiny_trainer(tmp_path, model=pipe).train()
+
+
+def test_a_later_rollout_without_scores_is_reported(tmp_path, caplog):
+    calls = []
+
+    def tired(prompts, images, **columns):
+        calls.append(1)
+        return redness(prompts, images) if len(calls) == 1 else [None] * len(images)
+
+    with caplog.at_level("WARNING"):
+        tiny_trainer(tmp_path, reward_funcs=tired, max_steps=2).train()
+    assert "after update 1 got a score" in caplog.text
