@@ -1,0 +1,25 @@
+"""One entry of the zoo: a tiny pipeline of real classes with random weights, and how to call it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True)
+class Family:
+    """
+    Attributes:
+        title: as the table in the documentation names it.
+        build: makes the pipeline, the same weights every time, in evaluation mode and frozen.
+        call: arguments of one call beside prompt, generator and num_inference_steps.
+        task: "text-to-image", "image-to-image" or "image editing".
+        images: the images of one call by argument name, for a task that needs some; called with the number of prompts.
+    """
+
+    title: str
+    build: Callable[[], DiffusionPipeline]
+    call: dict[str, Any] = field(default_factory=dict)
+    task: str = "text-to-image"
+    images: Callable[[int], dict[str, Any]] = lambda count: {}
