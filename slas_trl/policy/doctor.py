@@ -43,10 +43,14 @@ def _is_cached(module: nn.Module) -> bool:
 def load_pipeline(name_or_path: str, init_kwargs: dict[str, Any]) -> DiffusionPipeline:
     """
     `DiffusionPipeline.from_pretrained`, which of a folder without a denoiser says only that some file is not there.
+    Its dtype may be given by name.
 
     Raises:
-        `ValueError`: when the folder holds no pipeline, or one without a denoiser.
+        `ValueError`: when the folder holds no pipeline, or one without a denoiser, or there is no such dtype.
     """
+    for key in ("dtype", "torch_dtype"):
+        if isinstance(name := init_kwargs.get(key), str):
+            init_kwargs = {**init_kwargs, key: _dtype_of(name)}
     folder = Path(name_or_path)
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
@@ -57,6 +61,13 @@ def load_pipeline(name_or_path: str, init_kwargs: dict[str, Any]) -> DiffusionPi
                 "config.json."
             )
     return DiffusionPipeline.from_pretrained(name_or_path, **init_kwargs)
+
+
+def _dtype_of(name: str) -> torch.dtype:
+    dtype = vars(torch).get(name.removeprefix("torch."))
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"There is no dtype {name!r}; expected one of torch's, such as 'bfloat16'.")
+    return dtype
 
 
 def check_pipeline(pipe: DiffusionPipeline) -> None:

@@ -82,7 +82,12 @@ def test_the_whole_denoiser_loads_into_the_plain_pipeline(tmp_path, family):
     name = "unet" if family == "sd" else "transformer"
     setattr(plain, name, type(trainer.model).from_pretrained(tmp_path / "checkpoint-2" / name))
     ours = picture(trainer.pipe, family)
-    assert torch.equal(picture(plain, family), ours) and not torch.equal(before, ours)
+    assert all(
+        torch.equal(plain.components[name].state_dict()[key], v) for key, v in trainer.model.state_dict().items()
+    )
+    # What a file is mapped to in memory is aligned otherwise, which some kernels round otherwise for.
+    torch.testing.assert_close(picture(plain, family), ours, rtol=0, atol=1e-5)
+    assert not torch.allclose(before, ours, rtol=0, atol=1e-4)
 
 
 def test_files_of_a_checkpoint(tmp_path):
