@@ -5,13 +5,13 @@ Kills a training run with SIGKILL, again and again, and compares what it ends wi
 
 The run trains an adapter of the embedded pipeline, six updates to a rollout, with a moving average and a checkpoint
 after every update. It is killed at moments drawn uniformly over the life of a run, from the start of its process to
-its end; every fourth kill is aimed into the writing of a checkpoint. Each time it goes on from its newest checkpoint,
+its end; every third kill is aimed into the writing of a checkpoint. Each time it goes on from its newest checkpoint,
 or anew where there is none. A run that reaches its end is compared bit for bit: every tensor of its last checkpoint
 (adapter, moving average, optimizer, schedule, random states, rollout under way) and every line of its metrics. Then
-the next one starts, until all kills are spent. The exit status is 1 if anything differs, or if a run did not go on from
-its newest checkpoint.
+the next one starts, until all kills are spent. The exit status is 1 if anything differs, if a run did not go on from
+the newest folder that has the name of a checkpoint, or if it left something else behind.
 
-Processes are forked from one that has imported everything, so that a start takes no ten seconds.
+Processes are forked from one that has imported what takes long, so that a start takes no ten seconds.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import math
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -28,13 +29,19 @@ from pathlib import Path
 from typing import Any
 
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; a fork has the forking thread alone
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: a fork has no threads but the forking one
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # which finds semaphores of processes that were killed
 
+# Not the trainer itself: a process of its own imports it, before it looks for what another one has left.
 IMPORTED_ONCE = [
+    "diffusers.training_utils",
+    "peft",
+    "slas_trl.policy",
     "slas_trl.rewards.shapes",
     "slas_trl.shapes.pipeline",
-    "slas_trl.trainer",
-    "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
+    "transformers.trainer",
+    "trl.trainer.utils",
 ]
 KEPT = 2  # checkpoints
 TIMINGS = ("step_time", "images_per_second")
@@ -42,7 +49,7 @@ PATIENCE = 120.0  # seconds for what takes a few
 
 
 def train(folder: Path, notes: Path, updates: int) -> None:
-    """Run or resume; what is under way is noted in a file."""
+    """Run or resume; what is under way is noted in a file, and what is printed goes into another."""
     start = time.monotonic()
     out = notes.open("a", buffering=1)
 
@@ -50,16 +57,16 @@ def train(folder: Path, notes: Path, updates: int) -> None:
         out.write(json.dumps([time.monotonic() - start, what, done]) + "\n")
 
     note("start-up")
+    printed = os.open(notes.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(printed, stream)
     from peft import LoraConfig
     from transformers import TrainerCallback
-    from transformers.utils import logging
 
     from slas_trl.rewards import shapes_coloured_area
     from slas_trl.shapes import load_shapes_pipeline, shapes_prompts
     from slas_trl.trainer import SLASConfig, SLASTrainer
     from slas_trl.trainer.checkpoints import last_whole_checkpoint
-
-    logging.set_verbosity_error()
 
     class Noting(SLASTrainer):
         def _sample_rollout(self, *args, **kwargs):
@@ -81,8 +88,8 @@ def train(folder: Path, notes: Path, updates: int) -> None:
 
     config = SLASConfig(
         output_dir=str(folder),
-        per_device_train_batch_size=4,
-        num_generations=4,
+        per_device_train_batch_size=2,
+        num_generations=2,
         steps_per_generation=2,
         num_inference_steps=4,
         gradient_accumulation_steps=2,  # of two chunks at three steps: three updates to a pass
@@ -110,6 +117,11 @@ def train(folder: Path, notes: Path, updates: int) -> None:
     note("end", trainer.state.global_step)
 
 
+def newest(folder: Path) -> int:
+    """Number of the newest checkpoint, 0 without one; by its name alone, which only a whole one should have."""
+    return max((int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*")), default=0)
+
+
 class Run:
     """One process of a run, from its start or from its newest checkpoint."""
 
@@ -118,8 +130,7 @@ class Run:
     )
 
     def __init__(self, folder: Path, updates: int):
-        # By the names alone: a folder that has the name of a checkpoint should be a whole one.
-        self.newest = max((int(p.name.removeprefix("checkpoint-")) for p in folder.glob("checkpoint-*")), default=0)
+        self.newest = newest(folder)
         self.notes_file = folder.with_name(f"notes-{time.monotonic_ns()}")
         self.notes_file.touch()
         self.process = self.context.Process(target=train, args=(folder, self.notes_file, updates))
@@ -148,7 +159,10 @@ class Run:
         if self.process.is_alive():
             self.kill()
             return [f"the process hung, its last note is {self.notes[-1:]}"]
-        return [] if self.process.exitcode == 0 else [f"the process ended with status {self.process.exitcode}"]
+        if self.process.exitcode == 0:
+            return []
+        printed = self.notes_file.with_suffix(".txt").read_text()
+        return [f"the process ended with status {self.process.exitcode}:\n{printed[-2000:]}"]
 
     def wrong_start(self) -> list[str]:
         """What is wrong with the checkpoint that it went on from."""
@@ -194,8 +208,8 @@ def contents(path: Path) -> Any:
 
 
 def compare(whole: Path, run: Path, updates: int) -> list[str]:
-    """Where a run that was killed differs from the one that was not; the number of tensors is none of it."""
-    found = []
+    """Where a run that was killed differs from the one that was not."""
+    found: list[str] = []
     folders = [folder / f"checkpoint-{updates}" for folder in (whole, run)]
     names = [{str(p.relative_to(f)) for p in f.rglob("*") if p.is_file()} for f in folders]
     if names[0] != names[1]:
@@ -239,11 +253,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="kill and resume ") as temporary:
         base = Path(temporary)
         whole = base / "whole"
-        for warm in (base / "warm-up", whole):  # the first process waits for the imports
-            uninterrupted = Run(warm, options.updates)
-            if failed := uninterrupted.finish():
-                print(f"The uninterrupted run failed: {failed[0]}.")
-                return 1
+        uninterrupted = Run(whole, options.updates)
+        if failed := uninterrupted.finish():
+            print(f"The uninterrupted run failed: {failed[0]}.")
+            return 1
         notes = uninterrupted.notes
         life = notes[-1][0]
         began = next(at for at, what, _ in notes if what == "from")
@@ -254,32 +267,31 @@ def main() -> int:
             f"{writing * 1000:.0f} ms for each checkpoint.\n"
         )
         print(f"{'kill':>4}  {'run':>3}  {'after':>7}  {'lost':>4}  {'resumed from':<14}  during")
-        kills, number, lost_updates, starts = 0, 1, [], 0
+        kills, number, starts, after = 0, 1, 0, 0.0
+        lost_updates: list[int] = []
         folder = base / f"run {number}"
         while True:
             run, starts = Run(folder, options.updates), starts + 1
-            aimed = kills % 4 == 3
+            aimed = kills % 3 == 2
             moment = rng.uniform(0, life)
             nth, share = rng.randint(1, 4), rng.uniform(0, 1.2)
-            if kills == options.kills:
-                alive = False
-            elif aimed:
-                alive = run.wait_for("writing", nth)
-                time.sleep(share * writing)
-            else:
-                run.process.join(moment)
-                alive = run.process.is_alive()
-            if alive:
+            if kills < options.kills:
+                if aimed and run.wait_for("writing", nth):
+                    time.sleep(share * writing)
+                else:
+                    run.process.join(moment)
                 after = time.monotonic() - run.start
-                run.kill()
-            killed = alive and run.process.exitcode != 0  # it may have ended meanwhile
+                run.kill()  # if it has not ended meanwhile
+            else:
+                run.process.join(PATIENCE)
+            killed = run.process.exitcode == -signal.SIGKILL
             problems += [f"run {number}: {problem}" for problem in run.wrong_start()]
             if killed:
                 kills += 1
                 done = max((done for _, _, done in run.notes), default=run.newest)
-                newest = max((int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*")), default=0)
-                lost_updates.append(max(done, run.newest) - newest)
-                source = f"checkpoint-{newest}" if newest else "the start"
+                kept = newest(folder)
+                lost_updates.append(max(done, run.newest) - kept)
+                source = f"checkpoint-{kept}" if kept else "the start"
                 during = describe(run.notes, folder) + (", aimed" if aimed else "")
                 print(f"{kills:>4}  {number:>3}  {after:>5.2f} s  {lost_updates[-1]:>4}  {source:<14}  {during}")
                 continue
