@@ -218,7 +218,7 @@ def compare(whole: Path, run: Path, updates: int) -> list[str]:
         found += differences(contents(folders[0] / name), contents(folders[1] / name), name)
     lines = [list(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())) for folder in (whole, run)]
     logs = [[{k: v for k, v in line.items() if k not in TIMINGS} for line in each if "loss" in line] for each in lines]
-    found += differences(*logs, "metrics.jsonl")
+    found += differences(logs[0], logs[1], "metrics.jsonl")
     kept = [sorted(path.name for path in folder.iterdir()) for folder in (whole, run)]
     found += [f"left over: {name}" for name in kept[1] if name not in kept[0]]
     return found
