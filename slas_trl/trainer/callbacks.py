@@ -77,7 +77,9 @@ class MetricsFileCallback(TrainerCallback):
         if path.exists():
             whole = [line for line in path.read_text().splitlines() if line.endswith("}")] if step else []
             kept = [line for line in map(json.loads, whole) if line["step"] <= step and "train_runtime" not in line]
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            shorter = path.with_name(f"_{path.name}")
+            shorter.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            shorter.replace(path)  # in one step: whoever is killed here has lost no line
 
 
 class PromptOrderCallback(TrainerCallback):

@@ -49,6 +49,7 @@ class ResumableTrainer(Trainer):
     denoiser_names: list[str]
     has_adapter: bool
     _ema: EMACallback | None
+    _writing: Path | None = None  # where the checkpoint under way is written
 
     @property
     def _output_dir(self) -> Path:
@@ -117,23 +118,50 @@ class ResumableTrainer(Trainer):
         if self._ema is not None:
             self._ema.adopt()
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._writing is None else str(self._writing)
+
     def _save_checkpoint(self, model: torch.nn.Module | None, trial: Any) -> None:
+        """The Trainer's, in a temporary folder: it has its name when it is whole, before any process goes on."""
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        writing = folder.with_name(checkpoints.WRITING + folder.name)
+        written = writing / folder.name
         if self.args.should_save:
-            checkpoints.discard(folder)  # one of an earlier run, whose files would be taken for ours
+            checkpoints.discard(writing)
         self.accelerator.wait_for_everyone()
         try:
+            self._writing = writing
             super()._save_checkpoint(model, trial)  # type: ignore[arg-type]
-            self._own_checkpoints.add(folder.resolve())
+            if self.state.best_model_checkpoint == str(written):
+                self.state.best_model_checkpoint = str(folder)
+                if self.args.should_save:
+                    self.state.save_to_json(str(written / checkpoints.TRAINER_STATE_FILE))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.publish(written, folder)
+            self.accelerator.wait_for_everyone()
         except checkpoints.WRITE_ERRORS as error:
             if self.args.should_save:
-                checkpoints.discard(folder)
+                checkpoints.tidy(folder.parent)
             last = checkpoints.last_whole_checkpoint(folder.parent)
             resume = f"the last whole one is {str(last)!r}; resume from there" if last else "there is no earlier one"
             raise OSError(
                 f"The checkpoint {str(folder)!r} could not be written ({error}) and was removed; {resume} after "
                 "making room."
             ) from error
+        finally:
+            self._writing = None
+            if self.args.should_save:
+                checkpoints.discard(writing)
+        self._own_checkpoints.add(folder.resolve())
+        if self.args.should_save:
+            checkpoints.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._writing is None:  # an upload takes its time, and needs the final name
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Without the model's weights, which the Trainer adds under FSDP: `save_model` has written what is trained."""
@@ -196,6 +224,9 @@ class ResumableTrainer(Trainer):
         `args.output_dir`; the resumed run is the uninterrupted one to the last bit. Ctrl-C saves a checkpoint at the
         last finished update.
         """
+        if self.args.should_save:
+            checkpoints.tidy(self._output_dir)
+        self.accelerator.wait_for_everyone()
         if resume_from_checkpoint is True:
             folder = checkpoints.last_whole_checkpoint(self._output_dir)
             if folder is None:
