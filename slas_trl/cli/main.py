@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv (`Sequence[str]`, *optional*): Command line without the program's name. `None` is the process's own.
 
-    Returns the exit status: 0, 1 if `doctor` finds that training could not start, 2 for bad input (one message on stderr, with the traceback too if the environment has
-    `SLAS_TRL_DEBUG=1`), or 130 for Ctrl-C.
+    Returns the exit status: 0, 1 where `doctor` finds that training could not start, 2 for bad input (one message on
+    stderr, with the traceback too if the environment has `SLAS_TRL_DEBUG=1`), or 130 for Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
