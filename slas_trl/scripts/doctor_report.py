@@ -179,19 +179,20 @@ class DoctorReport:
         copies = (own if config.use_ema else 0) + (denoiser if config.beta and not self.adapter else 0)
         stored = rollout_bytes(rollout) * cast(int, config.steps_per_generation)
         states = self._optimizer_bytes()
-        items: list[tuple[str, int | None, int | None]] = [
-            ("denoiser", denoiser, denoiser),
-            ("other components", sum(components.values()) - denoiser, sum(components.values()) - denoiser),
-            ("KL reference, EMA", copies, copies),
-            (f"rollout of {config.images_per_rollout} images", stored, stored),
-            ("gradients", 0, own),
-            (f"optimizer ({OptimizerNames(config.optim).value})", states, states),
-            ("activations", None, trainer.activations or None),
-        ]
-        totals = [sum(item[i] or 0 for item in items) for i in (1, 2)]
-        open_ended = [" + ?" if any(item[i] is None for item in items) else "" for i in (1, 2)]
+        frozen = sum(components.values()) - denoiser
+        items: dict[str, tuple[int | None, int | None]] = {  # while sampling, while training
+            "denoiser": (denoiser, denoiser),
+            "other components": (frozen, frozen),
+            "KL reference, EMA": (copies, copies),
+            f"rollout of {config.images_per_rollout} images": (stored, stored),
+            "gradients": (0, own),
+            f"optimizer ({OptimizerNames(config.optim).value})": (states, states),
+            "activations": (None, trainer.activations or None),
+        }
+        totals = [sum(item[i] or 0 for item in items.values()) for i in (0, 1)]
+        open_ended = [" + ?" if any(item[i] is None for item in items.values()) else "" for i in (0, 1)]
         rows: list[tuple[str, ...]] = [("", "sampling", "training")]
-        rows += [(label, _bytes(a), _bytes(b)) for label, a, b in items if (a, b) != (0, 0)]
+        rows += [(label, _bytes(a), _bytes(b)) for label, (a, b) in items.items() if (a, b) != (0, 0)]
         rows.append(("sum", *(_bytes(total) + more for total, more in zip(totals, open_ended, strict=True))))
         if trainer.peaks:
             rows.append(("peak measured", *(_bytes(trainer.peaks.get(name)) for name in ("sampling", "micro-step"))))
