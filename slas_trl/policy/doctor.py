@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 DENOISERS = ("transformer", "transformer_2", "unet")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CACHE_HOOKS = ("cache", "fbc", "broadcast")  # words in the names of diffusers' hooks that reuse earlier outputs
 
 
@@ -45,10 +46,11 @@ def _is_cached(module: nn.Module) -> bool:
 
 def load_pipeline(name_or_path: str, init_kwargs: dict[str, Any]) -> DiffusionPipeline:
     """
-    `DiffusionPipeline.from_pretrained`, which of a folder without a denoiser says only that some file is not there.
+    `DiffusionPipeline.from_pretrained`, which of a folder without a denoiser says only that some file is not there,
+    and takes `dtype` (or `torch_dtype`), for one component or all, as a `torch.dtype` alone; here "bfloat16" is one.
 
     Raises:
-        `ValueError`: when the folder holds no pipeline, or one without a denoiser.
+        `ValueError`: when the folder holds no pipeline, or one without a denoiser, and for an unknown dtype.
     """
     folder = Path(name_or_path)
     if folder.is_dir():
@@ -59,7 +61,18 @@ def load_pipeline(name_or_path: str, init_kwargs: dict[str, Any]) -> DiffusionPi
                 f"{name_or_path!r} has no denoiser: expected a folder named one of {DENOISERS} in it, with a "
                 "config.json."
             )
-    return DiffusionPipeline.from_pretrained(name_or_path, **init_kwargs)
+    named = {key: _dtype(value) for key, value in init_kwargs.items() if key in ("dtype", "torch_dtype")}
+    return DiffusionPipeline.from_pretrained(name_or_path, **{**init_kwargs, **named})
+
+
+def _dtype(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {component: _dtype(name) for component, name in value.items()}
+    if not isinstance(value, str):
+        return value
+    if value not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, but it is {value!r}.")
+    return DTYPES[value]
 
 
 def pipeline_problems(pipe: DiffusionPipeline) -> Iterator[str]:

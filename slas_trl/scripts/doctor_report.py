@@ -201,7 +201,7 @@ class DoctorReport:
         if device.type == "cuda" and totals[1] > (there := torch.cuda.get_device_properties(device).total_memory):
             self.findings.warnings.append(
                 f"Training needs about {_bytes(totals[1])}, but {device} has {_bytes(there)}. Lower "
-                "per_device_train_batch_size, set gradient_checkpointing, or train an adapter (use_peft)."
+                "per_device_train_batch_size, set activation_checkpointing, or train an adapter (use_peft)."
             )
         self._print_time()
 

@@ -34,7 +34,7 @@ class Findings:
         message = f"{stage}{': ' if stage else ''}{kind}{error}"
         if isinstance(error, torch.OutOfMemoryError):
             message += (
-                " Lower per_device_train_batch_size, set gradient_checkpointing, or train an adapter (use_peft)."
+                " Lower per_device_train_batch_size, set activation_checkpointing, or train an adapter (use_peft)."
             )
         self.refusals.append(message)
 
