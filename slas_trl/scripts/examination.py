@@ -79,7 +79,7 @@ class ExaminedTrainer(SLASTrainer):
         try:
             inputs = self._prepare_inputs(indices)
         except Exception as error:
-            findings.refuse(error, "Sampling failed")
+            findings.refuse(error, "The first rollout failed")
             return
         if not self.trained_steps:
             return
