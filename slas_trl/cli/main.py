@@ -16,6 +16,7 @@ from slas_trl import __version__
 
 COMMANDS = {
     "train": "fine-tune a text-to-image pipeline; without arguments, the embedded one",
+    "doctor": "check that a training could start: takes the options of train, trains and writes nothing",
     "generate": "make pictures with a pipeline, with or without a trained adapter",
     "env": "print versions and devices, for a bug report",
 }
@@ -28,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv (`Sequence[str]`, *optional*): Command line without the program's name. `None` is the process's own.
 
-    Returns the exit status: 0, 2 for bad input (one message on stderr, with the traceback too if the environment has
-    `SLAS_TRL_DEBUG=1`), or 130 for Ctrl-C.
+    Returns the exit status: 0, 1 where `doctor` finds that training could not start, 2 for bad input (one message on
+    stderr, with the traceback too if the environment has `SLAS_TRL_DEBUG=1`), or 130 for Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
@@ -51,12 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_script(command: str, argv: list[str]) -> int:
-    """Run `slas_trl.scripts.<command>`, and return its exit status, or that of the error it raised."""
+    """Run `slas_trl.scripts.<command>`, and return its exit status (0 if it has none), or that of its error."""
     # transformers advises to install torchvision, which nothing here needs; one that does not fit breaks imports.
     advice = logging.getLogger("transformers.utils.import_utils")
     advice.addFilter(lambda record: "Install torchvision" not in record.getMessage())
     try:
-        import_module(f"slas_trl.scripts.{command}").main(argv)
+        return import_module(f"slas_trl.scripts.{command}").main(argv) or 0
     except KeyboardInterrupt:
         print(f"slas-trl {command}: interrupted.", file=sys.stderr)
         return 130
@@ -66,7 +67,6 @@ def run_script(command: str, argv: list[str]) -> int:
         message = str(error) or type(error).__name__
         print(f"slas-trl {command}: error: {message}\n(SLAS_TRL_DEBUG=1 shows where.)", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ class EvaluatingTrainer(ResumableTrainer):
             for chunk in self.calls.chunks(dataset, indices, size):
                 rows = [indices[i] for i in chunk]
                 images += as_pictures(self.pipe(**self.calls.call(dataset, rows, [generators[i] for i in chunk]))[0])
-        reshard(self.model)
+        reshard(cast(torch.nn.Module, self.model))
         if self.is_in_train:
             self._place_frozen_components("cpu")
         for name, mode in modes.items():

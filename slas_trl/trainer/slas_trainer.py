@@ -26,7 +26,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
-from ..advantages import compute_advantages
+from ..advantages import Advantages, compute_advantages
 from ..objective import clip_indicators, clipped_surrogate_loss, gaussian_kl, importance_ratio
 from ..policy import PipelineReplayer, Rollout, check_pipeline, measure_ratio
 from ..policy.doctor import denoisers_of, load_pipeline
@@ -253,7 +253,7 @@ class SLASTrainer(EvaluatingTrainer):
             rollout.images = None  # the replay does not need them
             chunks.append(rollout)
         self.replayer.scheduler.window = None
-        reshard(self.model_wrapped)
+        reshard(cast(torch.nn.Module, self.model_wrapped))
         self._place_frozen_components("cpu")
         steps = self._choose_steps(chunks[0], rng)
 
@@ -273,9 +273,7 @@ class SLASTrainer(EvaluatingTrainer):
             min_group_std=args.min_group_std,
         )
         mine = result.advantages[first : first + len(indices)].to(device)
-        for key, value in rollout_metrics(self.scorer.names, rewards, result, args.gamma).items():
-            self._metrics[key].append(value)
-        warn_of_advantages(result, self.state.global_step)
+        self._log_rollout(rewards, result)
         self._images_sampled += len(rewards)
         if args.log_completions and rollout_index % 10 == 0 and self.is_world_process_zero():
             prompts = [self.train_dataset[i]["prompt"] for i in indices[:8]]
@@ -311,19 +309,15 @@ class SLASTrainer(EvaluatingTrainer):
         trained = [i for i, weight in enumerate(weights) if weight]
         finite = [chunk for chunk in chunks if chunk.log_probs[:, steps].isfinite().all()]
         with self.accelerator.no_sync(self.model_wrapped):
-            step, deviation = measure_ratio(self.replayer, (finite or chunks)[0], tuple(sorted(steps))).worst
-        error = None
+            report = measure_ratio(self.replayer, (finite or chunks)[0], tuple(sorted(steps)))
+        problem, error = report.problem(self.args.epsilon), None
         if not finite:
             error = ValueError(
                 "The denoiser's predictions are NaN or infinite before any update. Check the pipeline and its dtype: "
                 "float16 overflows in models that were trained in bfloat16."
             )
-        elif not deviation <= min(1e-5, self.args.epsilon / 10):
-            error = ValueError(
-                f"Before any update the ratio of step {step} should be 1, but it is off by {deviation:.3g} (clip "
-                f"range {self.args.epsilon:g}). Likely causes: dropout or another random layer in the denoiser, a "
-                "kernel whose result varies between calls, or a module that behaves otherwise in train mode."
-            )
+        elif problem is not None:
+            error = ValueError(problem)
         elif rewards[:, trained].isnan().all():
             names = ", ".join(self.scorer.names[i] for i in trained)
             error = ValueError(f"No image of the first rollout got a score: {names} returned only None or NaN.")
@@ -393,6 +387,11 @@ class SLASTrainer(EvaluatingTrainer):
         logger.warning(f"Update {number} is skipped: it had {what}.")
 
     # Logs
+
+    def _log_rollout(self, rewards: torch.Tensor, result: Advantages) -> None:
+        for key, value in rollout_metrics(self.scorer.names, rewards, result, self.args.gamma).items():
+            self._metrics[key].append(value)
+        warn_of_advantages(result, self.state.global_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._last_log is not None:  # a training log
