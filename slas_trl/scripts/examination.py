@@ -136,7 +136,7 @@ class ExaminedTrainer(SLASTrainer):
         for name, function in zip(scorer.names, scorer.functions, strict=True):
             self.scorer = RewardScorer(function)  # one by one: a failing one does not hide the others
             try:
-                columns.append(super()._score(dataset, indices, images, usable))
+                columns.append(super()._score(dataset, indices, images))
             except (ValueError, TypeError) as error:
                 self.findings.refuse(error)
                 self.failed.add(name)

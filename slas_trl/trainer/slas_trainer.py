@@ -7,7 +7,6 @@ The mathematics is in `advantages.py`, `objective.py`, `schedulers/` and `policy
 """
 
 import copy
-import importlib.util
 import math
 import time
 from collections import defaultdict
@@ -97,8 +96,6 @@ class SLASTrainer(EvaluatingTrainer):
                 f"reward_weights has {len(args.reward_weights)} entries for {len(self.scorer.names)} rewards "
                 f"({', '.join(self.scorer.names)}); give one for each."
             )
-        if "bnb" in args.optim or "8bit" in args.optim:
-            _need_bitsandbytes(args.optim)
         pipe = load_pipeline(model, cast(dict, args.model_init_kwargs or {})) if isinstance(model, str) else model
         check_pipeline(pipe)
         self.calls = PipelineCalls(pipe, args)
@@ -411,8 +408,3 @@ class SLASTrainer(EvaluatingTrainer):
 def _prompt_of(rollout: Rollout, i: int) -> str:
     prompt = rollout.call["prompt"]
     return prompt if isinstance(prompt, str) else prompt[i]
-
-
-def _need_bitsandbytes(optim: str) -> None:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError(f"optim={optim!r} needs bitsandbytes; `pip install bitsandbytes`, or choose another optim.")

@@ -345,7 +345,7 @@ class TestRefusals:
             (["--lora_target_modules", "nothing"], "Target modules {'nothing'} not found"),
             (["--dataset_name", "nowhere.txt"], "no prompt file 'nowhere.txt'"),
             (["--eval_strategy", "steps", "--eval_steps", "1"], "--eval_dataset_name"),
-            ([*FLUX[:3], '{"max_sequence_length": 8, "taste": 1}'], "unexpected keyword argument 'taste'"),
+            ([*FLUX[:3], '{"max_sequence_length": 8, "taste": 1}'], "FluxPipeline takes no taste; it takes prompt"),
             (["--resume_from_checkpoint", "run/checkpoint-2"], "no checkpoint folder"),
         ],
         ids=lambda value: value[0] if isinstance(value, list) else None,
