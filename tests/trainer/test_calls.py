@@ -1,0 +1,227 @@
+"""Data sets as calls of a pipeline: images to edit, columns by name, one-frame videos."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from slas_trl.trainer.calls import PipelineCalls, as_pictures, read_rows
+from slas_trl.trainer.prompts import load_prompts
+from tests.policy.zoo.all import FAMILIES
+from tests.tiny_pipelines import PIPELINES, flux_pipeline, sd3_pipeline, sd_pipeline
+
+from .tiny_trainers import Watched, logged, redness, same, tiny_config, tiny_trainer, trained_weights
+from .zoo_trainers import zoo_trainer
+
+
+COLOURS = ["red", "green", "blue", "white"]
+
+
+def pictures(size: int = 16) -> list[Image.Image]:
+    return [Image.new("RGB", (size, size), colour) for colour in COLOURS]
+
+
+def edits(**columns) -> Dataset:
+    return Dataset.from_dict({"prompt": [f"make {c} brighter" for c in COLOURS], "image": pictures(), **columns})
+
+
+# Reading
+
+
+def test_images_as_such_and_paths_are_the_same(tmp_path):
+    for colour, picture in zip(COLOURS, pictures(), strict=True):
+        picture.save(tmp_path / f"{colour}.png")
+    files = [str(tmp_path / f"{colour}.png") for colour in COLOURS]
+    as_paths = Dataset.from_dict({"prompt": COLOURS, "image": files})
+    as_feature = as_paths.cast(Features({"prompt": Value("string"), "image": ImageFeature()}))
+    for data in (edits(), as_paths, as_feature):
+        rows = read_rows(data, [2, 0, 2])
+        assert [np.asarray(row["image"])[0, 0].tolist() for row in rows] == [[0, 0, 255], [255, 0, 0], [0, 0, 255]]
+        assert rows[0] is rows[2]  # read once
+
+
+def test_paths_in_a_file_are_relative_to_it(tmp_path, monkeypatch):
+    (tmp_path / "pictures").mkdir()
+    for colour, picture in zip(COLOURS, pictures(), strict=True):
+        picture.save(tmp_path / "pictures" / f"{colour}.png")
+    lines = [{"prompt": f"a {c} one", "image": f"pictures/{c}.png"} for c in COLOURS]
+    (tmp_path / "edits.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.chdir("/")
+    rows = read_rows(load_prompts(str(tmp_path / "edits.jsonl")), [0, 3])
+    assert [row["image"].getpixel((0, 0)) for row in rows] == [(255, 0, 0), (255, 255, 255)]
+
+
+def test_transparent_images_become_rgb():
+    data = Dataset.from_dict({"prompt": ["a cat"], "image": [Image.new("RGBA", (4, 4), (255, 0, 0, 128))]})
+    assert read_rows(data, [0])[0]["image"].mode == "RGB"
+
+
+def test_an_image_that_is_not_there():
+    data = Dataset.from_dict({"prompt": ["a cat", "a dog"], "image": ["nowhere.png", "nowhere.png"]})
+    with pytest.raises(ValueError, match="The column 'image' of row 1 holds no image: .*nowhere.png"):
+        read_rows(data, [1])
+
+
+def test_several_images_in_a_row():
+    data = Dataset.from_dict({"prompt": ["both"], "image": [pictures()[:2]]})
+    assert [image.getpixel((0, 0)) for image in read_rows(data, [0])[0]["image"]] == [(255, 0, 0), (0, 128, 0)]
+
+
+# Which columns reach the pipeline
+
+
+def columns_of(tmp_path, build, data: Dataset, family: str = "sd3", **settings) -> list[str]:
+    return PipelineCalls(build(), tiny_config(tmp_path, family, **settings)).columns(data)
+
+
+def test_columns_reach_the_pipeline_by_name(tmp_path):
+    data = edits(negative_prompt=["dark"] * 4, height=[16] * 4, category=["x"] * 4)
+    # Numbers do not by themselves, nor what the pipeline does not take.
+    assert columns_of(tmp_path, FAMILIES["sd3-img2img"].build, data) == ["image", "negative_prompt"]
+    assert columns_of(tmp_path, sd3_pipeline, data) == ["negative_prompt"]
+    assert columns_of(tmp_path, sd3_pipeline, data, pipeline_columns=[]) == []
+
+
+def test_arguments_that_are_set_are_not_taken_from_a_column(tmp_path):
+    data = edits(negative_prompt=["dark"] * 4)
+    given = {"max_sequence_length": 8, "negative_prompt": ["pale"] * 4}
+    assert columns_of(tmp_path, sd3_pipeline, data, pipeline_kwargs=given) == []
+
+
+@pytest.mark.parametrize(
+    ("columns", "why"),
+    [
+        (["depth"], r"no such column, only \['prompt', 'image'\]"),
+        (["image"], "StableDiffusion3Pipeline has no such argument"),
+        (["prompt"], "the trainer or pipeline_kwargs sets that argument"),
+    ],
+)
+def test_columns_that_cannot_reach_it(tmp_path, columns, why):
+    with pytest.raises(ValueError, match=f"pipeline_columns names '{columns[0]}', but .*{why}"):
+        columns_of(tmp_path, sd3_pipeline, edits(), pipeline_columns=columns)
+
+
+def test_an_argument_that_the_pipeline_does_not_take(tmp_path):
+    with pytest.raises(ValueError, match="FluxPipeline takes no true_guidance; it takes prompt, .*true_cfg_scale"):
+        PipelineCalls(flux_pipeline(), tiny_config(tmp_path, "flux", pipeline_kwargs={"true_guidance": 2.0}))
+
+
+# Calls
+
+
+def test_texts_go_in_lists(tmp_path):
+    data = Dataset.from_dict({"prompt": COLOURS, "negative_prompt": ["a", "b", "c", "d"]})
+    calls = PipelineCalls(sd_pipeline(), tiny_config(tmp_path, "sd"))
+    call = calls.call(data, [0, 0, 3], [torch.Generator()] * 3)
+    assert call["prompt"] == ["red", "red", "white"] and call["negative_prompt"] == ["a", "a", "d"]
+    assert [list(chunk) for chunk in calls.chunks(data, [0, 0, 3, 3, 3], 3)] == [[0, 1, 2], [3, 4]]
+
+
+def test_images_go_one_row_at_a_time(tmp_path):
+    calls = PipelineCalls(FAMILIES["kontext"].build(), tiny_config(tmp_path, "flux"))
+    call = calls.call(edits(), [1, 1, 1], [torch.Generator()] * 3)
+    assert call["prompt"] == "make green brighter" and call["num_images_per_prompt"] == 3
+    assert call["image"].getpixel((0, 0)) == (0, 128, 0)
+    # Another row is another call, also where there were room.
+    assert [list(chunk) for chunk in calls.chunks(edits(), [0, 0, 1, 1, 1], 4)] == [[0, 1], [2, 3, 4]]
+
+
+def test_a_chunk_with_images_is_of_one_group(tmp_path):
+    with pytest.raises(ValueError, match=r"per_device_train_batch_size \(4\) must divide num_generations \(2\)"):
+        tiny_trainer(
+            tmp_path,
+            "flux",
+            model=FAMILIES["kontext"].build(),
+            train_dataset=edits(),
+            num_generations=2,
+            pipeline_kwargs={"max_sequence_length": 8},
+        )
+
+
+EDITING = [name for name, family in FAMILIES.items() if family.images(1)]
+
+
+@pytest.mark.parametrize("name", EDITING)
+def test_one_update_of_editing(name, tmp_path):
+    """The pipeline gets the image of the row, and so does the reward."""
+    seen = []
+
+    def brighter(prompts, images, image, **columns):
+        seen.extend(zip(prompts, image, strict=True))
+        return [np.asarray(after).mean() - np.asarray(before).mean() for after, before in zip(images, image, strict=True)]
+
+    given = FAMILIES[name].images(1)
+    data = {column: [_first(value)] * 4 for column, value in given.items()}
+    data["image"] = [picture.resize(data["image"][0].size) for picture in pictures()]
+    trainer = zoo_trainer(
+        FAMILIES[name], tmp_path, brighter, train_dataset=Dataset.from_dict({"prompt": COLOURS, **data})
+    )
+    before = trained_weights(trainer)
+    trainer.train()
+    assert not same(trained_weights(trainer), before) and logged(tmp_path)[0]["ratio/max_deviation"] == 0.0
+    expected = {colour: np.asarray(picture)[0, 0].tolist() for colour, picture in zip(COLOURS, pictures(), strict=True)}
+    assert len(seen) == 4
+    for prompt, image in seen:
+        assert np.asarray(image)[0, 0].tolist() == expected[prompt]
+
+
+def _first(value):
+    return value[0] if isinstance(value, list) else value
+
+
+def test_the_image_decides_what_is_sampled(tmp_path):
+    """With the same noise, other images give other pictures; without the column, the pipeline would not run at all."""
+    data = Dataset.from_dict({"prompt": ["brighter"] * 4, "image": pictures(32)})
+    trainer = zoo_trainer(FAMILIES["pix2pix"], tmp_path, redness, train_dataset=data)
+    drawn = trainer.draw(data, [0, 1, 1], [torch.Generator().manual_seed(0) for _ in range(3)], 2)
+    assert drawn[1] == drawn[2] != drawn[0]
+
+
+def test_evaluation_of_editing(tmp_path):
+    data = Dataset.from_dict({"prompt": COLOURS, "image": pictures(32)})
+    trainer = zoo_trainer(FAMILIES["pix2pix"], tmp_path, redness, train_dataset=data, num_generations_eval=3)
+    metrics = trainer.evaluate(data)
+    assert metrics["eval_samples"] == 12 and trainer.evaluate(data)["eval_reward"] == metrics["eval_reward"]
+
+
+# What comes back
+
+
+def test_videos_of_one_frame_are_images():
+    frames = np.random.default_rng(0).random((2, 1, 4, 6, 3), dtype=np.float32)
+    images = [Image.fromarray((frame[0] * 255).round().astype(np.uint8)) for frame in frames]
+    for returned in (frames, frames[:, 0], [[image] for image in images], images, torch.tensor(frames).movedim(-1, -3)):
+        made = as_pictures(returned)
+        assert all(np.array_equal(np.asarray(ours), np.asarray(i)) for ours, i in zip(made, images, strict=True))
+
+
+def test_videos_are_lists_of_frames():
+    videos = as_pictures(np.zeros((2, 3, 4, 6, 3), dtype=np.float32))
+    assert [len(video) for video in videos] == [3, 3] and videos[0][0].size == (6, 4)
+
+
+@pytest.mark.parametrize("family", PIPELINES)
+def test_rewards_get_what_a_plain_call_returns(tmp_path, family):
+    given = []
+
+    def keep(prompts, images, **columns):
+        given.extend(images)
+        return redness(prompts, images)
+
+    trainer = tiny_trainer(tmp_path, family, keep, cls=Watched, max_steps=1, noise_level=0.0, eta=0.0)
+    with pytest.raises(ValueError, match="0 can be trained"):  # for without noise there is nothing to train
+        trainer.train()
+    prompts = trainer.train_dataset["prompt"]
+    data = trainer.train_dataset
+    rows = [prompts.index(p) for rollout in trainer.rollouts for p in rollout.call["prompt"]]
+    generators = [g for rollout in trainer.rollouts for g in rollout.call["generator"]]
+    assert trainer.pictures and given == [] and len(rows) == 8
+    states = [state for rollout in trainer.rollouts for state in rollout.generator_states]
+    fresh = [torch.Generator().set_state(state) for state in states]
+    assert len(generators) == 8
+    plain = trainer.draw(data, rows, fresh, 4)
+    assert [image.tobytes() for image in plain] == [i.tobytes() for chunk in trainer.pictures for i in chunk]
