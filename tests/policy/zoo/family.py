@@ -16,6 +16,7 @@ class Family:
         call: arguments of one call beside prompt, generator and num_inference_steps.
         task: "text-to-image", "image-to-image" or "image editing".
         images: the images of one call by argument name, for a task that needs some; called with the number of prompts.
+        one_prompt: whether a call takes a single prompt only; then its images are those of `num_images_per_prompt`.
     """
 
     title: str
@@ -23,3 +24,4 @@ class Family:
     call: dict[str, Any] = field(default_factory=dict)
     task: str = "text-to-image"
     images: Callable[[int], dict[str, Any]] = lambda count: {}
+    one_prompt: bool = False
