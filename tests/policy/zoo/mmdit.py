@@ -11,6 +11,7 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    FluxImg2ImgPipeline,
     FluxKontextPipeline,
     SD3Transformer2DModel,
     StableDiffusion3Img2ImgPipeline,
@@ -71,6 +72,10 @@ def stable_diffusion_35() -> StableDiffusion3Pipeline:
 
 def stable_diffusion_3_image_to_image() -> StableDiffusion3Img2ImgPipeline:
     return finished(StableDiffusion3Img2ImgPipeline(**sd3_pipeline().components))
+
+
+def flux_image_to_image() -> FluxImg2ImgPipeline:
+    return finished(FluxImg2ImgPipeline(**flux_pipeline().components))
 
 
 def flux_kontext() -> FluxKontextPipeline:
@@ -163,6 +168,13 @@ FAMILIES = {
         "FLUX.1 (true classifier-free guidance)",
         flux_pipeline,
         {**SHORT, "guidance_scale": 1.0, "negative_prompt": "blurry", "true_cfg_scale": 3.0},
+    ),
+    "flux-img2img": Family(
+        "FLUX.1 image-to-image",
+        flux_image_to_image,
+        {**SHORT, "guidance_scale": 3.5, "strength": 0.7},
+        "image-to-image",
+        lambda count: {"image": pictures(count)},
     ),
     "kontext": Family(
         "FLUX.1 Kontext",

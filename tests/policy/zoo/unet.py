@@ -5,10 +5,13 @@ from typing import Any
 import torch
 from diffusers import (
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
+    StableDiffusionInpaintPipeline,
     StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLInstructPix2PixPipeline,
     StableDiffusionXLPipeline,
@@ -82,6 +85,21 @@ def stable_diffusion() -> StableDiffusionPipeline:
     return finished(StableDiffusionPipeline(unet=unet(), scheduler=scheduler, **one_encoder()))
 
 
+def stable_diffusion_pag() -> StableDiffusionPAGPipeline:
+    torch.manual_seed(0)
+    scheduler = DPMSolverMultistepScheduler(**BETAS, steps_offset=1)
+    return finished(
+        StableDiffusionPAGPipeline(unet=unet(), scheduler=scheduler, **one_encoder(), pag_applied_layers="mid")
+    )
+
+
+def stable_diffusion_inpainting() -> StableDiffusionInpaintPipeline:
+    torch.manual_seed(0)
+    scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    denoiser = unet(in_channels=9)  # with the picture's latents and the mask
+    return finished(StableDiffusionInpaintPipeline(unet=denoiser, scheduler=scheduler, **one_encoder()))
+
+
 def stable_diffusion_2() -> StableDiffusionPipeline:
     torch.manual_seed(0)
     scheduler = DDIMScheduler(
@@ -110,12 +128,24 @@ def instruct_pix2pix_xl() -> StableDiffusionXLInstructPix2PixPipeline:
 
 FAMILIES = {
     "sd": Family("Stable Diffusion 1", stable_diffusion, {**SIZE, "guidance_scale": 5.0}),
+    "sd-pag": Family(
+        "Stable Diffusion 1 (perturbed-attention guidance)",
+        stable_diffusion_pag,
+        {**SIZE, "guidance_scale": 5.0, "pag_scale": 2.0},
+    ),
     "sd2": Family(
         "Stable Diffusion 2 (v-prediction)",
         stable_diffusion_2,
         {**SIZE, "guidance_scale": 3.0, "guidance_rescale": 0.7},
     ),
     "sdxl": Family("Stable Diffusion XL", stable_diffusion_xl, {**SIZE, "guidance_scale": 5.0}),
+    "sd-inpaint": Family(
+        "Stable Diffusion inpainting",
+        stable_diffusion_inpainting,
+        {**SIZE, "guidance_scale": 5.0},
+        "image editing",
+        lambda count: {"image": pictures(count), "mask_image": [image.convert("L") for image in pictures(count)]},
+    ),
     "pix2pix": Family(
         "InstructPix2Pix",
         instruct_pix2pix,
