@@ -83,8 +83,8 @@ class Recording:
 
     def denoise(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
         output = run_denoiser(forward, args, kwargs, self.random.device.type)
-        self._outputs.append(output)
-        return copied(output)
+        self._outputs.append(copied(output))
+        return output
 
     def frozen(self, name: str, function: Callable[[], Any]) -> Any:
         result = function()

@@ -16,8 +16,6 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
-    Qwen3VLConfig,
-    Qwen3VLModel,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -92,20 +90,6 @@ def qwen3() -> Qwen3Model:
 
 def qwen3_causal() -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(Qwen3Config(**DECODER))
-
-
-def qwen3_vl() -> Qwen3VLModel:
-    vision = {
-        "depth": 1,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_heads": 2,
-        "out_hidden_size": 16,
-        "num_position_embeddings": 16,
-        "deepstack_visual_indexes": [0],
-    }
-    config = Qwen3VLConfig(text_config={**DECODER, "rope_parameters": ROPE}, vision_config=vision, **VISION_TOKENS)
-    return Qwen3VLModel(config)
 
 
 def mistral3() -> Mistral3ForConditionalGeneration:

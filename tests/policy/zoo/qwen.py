@@ -1,12 +1,8 @@
-"""Qwen-Image and others that a Qwen language model reads for: Z-Image, Ovis-Image, Krea 2."""
+"""Qwen-Image, its editing pipelines, and Z-Image."""
 
 import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
-    Krea2Pipeline,
-    Krea2Transformer2DModel,
-    OvisImagePipeline,
-    OvisImageTransformer2DModel,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImagePipeline,
@@ -21,7 +17,6 @@ from .encoders import (
     byte_tokenizer,
     pictures,
     qwen3,
-    qwen3_vl,
     qwen25_vl,
     video_autoencoder,
     vision_language_processor,
@@ -105,61 +100,6 @@ def z_image() -> ZImagePipeline:
     )
 
 
-def ovis_image() -> OvisImagePipeline:
-    torch.manual_seed(0)
-    transformer = OvisImageTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        out_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        axes_dims_rope=(4, 4, 8),
-    )
-    return finished(
-        OvisImagePipeline(
-            transformer=transformer,
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-            vae=autoencoder(4),
-            text_encoder=qwen3(),
-            tokenizer=byte_tokenizer(),
-        )
-    )
-
-
-def krea_2() -> Krea2Pipeline:
-    torch.manual_seed(0)
-    transformer = Krea2Transformer2DModel(
-        in_channels=16,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=32,
-        timestep_embed_dim=16,
-        text_hidden_dim=16,
-        num_text_layers=2,
-        text_num_attention_heads=2,
-        text_num_key_value_heads=1,
-        text_intermediate_size=32,
-        num_layerwise_text_blocks=1,
-        num_refiner_text_blocks=1,
-        axes_dims_rope=(4, 4, 8),
-    )
-    return finished(
-        Krea2Pipeline(
-            transformer=transformer,
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-            vae=video_autoencoder(),
-            text_encoder=qwen3_vl(),
-            tokenizer=byte_tokenizer(),
-            text_encoder_select_layers=(1, 2),
-        )
-    )
-
-
 FAMILIES = {
     "qwen-image": Family("Qwen-Image", qwen_image, {**SIZE, **GUIDANCE}),
     "qwen-image-edit": Family(
@@ -180,6 +120,4 @@ FAMILIES = {
     "z-image": Family(
         "Z-Image", z_image, {**SIZE, "max_sequence_length": 128, "guidance_scale": 3.0, "cfg_normalization": True}
     ),
-    "ovis-image": Family("Ovis-Image", ovis_image, {**SIZE, "guidance_scale": 4.0}),
-    "krea2": Family("Krea 2", krea_2, {**SIZE, "guidance_scale": 3.5, "max_sequence_length": 256}),
 }
