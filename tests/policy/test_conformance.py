@@ -9,6 +9,7 @@ import torch
 import slas_trl
 from slas_trl.policy.doctor import denoisers_of
 
+from .support_table import PAGE, written_rows
 from .zoo.all import FAMILIES
 from .zoo.checks import PROMPTS, attention_weights, free_frozen_components, identities, largest_error, sampled
 
@@ -59,6 +60,15 @@ def test_attention_weights_get_gradients_from_every_denoiser(name):
         # All but those of the last block that look after the text alone, which nothing reads any more.
         unreached = [key for key in weights if key not in reached or not reached[key].any()]
         assert len(weights) >= 4 and len(unreached) <= len(weights) / 4, unreached
+
+
+def test_the_documentation_has_a_row_for_each_family():
+    """Written by `python -m tests.policy.support_table`."""
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in written_rows(PAGE.read_text("utf-8"))]
+    assert [row[0] for row in rows] == [family.title for family in FAMILIES.values()]
+    assert {row[6] for row in rows} == {"0.0"}
+    assert [row[3] for row in rows] == [family.task for family in FAMILIES.values()]
+    assert all((row[7] == "yes") == (row[3] == "text-to-image") for row in rows)
 
 
 NAMES = (
