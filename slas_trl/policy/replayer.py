@@ -147,6 +147,9 @@ class PipelineReplayer:
         """
         The policy of one recorded step at the present weights.
 
+        To the last bit it is that of sampling only if the same parameters require gradients as did then: torch chooses
+        between matrix products by that, with gradients enabled or not.
+
         Args:
             rollout ([`Rollout`]): from [`~PipelineReplayer.sample`].
             step (`int`): one of `rollout.trainable_steps`.

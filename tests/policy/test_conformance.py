@@ -19,15 +19,26 @@ families = pytest.mark.parametrize("name", FAMILIES)
 
 
 @families
-def test_every_trainable_step_has_exactly_the_recorded_log_prob(name):
+def test_every_trainable_step_has_exactly_the_recorded_log_prob_and_a_gradient(name):
     family = FAMILIES[name]
     replayer, rollout = sampled(family)
     assert len(rollout) == len(rollout.images) == 2 and len(rollout.trainable_steps) >= 2
-    assert rollout.log_probs[:, list(rollout.trainable_steps)].isfinite().all()
-    before = identities(replayer.pipe)
-    assert largest_error(replayer, rollout) == 0.0
-    assert identities(replayer.pipe) == before  # also after a call that ended in the middle
     assert rollout.call["prompt"] == (PROMPTS[0] if family.one_prompt else PROMPTS)
+    before = identities(replayer.pipe)
+    for step in rollout.trainable_steps:
+        log_prob = replayer.replay(rollout, step).log_prob
+        assert log_prob.isfinite().all() and torch.equal(log_prob, rollout.log_probs[:, step])
+        log_prob.sum().backward()
+    assert identities(replayer.pipe) == before  # also after calls that ended in the middle
+
+    for denoiser in denoisers_of(replayer.pipe).values():
+        weights = attention_weights(denoiser)
+        reached = {key: weight.grad for key, weight in weights.items() if weight.grad is not None}
+        assert all(gradient.isfinite().all() for gradient in reached.values())
+        # All but those of the last block that look after the text alone, which nothing reads any more.
+        unreached = [key for key in weights if key not in reached or not reached[key].any()]
+        assert len(weights) >= 4 and len(unreached) <= len(weights) / 4, unreached
+
     freed = free_frozen_components(replayer)
     assert "vae" in freed and any("text_encoder" in component for component in freed)
     assert largest_error(replayer, rollout) == 0.0
@@ -43,23 +54,6 @@ def test_the_pipeline_is_left_as_it_was_and_listens_to_its_prompts(name):
     assert torch.equal(other.steps[0].sample, rollout.steps[0].sample)
     changed = (other.steps[-1].prev_sample - rollout.steps[-1].prev_sample).flatten(1).abs().max(1).values
     assert (changed > 0).all()
-
-
-@families
-def test_attention_weights_get_gradients_from_every_denoiser(name):
-    replayer, rollout = sampled(FAMILIES[name], output_type="latent")
-    denoisers = denoisers_of(replayer.pipe)
-    for denoiser in denoisers.values():
-        denoiser.requires_grad_(True)
-    for step in rollout.trainable_steps:
-        replayer.replay(rollout, step).log_prob.sum().backward()
-    for denoiser in denoisers.values():
-        weights = attention_weights(denoiser)
-        reached = {key: weight.grad for key, weight in weights.items() if weight.grad is not None}
-        assert all(gradient.isfinite().all() for gradient in reached.values())
-        # All but those of the last block that look after the text alone, which nothing reads any more.
-        unreached = [key for key in weights if key not in reached or not reached[key].any()]
-        assert len(weights) >= 4 and len(unreached) <= len(weights) / 4, unreached
 
 
 def test_the_documentation_has_a_row_for_each_family():

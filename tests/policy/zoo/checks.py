@@ -5,6 +5,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from slas_trl.policy import PipelineReplayer, Rollout
+from slas_trl.policy.doctor import denoisers_of
 
 from .family import Family
 
@@ -13,8 +14,13 @@ PROMPTS = ["a red circle", "two dogs in the snow"]
 
 
 def sampled(family: Family, **changes) -> tuple[PipelineReplayer, Rollout]:
-    """A pipeline and a rollout of two images, of different prompts where one call takes them."""
-    replayer = PipelineReplayer(family.build())
+    """
+    A pipeline whose denoisers are trained, and a rollout of two images, of different prompts where one call takes them.
+    """
+    pipe = family.build()
+    for denoiser in denoisers_of(pipe).values():
+        denoiser.requires_grad_(True)
+    replayer = PipelineReplayer(pipe)
     return replayer, replayer.sample(**family.arguments(list(PROMPTS), **changes))
 
 
