@@ -14,9 +14,7 @@ PROMPTS = ["a red circle", "two dogs in the snow"]
 
 
 def sampled(family: Family, **changes) -> tuple[PipelineReplayer, Rollout]:
-    """
-    A pipeline whose denoisers are trained, and a rollout of two images, of different prompts where one call takes them.
-    """
+    """A pipeline with its denoisers trained, and a rollout of two images, of two prompts where a call takes two."""
     pipe = family.build()
     for denoiser in denoisers_of(pipe).values():
         denoiser.requires_grad_(True)
