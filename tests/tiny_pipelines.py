@@ -51,9 +51,9 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces, extra_ids=0)
 
 
-def t5_encoder() -> T5EncoderModel:
+def t5_encoder(d_model: int = 16) -> T5EncoderModel:
     return T5EncoderModel(
-        T5Config(vocab_size=32, d_model=16, d_ff=32, d_kv=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+        T5Config(vocab_size=32, d_model=d_model, d_ff=32, d_kv=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
     )
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.vae import AutoencoderMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -21,8 +23,10 @@ from torch import nn
 from ..schedulers import StochasticScheduler, stochastic_scheduler
 from .doctor import check_pipeline, denoisers_of
 from .rollout import ReplayError, Rollout, StepOutput
-from .sessions import Finished, Recording, Refilling, Replaying, Session
+from .sessions import Finished, RandomSources, Recording, Refilling, Replaying, Session, copied
 
+
+ATTENTION = (Attention, AttentionModuleMixin)
 
 # Methods whose results do not depend on the denoiser; memorised whole, so that tokenizers and encoders can be away.
 FROZEN_METHODS = ("encode_prompt", "encode_image", "_encode_vae_image", "prepare_image_latents")
@@ -111,13 +115,13 @@ class PipelineReplayer:
         Raises:
             `ValueError`: when the pipeline does not take one step for each image and denoising step.
         """
-        generator = call.get("generator")
-        recording = Recording(_noise_source(noise_generator, generator), self.device.type)
-        states = None if generator is None else [g.get_state() for g in _as_list(generator)]
-        rng_state = torch.get_rng_state()
-        device_rng_state = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        call = copied(call)  # as given, whatever the pipeline and the caller do to it
+        generators = _as_list(call.get("generator"))
+        random = RandomSources(generators, self.device)
+        recording = Recording(_noise_source(noise_generator, generators), random)
+        random_states = random.states()
         with self._installed(recording, self.models):
-            output = self.pipe(**call)
+            output = self.pipe(**copied(call))
         if not recording.steps:
             raise ValueError(
                 f"{type(self.pipe).__name__} finished without calling scheduler.step, so it has no steps to train."
@@ -134,16 +138,17 @@ class PipelineReplayer:
             trainable_steps=tuple(i for i, step in enumerate(recording.steps) if step.std > 0),
             steps=recording.steps,
             call=call,
+            random_states=random_states,
             window=self.scheduler.window,
             memo=recording.memo,
-            generator_states=states,
-            rng_state=rng_state,
-            device_rng_state=device_rng_state,
         )
 
     def replay(self, rollout: Rollout, step: int, models: Mapping[str, Callable] | None = None) -> StepOutput:
         """
         The policy of one recorded step at the present weights.
+
+        To the last bit it is that of sampling only if the same parameters require gradients as did then: torch chooses
+        between matrix products by that, with gradients enabled or not.
 
         Args:
             rollout ([`Rollout`]): from [`~PipelineReplayer.sample`].
@@ -164,8 +169,9 @@ class PipelineReplayer:
         models = models or {}
         if unknown := models.keys() - self.models.keys():
             raise ValueError(f"models has {sorted(unknown)}, but the pipeline's denoisers are {list(self.models)}.")
-        replaying = Replaying(rollout, step, torch.is_grad_enabled(), self.device.type)
-        self._execute(rollout, replaying, {**self.models, **models})
+        call, random = self._again(rollout)
+        replaying = Replaying(rollout, step, torch.is_grad_enabled(), random)
+        self._execute(rollout, call, replaying, {**self.models, **models})
         if replaying.result is None:
             raise ReplayError(
                 f"The pipeline returned before step {step}; {len(rollout.steps)} steps were recorded. Its __call__ "
@@ -208,43 +214,37 @@ class PipelineReplayer:
         only counted: their states are in `state`. The frozen components are called once more.
         """
         rollout = Rollout.from_state(state, call)
-        self._execute(rollout, Refilling(rollout, self.device.type), self.models)
+        call, random = self._again(rollout)
+        self._execute(rollout, call, Refilling(rollout, random), self.models)
         return rollout
 
-    def _execute(self, rollout: Rollout, session: Session, models: Mapping[str, Callable]) -> None:
+    def _again(self, rollout: Rollout) -> tuple[dict[str, Any], RandomSources]:
+        """The arguments of the call that sampled `rollout`, with generators of their own, and what it draws from."""
+        call = copied(rollout.call)
+        given = call.get("generator")
+        generators = [torch.Generator(generator.device) for generator in _as_list(given)]
+        if generators:
+            call["generator"] = generators if isinstance(given, (list, tuple)) else generators[0]
+        return call, RandomSources(generators, self.device)
+
+    def _execute(
+        self, rollout: Rollout, call: dict[str, Any], session: Replaying, models: Mapping[str, Callable]
+    ) -> None:
         """Call the pipeline as it was called for `rollout`, until the session has had enough."""
-        call = dict(rollout.call)
-        if rollout.generator_states is not None:
-            given = call["generator"]
-            copies = [
-                torch.Generator(g.device).set_state(state.cpu())
-                for g, state in zip(_as_list(given), rollout.generator_states, strict=True)
-            ]
-            call["generator"] = copies if isinstance(given, (list, tuple)) else copies[0]
         window, self.scheduler.window = self.scheduler.window, rollout.window
         try:
-            # The outer context gives the caller's grad mode back, whatever the pipeline's own decorators leave behind.
+            # The outer contexts give the caller's grad mode and random numbers back, whatever the pipeline does.
             with (
                 torch.set_grad_enabled(torch.is_grad_enabled()),
-                self._rng(rollout),
+                torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
                 self._installed(session, models),
             ):
+                session.random.restore(rollout.random_states)
                 self.pipe(**call)
         except Finished:
             pass
         finally:
             self.scheduler.window = window
-
-    @contextmanager
-    def _rng(self, rollout: Rollout) -> Iterator[None]:
-        """torch's global generators as they were when sampling began; afterwards as they are now."""
-        devices = [self.device] if rollout.device_rng_state is not None else []
-        with torch.random.fork_rng(devices=devices):
-            if rollout.rng_state is not None:
-                torch.set_rng_state(rollout.rng_state.cpu())
-            if rollout.device_rng_state is not None:
-                torch.cuda.set_rng_state(rollout.device_rng_state.cpu(), self.device)
-            yield
 
     @contextmanager
     def _installed(self, session: Session, models: Mapping[str, Callable]) -> Iterator[None]:
@@ -285,6 +285,9 @@ class PipelineReplayer:
         # pipeline's is put back, for a call leaves its guidance scale and the like behind.
         pipe_before = dict(pipe.__dict__)
         methods_before = [(namespace, name, namespace.get(name)) for namespace, name, _ in methods]
+        # Some kinds of guidance exchange these, and put them back only at the end of the call.
+        layers = [layer for module in denoisers.values() for layer in module.modules()]
+        processors = [(layer, layer.processor) for layer in layers if isinstance(layer, ATTENTION)]
         self.scheduler.controller = session
         try:
             pipe.__dict__.update(attributes)
@@ -299,6 +302,9 @@ class PipelineReplayer:
             self.scheduler.controller = None
             pipe.__dict__.clear()
             pipe.__dict__.update(pipe_before)
+            for layer, processor in processors:
+                if layer.processor is not processor:
+                    layer.set_processor(processor)
             for namespace, name, method in methods_before:
                 if method is None:
                     namespace.pop(name, None)
@@ -306,21 +312,19 @@ class PipelineReplayer:
                     namespace[name] = method
 
 
-def _as_list(generator: torch.Generator | Sequence[torch.Generator]) -> list[torch.Generator]:
+def _as_list(generator: torch.Generator | Sequence[torch.Generator] | None) -> list[torch.Generator]:
+    if generator is None:
+        return []
     return [generator] if isinstance(generator, torch.Generator) else list(generator)
 
 
 def _noise_source(
-    noise_generator: torch.Generator | Sequence[torch.Generator] | None,
-    generator: torch.Generator | Sequence[torch.Generator] | None,
+    noise_generator: torch.Generator | Sequence[torch.Generator] | None, generators: list[torch.Generator]
 ) -> torch.Generator | list[torch.Generator]:
-    """The given generator(s), or else one that follows from `generator` without advancing it."""
+    """The given generator(s), or else one that follows from the first of `generators` without advancing it."""
     if noise_generator is not None:
         return noise_generator if isinstance(noise_generator, torch.Generator) else list(noise_generator)
-    source = None
-    if generator is not None:
-        # Of a copy: the pipeline's own must draw the same initial latents as in a plain call.
-        first = _as_list(generator)[0]
-        source = torch.Generator(first.device).set_state(first.get_state())
+    # Of a copy: the pipeline's own must draw the same initial latents as in a plain call.
+    source = torch.Generator(generators[0].device).set_state(generators[0].get_state()) if generators else None
     seed = torch.randint(2**62, (), generator=source, device=source.device if source else "cpu")
     return torch.Generator().manual_seed(int(seed))

@@ -23,6 +23,15 @@ class Step:
 
 
 @dataclass
+class Answer:
+    """What a frozen component returned, and how it left the sources of random numbers."""
+
+    name: str
+    result: Any
+    random_states: list[torch.Tensor]
+
+
+@dataclass
 class StepOutput:
     """The step policy at the present weights. All but `std` carry the graph when gradients are enabled."""
 
@@ -42,7 +51,8 @@ class Rollout:
         log_probs (`torch.Tensor`): `(B, T)`, float32, mean over non-batch elements; NaN at deterministic steps.
         trainable_steps (`tuple[int, ...]`): positions in `steps` that have a density.
         steps (`list[Step]`): the T recorded steps.
-        memo: what frozen components returned, in call order.
+        memo (`list[Answer]`): what frozen components returned, in call order.
+        random_states (`list[torch.Tensor]`): of the call's generators and of torch's global ones, as sampling began.
     """
 
     images: Any
@@ -50,11 +60,9 @@ class Rollout:
     trainable_steps: tuple[int, ...]
     steps: list[Step]
     call: dict[str, Any]
+    random_states: list[torch.Tensor]
     window: range | None = None
-    memo: list[tuple[str, Any]] = field(default_factory=list)
-    generator_states: list[torch.Tensor] | None = None
-    rng_state: torch.Tensor | None = None
-    device_rng_state: torch.Tensor | None = None
+    memo: list[Answer] = field(default_factory=list)
 
     def __len__(self) -> int:
         return self.log_probs.shape[0]
@@ -82,9 +90,7 @@ class Rollout:
             "trainable_steps": self.trainable_steps,
             "steps": steps,
             "window": None if self.window is None else (self.window.start, self.window.stop, self.window.step),
-            "generator_states": self.generator_states,
-            "rng_state": self.rng_state,
-            "device_rng_state": self.device_rng_state,
+            "random_states": self.random_states,
         }
 
     @classmethod
@@ -100,7 +106,12 @@ class Rollout:
             )
             for step in state["steps"]
         ]
-        rest = {key: state[key] for key in ("log_probs", "generator_states", "rng_state", "device_rng_state")}
-        window = None if state["window"] is None else range(*state["window"])
-        return cls(None, trainable_steps=tuple(state["trainable_steps"]), steps=steps, call=call, window=window,
-                   **rest)  # fmt: skip
+        return cls(
+            images=None,
+            log_probs=state["log_probs"],
+            trainable_steps=tuple(state["trainable_steps"]),
+            steps=steps,
+            call=call,
+            random_states=state["random_states"],
+            window=None if state["window"] is None else range(*state["window"]),
+        )

@@ -3,14 +3,15 @@ What happens inside one pipeline call: a [`Recording`] writes everything down, a
 and really runs the denoiser at a single step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from torch.utils import _pytree as pytree
 
 from ..schedulers import StochasticScheduler
-from .rollout import ReplayError, Rollout, Step, StepOutput
+from .rollout import Answer, ReplayError, Rollout, Step, StepOutput
 
 
 class Finished(Exception):
@@ -25,6 +26,33 @@ class Session(Protocol):
     def step(
         self, scheduler: StochasticScheduler, model_output: torch.Tensor, sample: torch.Tensor, index: int
     ) -> torch.Tensor: ...
+
+
+class RandomSources:
+    """What a pipeline call draws from: the generators that it is given, and torch's global ones."""
+
+    def __init__(self, generators: Sequence[torch.Generator], device: torch.device):
+        self.generators, self.device = generators, device
+
+    def states(self) -> list[torch.Tensor]:
+        states = [*(generator.get_state() for generator in self.generators), torch.get_rng_state()]
+        return [*states, torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else states
+
+    def restore(self, states: list[torch.Tensor]) -> None:
+        own = len(self.generators)
+        for generator, state in zip(self.generators, states[:own], strict=True):
+            generator.set_state(state.cpu())
+        torch.set_rng_state(states[own].cpu())
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(states[own + 1].cpu(), self.device)
+
+
+def copied(value: Any) -> Any:
+    """
+    Containers and tensors anew, the rest as it is: pipelines write into their arguments, and into what the denoiser
+    and the frozen components return.
+    """
+    return pytree.tree_map_only(torch.Tensor, torch.clone, value)
 
 
 def run_denoiser(forward: Callable, args: tuple, kwargs: dict, device_type: str) -> Any:
@@ -46,23 +74,22 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 class Recording:
     """Samples x_{t-1} from the step's Gaussian, and keeps what the replay needs."""
 
-    def __init__(self, noise_generator: torch.Generator | list[torch.Generator], device_type: str):
-        self.noise_generator = noise_generator
-        self.device_type = device_type
+    def __init__(self, noise_generator: torch.Generator | list[torch.Generator], random: RandomSources):
+        self.noise_generator, self.random = noise_generator, random
         self.steps: list[Step] = []
         self.log_probs: list[torch.Tensor] = []
-        self.memo: list[tuple[str, Any]] = []
+        self.memo: list[Answer] = []
         self._outputs: list[Any] = []
 
     def denoise(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
-        output = run_denoiser(forward, args, kwargs, self.device_type)
-        self._outputs.append(output)
+        output = run_denoiser(forward, args, kwargs, self.random.device.type)
+        self._outputs.append(copied(output))
         return output
 
     def frozen(self, name: str, function: Callable[[], Any]) -> Any:
         result = function()
-        self.memo.append((name, result))
-        return result
+        self.memo.append(Answer(name, result, self.random.states()))
+        return copied(result)
 
     def step(
         self, scheduler: StochasticScheduler, model_output: torch.Tensor, sample: torch.Tensor, index: int
@@ -86,7 +113,7 @@ class Recording:
         else:
             prev_sample = mean.to(sample.dtype)
             log_prob = torch.full((len(sample),), torch.nan, device=mean.device)
-        # Copies, where they are not the last step's result: some pipelines (Kandinsky 5) write into their latents.
+        # Copies, where they are not the last step's result: some pipelines write into their latents.
         unchanged = bool(self.steps) and _same(sample, self.steps[-1].prev_sample)
         kept = self.steps[-1].prev_sample if unchanged else sample.clone()
         self.steps.append(Step(index, kept, prev_sample, float(std), self._outputs))
@@ -98,8 +125,8 @@ class Recording:
 class Replaying:
     """Executes a recorded call up to step `target`, and there computes the policy at the present weights."""
 
-    def __init__(self, rollout: Rollout, target: int, grad: bool, device_type: str):
-        self.rollout, self.target, self.grad, self.device_type = rollout, target, grad, device_type
+    def __init__(self, rollout: Rollout, target: int, grad: bool, random: RandomSources):
+        self.rollout, self.target, self.grad, self.random = rollout, target, grad, random
         self.result: StepOutput | None = None
         self._step = 0  # scheduler steps so far
         self._calls = 0  # denoiser calls since the last one
@@ -114,21 +141,22 @@ class Replaying:
             )
         self._calls += 1
         if self._step < self.target:
-            return recorded[self._calls - 1]
+            return copied(recorded[self._calls - 1])
         # Stays on for the pipeline's own arithmetic (guidance) until `step`; leaving the call restores it.
         torch.set_grad_enabled(self.grad)
-        return run_denoiser(forward, args, kwargs, self.device_type)
+        return run_denoiser(forward, args, kwargs, self.random.device.type)
 
     def frozen(self, name: str, function: Callable[[], Any]) -> Any:
-        if self._answers >= len(self.rollout.memo) or self.rollout.memo[self._answers][0] != name:
-            expected = [n for n, _ in self.rollout.memo[self._answers : self._answers + 1]]
+        expected = [answer.name for answer in self.rollout.memo[self._answers : self._answers + 1]]
+        if expected != [name]:
             raise ReplayError(
                 f"The pipeline called {name!r} where sampling called {expected or 'nothing'}. Its __call__ depends on "
                 "something that changed since sampling."
             )
-        result = self.rollout.memo[self._answers][1]
+        answer = self.rollout.memo[self._answers]
         self._answers += 1
-        return result
+        self.random.restore(answer.random_states)  # what the component would have drawn, it draws no more
+        return copied(answer.result)
 
     def step(
         self, scheduler: StochasticScheduler, model_output: torch.Tensor, sample: torch.Tensor, index: int
@@ -167,13 +195,13 @@ class Replaying:
 class Refilling(Replaying):
     """Answers every step from the record and calls the frozen components anew, to fill the memo of a saved rollout."""
 
-    def __init__(self, rollout: Rollout, device_type: str):
-        super().__init__(rollout, target=len(rollout.steps), grad=False, device_type=device_type)
+    def __init__(self, rollout: Rollout, random: RandomSources):
+        super().__init__(rollout, target=len(rollout.steps), grad=False, random=random)
 
     def frozen(self, name: str, function: Callable[[], Any]) -> Any:
         result = function()
-        self.rollout.memo.append((name, result))
-        return result
+        self.rollout.memo.append(Answer(name, result, self.random.states()))
+        return copied(result)
 
     def step(
         self, scheduler: StochasticScheduler, model_output: torch.Tensor, sample: torch.Tensor, index: int

@@ -105,12 +105,11 @@ class DDIMSDEScheduler(StochasticScheduler, DDIMScheduler):
         elif self.config["clip_sample"]:
             x0 = x0.clamp(-self.config["clip_sample_range"], self.config["clip_sample_range"])
 
+        share = torch.zeros_like(alpha)  # of the variance 1-ᾱ' that is fresh noise; exactly η² at ᾱ = 0
         if self.is_stochastic(index):
-            variance = ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)).clamp(min=0)
-            std = self.config["eta"] * variance.sqrt()
-        else:
-            std = torch.zeros_like(alpha)
-        return alpha_next.sqrt() * x0 + (1 - alpha_next - std.square()).clamp(min=0).sqrt() * eps, std
+            share = self.config["eta"] ** 2 * ((1 - alpha / alpha_next) / (1 - alpha)).clamp(min=0, max=1)
+        std = ((1 - alpha_next) * share).sqrt()
+        return alpha_next.sqrt() * x0 + ((1 - alpha_next) * (1 - share)).sqrt() * eps, std
 
     def step(
         self,

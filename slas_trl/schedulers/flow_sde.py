@@ -45,6 +45,7 @@ class FlowSDEScheduler(StochasticScheduler, FlowMatchEulerDiscreteScheduler):
     """
 
     sigmas: torch.Tensor
+    init_noise_sigma = 1.0  # the stock scheduler has none, but the solvers do that it may stand in for
 
     @register_to_config
     def __init__(

@@ -398,6 +398,19 @@ def test_latents_may_be_changed_in_place_between_steps(family):
         assert torch.equal(log_probs_of(replayer, rollout), rollout.log_probs)
 
 
+def test_embeddings_may_be_changed_in_place_between_steps():
+    def fade(pipe, index, timestep, kwargs):
+        kwargs["prompt_embeds"].mul_(0.5)
+        return kwargs
+
+    inputs = ["latents", "prompt_embeds"]
+    replayer, rollout = replayer_and_rollout(
+        "sd3", guidance_scale=1.0, callback_on_step_end=fade, callback_on_step_end_tensor_inputs=inputs
+    )
+    for _ in range(2):
+        assert torch.equal(log_probs_of(replayer, rollout), rollout.log_probs)
+
+
 def test_guidance_by_two_calls_of_the_denoiser():
     replayer, rollout = replayer_and_rollout("flux", negative_prompt=["", ""], true_cfg_scale=2.0)
     assert all(len(step.outputs) == 2 for step in rollout.steps)

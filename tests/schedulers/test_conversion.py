@@ -16,6 +16,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from slas_trl.policy import PipelineReplayer
 from slas_trl.schedulers import DDIMSDEScheduler, FlowSDEScheduler, stochastic_scheduler
 from tests.tiny_pipelines import flux_pipeline, sd3_pipeline, sd_pipeline
 
@@ -115,6 +116,14 @@ def test_solvers_for_flow_matching_become_flow_matching_with_their_shift(solver)
     flow.set_timesteps(10)
     stock.set_timesteps(10)
     torch.testing.assert_close(flow.sigmas, stock.sigmas)
+
+
+def test_pipelines_find_the_initial_noise_s_scale_where_their_solver_had_it():
+    pipe = sd_pipeline()
+    pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    call = {"prompt": ["a cat"], "num_inference_steps": 2, "height": 16, "width": 16, "output_type": "latent"}
+    rollout = PipelineReplayer(pipe).sample(**call)  # multiplies by scheduler.init_noise_sigma
+    assert rollout.trainable_steps == (0, 1)
 
 
 def test_a_shift_that_was_set_later_is_kept():

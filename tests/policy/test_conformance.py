@@ -1,0 +1,84 @@
+"""Every family of the zoo, through the same checks and without a line of code for any of them."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import slas_trl
+from slas_trl.policy.doctor import denoisers_of
+
+from .support_table import PAGE, written_rows
+from .zoo.all import FAMILIES
+from .zoo.checks import PROMPTS, attention_weights, free_frozen_components, identities, largest_error, sampled
+
+
+PACKAGE = Path(slas_trl.__file__).parent
+families = pytest.mark.parametrize("name", FAMILIES)
+
+
+@families
+def test_every_trainable_step_has_exactly_the_recorded_log_prob_and_a_gradient(name):
+    family = FAMILIES[name]
+    replayer, rollout = sampled(family)
+    assert len(rollout) == len(rollout.images) == 2 and len(rollout.trainable_steps) >= 2
+    assert rollout.call["prompt"] == (PROMPTS[0] if family.one_prompt else PROMPTS)
+    before = identities(replayer.pipe)
+    for step in rollout.trainable_steps:
+        log_prob = replayer.replay(rollout, step).log_prob
+        assert log_prob.isfinite().all() and torch.equal(log_prob, rollout.log_probs[:, step])
+        log_prob.sum().backward()
+    assert identities(replayer.pipe) == before  # also after calls that ended in the middle
+
+    for denoiser in denoisers_of(replayer.pipe).values():
+        weights = attention_weights(denoiser)
+        reached = {key: weight.grad for key, weight in weights.items() if weight.grad is not None}
+        assert all(gradient.isfinite().all() for gradient in reached.values())
+        # All but those of the last block that look after the text alone, which nothing reads any more.
+        unreached = [key for key in weights if key not in reached or not reached[key].any()]
+        assert len(weights) >= 4 and len(unreached) <= len(weights) / 4, unreached
+
+    freed = free_frozen_components(replayer)
+    assert "vae" in freed and any("text_encoder" in component for component in freed)
+    assert largest_error(replayer, rollout) == 0.0
+
+
+@families
+def test_the_pipeline_is_left_as_it_was_and_listens_to_its_prompts(name):
+    family = FAMILIES[name]
+    replayer, rollout = sampled(family, output_type="latent")
+    before, scheduler = identities(replayer.pipe), replayer.pipe.scheduler
+    other = replayer.sample(**family.arguments(PROMPTS[::-1], output_type="latent"))
+    assert identities(replayer.pipe) == before and replayer.pipe.scheduler is scheduler is not replayer.scheduler
+    assert torch.equal(other.steps[0].sample, rollout.steps[0].sample)
+    changed = (other.steps[-1].prev_sample - rollout.steps[-1].prev_sample).flatten(1).abs().max(1).values
+    assert (changed > 0).all()
+
+
+def test_the_documentation_has_a_row_for_each_family():
+    """Written by `python -m tests.policy.support_table`."""
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in written_rows(PAGE.read_text("utf-8"))]
+    assert [row[0] for row in rows] == [family.title for family in FAMILIES.values()]
+    assert {row[6] for row in rows} == {"0.0"}
+    assert [row[3] for row in rows] == [family.task for family in FAMILIES.values()]
+    assert all((row[7] == "yes") == (row[3] == "text-to-image") for row in rows)
+
+
+NAMES = (
+    r"stable.?diffusion|sd[123]|sd-?xl|pix2pix|flux|kontext|klein|chroma|qwen|z-?image|ovis|krea|sana|pix-?art|lumina|"
+    r"aura-?flow|hidream|cogview|hunyuan|kandinsky|wan(?![a-z])|ltx|bria|prx"
+)
+
+
+@pytest.mark.parametrize("room", ["policy", "trainer"])
+def test_no_line_names_a_family(room):
+    """Apart from the conversion of schedulers."""
+    pattern = re.compile(rf"\b({NAMES})", re.IGNORECASE)
+    found = [
+        f"{path.name}:{number}: {line.strip()}"
+        for path in sorted((PACKAGE / room).glob("*.py"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if pattern.search(line)
+    ]
+    assert not found

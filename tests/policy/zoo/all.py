@@ -1,0 +1,13 @@
+"""The whole zoo, by family."""
+
+from . import mmdit, qwen, unet
+from .family import Family
+
+
+MODULES = (unet, mmdit, qwen)
+
+FAMILIES: dict[str, Family] = {}
+for module in MODULES:
+    if taken := FAMILIES.keys() & module.FAMILIES.keys():
+        raise ValueError(f"{module.__name__} names {sorted(taken)}, which another module has already.")
+    FAMILIES |= module.FAMILIES

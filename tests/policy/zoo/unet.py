@@ -1,0 +1,163 @@
+"""Stable Diffusion 1, 2 and XL, and InstructPix2Pix: U-Nets under schedules of betas."""
+
+from typing import Any
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPAGPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLInstructPix2PixPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from tests.tiny_pipelines import autoencoder, clip_config, clip_tokenizer, finished
+
+from .encoders import pictures
+from .family import Family
+
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SIZE = {"height": 16, "width": 16}
+
+
+def unet(**changes: Any) -> UNet2DConditionModel:
+    config: dict[str, Any] = {
+        "block_out_channels": (4, 8),
+        "layers_per_block": 1,
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 16,
+        "attention_head_dim": 2,
+        "norm_num_groups": 2,
+    }
+    return UNet2DConditionModel(**{**config, **changes})
+
+
+def one_encoder() -> dict[str, Any]:
+    return {
+        "vae": autoencoder(4),
+        "text_encoder": CLIPTextModel(clip_config()),
+        "tokenizer": clip_tokenizer(),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+
+
+def two_encoders() -> dict[str, Any]:
+    return {
+        "vae": autoencoder(4),
+        "text_encoder": CLIPTextModel(clip_config()),
+        "tokenizer": clip_tokenizer(),
+        "text_encoder_2": CLIPTextModelWithProjection(clip_config()),
+        "tokenizer_2": clip_tokenizer(),
+        "scheduler": EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1),
+    }
+
+
+def xl_unet(**changes: Any) -> UNet2DConditionModel:
+    return unet(
+        cross_attention_dim=32,  # of both encoders
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16,  # sizes and crops, and the pooled embedding
+        **changes,
+    )
+
+
+def stable_diffusion() -> StableDiffusionPipeline:
+    torch.manual_seed(0)
+    scheduler = PNDMScheduler(**BETAS, set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1)
+    return finished(StableDiffusionPipeline(unet=unet(), scheduler=scheduler, **one_encoder()))
+
+
+def stable_diffusion_pag() -> StableDiffusionPAGPipeline:
+    torch.manual_seed(0)
+    scheduler = DPMSolverMultistepScheduler(**BETAS, steps_offset=1)
+    return finished(
+        StableDiffusionPAGPipeline(unet=unet(), scheduler=scheduler, **one_encoder(), pag_applied_layers="mid")
+    )
+
+
+def stable_diffusion_inpainting() -> StableDiffusionInpaintPipeline:
+    torch.manual_seed(0)
+    scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    denoiser = unet(in_channels=9)  # with the picture's latents and the mask
+    return finished(StableDiffusionInpaintPipeline(unet=denoiser, scheduler=scheduler, **one_encoder()))
+
+
+def stable_diffusion_2() -> StableDiffusionPipeline:
+    torch.manual_seed(0)
+    scheduler = DDIMScheduler(
+        **BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction"
+    )
+    denoiser = unet(use_linear_projection=True)
+    return finished(StableDiffusionPipeline(unet=denoiser, scheduler=scheduler, **one_encoder()))
+
+
+def stable_diffusion_xl() -> StableDiffusionXLPipeline:
+    torch.manual_seed(0)
+    return finished(StableDiffusionXLPipeline(unet=xl_unet(), **two_encoders()))
+
+
+def instruct_pix2pix() -> StableDiffusionInstructPix2PixPipeline:
+    torch.manual_seed(0)
+    scheduler = EulerAncestralDiscreteScheduler(**BETAS)
+    denoiser = unet(in_channels=8)
+    return finished(StableDiffusionInstructPix2PixPipeline(unet=denoiser, scheduler=scheduler, **one_encoder()))
+
+
+def instruct_pix2pix_xl() -> StableDiffusionXLInstructPix2PixPipeline:
+    torch.manual_seed(0)
+    return finished(StableDiffusionXLInstructPix2PixPipeline(unet=xl_unet(in_channels=8), **two_encoders()))
+
+
+FAMILIES = {
+    "sd": Family("Stable Diffusion 1", stable_diffusion, {**SIZE, "guidance_scale": 5.0}),
+    "sd-pag": Family(
+        "Stable Diffusion 1 (perturbed-attention guidance)",
+        stable_diffusion_pag,
+        {**SIZE, "guidance_scale": 5.0, "pag_scale": 2.0},
+    ),
+    "sd2": Family(
+        "Stable Diffusion 2 (v-prediction)",
+        stable_diffusion_2,
+        {**SIZE, "guidance_scale": 3.0, "guidance_rescale": 0.7},
+    ),
+    "sdxl": Family("Stable Diffusion XL", stable_diffusion_xl, {**SIZE, "guidance_scale": 5.0}),
+    "sd-inpaint": Family(
+        "Stable Diffusion inpainting",
+        stable_diffusion_inpainting,
+        {**SIZE, "guidance_scale": 5.0},
+        "image editing",
+        lambda count: {"image": pictures(count), "mask_image": [image.convert("L") for image in pictures(count)]},
+    ),
+    "pix2pix": Family(
+        "InstructPix2Pix",
+        instruct_pix2pix,
+        {"guidance_scale": 5.0, "image_guidance_scale": 1.5},
+        "image editing",
+        lambda count: {"image": pictures(count)},
+    ),
+    "pix2pix-xl": Family(
+        "InstructPix2Pix XL",
+        instruct_pix2pix_xl,
+        {**SIZE, "guidance_scale": 5.0, "image_guidance_scale": 1.5},
+        "image editing",
+        lambda count: {"image": pictures(count)},
+    ),
+}

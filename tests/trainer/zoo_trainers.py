@@ -1,0 +1,46 @@
+"""A trainer of any family of the zoo."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from slas_trl.trainer import SLASConfig, SLASTrainer
+from slas_trl.trainer.lora import takes_adapter
+from tests.policy.zoo.checks import attention_weights
+from tests.policy.zoo.family import Family
+
+from .tiny_trainers import PROMPTS, redness
+
+
+def adapter_for(denoiser: torch.nn.Module) -> LoraConfig | None:
+    """LoRA on the attention layers; none where diffusers has no adapters for the denoiser."""
+    if not takes_adapter(denoiser):
+        return None
+    names = [name.removesuffix(".weight") for name in attention_weights(denoiser)]
+    linear = [name for name in names if isinstance(denoiser.get_submodule(name), torch.nn.Linear)]
+    return LoraConfig(r=2, lora_alpha=4, target_modules=linear)
+
+
+def zoo_trainer(family: Family, output_dir: Path, reward: Any = redness) -> SLASTrainer:
+    """One update on two groups of two images, in chunks of two."""
+    pipe = family.build()
+    call = dict(family.call)
+    own = {key: call.pop(key) for key in ("height", "width", "guidance_scale") if key in call}
+    config = SLASConfig(
+        output_dir=str(output_dir),
+        per_device_train_batch_size=2,
+        num_generations=2,
+        steps_per_generation=2,
+        num_inference_steps=3,
+        pipeline_kwargs=call,
+        max_steps=1,
+        learning_rate=1e-3,
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        **own,
+    )
+    adapter = adapter_for(pipe.components["unet" if "unet" in pipe.components else "transformer"])
+    return SLASTrainer(pipe, reward, config, train_dataset=PROMPTS, peft_config=adapter)
