@@ -42,7 +42,8 @@ from transformers import (
     T5GemmaModuleConfig,
 )
 
-from tests.policy.zoo.encoders import (
+from tests.policy.zoo.family import Family
+from tests.policy.zoo.language_models import (
     DECODER,
     LETTERS,
     autoencoder_8x,
@@ -53,7 +54,6 @@ from tests.policy.zoo.encoders import (
     llama_tokenizer,
     umt5_encoder,
 )
-from tests.policy.zoo.family import Family
 from tests.tiny_pipelines import autoencoder, clip_config, clip_tokenizer, finished, t5_encoder, t5_tokenizer
 
 

@@ -19,7 +19,8 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, Qwen3Config, Qwen3Model, Qwen3VLConfig, Qwen3VLModel
 
-from tests.policy.zoo.encoders import (
+from tests.policy.zoo.family import Family
+from tests.policy.zoo.language_models import (
     DECODER,
     autoencoder_8x,
     byt5_encoder,
@@ -30,7 +31,6 @@ from tests.policy.zoo.encoders import (
     gemma_tokenizer,
     qwen2_5_vl,
 )
-from tests.policy.zoo.family import Family
 from tests.tiny_pipelines import autoencoder, clip_config, clip_tokenizer, finished
 
 

@@ -12,8 +12,8 @@ from diffusers import (
     WanTransformer3DModel,
 )
 
-from tests.policy.zoo.encoders import umt5_encoder
 from tests.policy.zoo.family import Family
+from tests.policy.zoo.language_models import umt5_encoder
 from tests.tiny_pipelines import finished, t5_encoder, t5_tokenizer
 
 
