@@ -15,6 +15,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
     UMT5Config,
@@ -44,7 +46,8 @@ def byte_tokenizer(**options: Any) -> Qwen2Tokenizer:
     """Qwen's, with the 256 bytes for a vocabulary and a chat template of its form."""
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet())]
     template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% macro text(c) %}{{ c if c is string else c | map(attribute='text') | join }}{% endmacro %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ text(m.content) }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     return Qwen2Tokenizer(
@@ -107,6 +110,25 @@ def qwen2_5_vl(num_hidden_layers: int = 2) -> Qwen2_5_VLForConditionalGeneration
             vision_end_token_id=263,
         )  # fmt: skip
     )
+
+
+def qwen3_vl(num_hidden_layers: int = 2) -> Qwen3VLModel:
+    text = {
+        **DECODER,
+        "num_hidden_layers": num_hidden_layers,
+        "head_dim": 8,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e6},
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 16,
+        "num_position_embeddings": 4,
+        "deepstack_visual_indexes": [0],
+    }
+    return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision))
 
 
 def filled(module: Module) -> Module:

@@ -3,21 +3,40 @@
 import torch
 from diffusers import (
     AdaptiveProjectedMixGuidance,
+    AutoencoderKLFlux2,
     AutoencoderKLHunyuanImage,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+    BriaFiboPipeline,
+    ErnieImagePipeline,
+    ErnieImageTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     HunyuanImagePipeline,
     HunyuanImageTransformer2DModel,
+    Ideogram4Pipeline,
+    Ideogram4Transformer2DModel,
     Kandinsky5T2IPipeline,
     Kandinsky5Transformer3DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
+    LongCatImagePipeline,
+    LongCatImageTransformer2DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
     OvisImagePipeline,
     OvisImageTransformer2DModel,
 )
-from transformers import CLIPTextModel, Qwen3Config, Qwen3Model, Qwen3VLConfig, Qwen3VLModel
+from diffusers.models.transformers.transformer_bria_fibo import BriaFiboTransformer2DModel
+from diffusers.pipelines.ideogram4.pipeline_ideogram4 import QWEN3_VL_ACTIVATION_LAYERS
+from transformers import (
+    CLIPTextModel,
+    Ministral3Config,
+    Ministral3Model,
+    Qwen3Config,
+    Qwen3Model,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
 
 from tests.policy.zoo.family import Family
 from tests.policy.zoo.language_models import (
@@ -30,6 +49,7 @@ from tests.policy.zoo.language_models import (
     gemma2_model,
     gemma_tokenizer,
     qwen2_5_vl,
+    qwen3_vl,
 )
 from tests.tiny_pipelines import autoencoder, clip_config, clip_tokenizer, finished
 
@@ -180,28 +200,137 @@ def krea2() -> Krea2Pipeline:
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     )
-    text = {
-        **DECODER,
-        "head_dim": 8,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e6},
-    }
-    vision = {
-        "depth": 1,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_heads": 2,
-        "out_hidden_size": 16,
-        "num_position_embeddings": 4,
-        "deepstack_visual_indexes": [0],
-    }
     return finished(
         Krea2Pipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
             vae=vae,
-            text_encoder=Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)),
+            text_encoder=qwen3_vl(),
             tokenizer=byte_tokenizer(),
             transformer=transformer,
             text_encoder_select_layers=(1, 2),
+        )
+    )
+
+
+def autoencoder_flux2() -> AutoencoderKLFlux2:
+    return AutoencoderKLFlux2(
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+        sample_size=16,
+    )
+
+
+def ernie_image() -> ErnieImagePipeline:
+    torch.manual_seed(0)
+    transformer = ErnieImageTransformer2DModel(
+        hidden_size=16,
+        num_attention_heads=2,
+        num_layers=2,
+        ffn_hidden_size=32,
+        in_channels=16,
+        out_channels=16,
+        text_in_dim=16,
+        rope_axes_dim=(4, 2, 2),
+    )
+    return finished(
+        ErnieImagePipeline(
+            transformer=filled(transformer),
+            vae=autoencoder_flux2(),
+            text_encoder=Ministral3Model(Ministral3Config(**DECODER, head_dim=8)),
+            tokenizer=byte_tokenizer(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=4.0),
+        )
+    )
+
+
+def longcat_image() -> LongCatImagePipeline:
+    torch.manual_seed(0)
+    transformer = LongCatImageTransformer2DModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        axes_dims_rope=[4, 4, 8],
+    )
+    pipe = LongCatImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=autoencoder(16),
+        text_encoder=qwen2_5_vl(),
+        tokenizer=byte_tokenizer(),
+        text_processor=None,  # rewrites prompts
+        transformer=transformer,
+    )
+    pipe.tokenizer_max_length = 32
+    return finished(pipe)
+
+
+def bria_fibo() -> BriaFiboPipeline:
+    torch.manual_seed(0)
+    transformer = BriaFiboTransformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=[4, 2, 2],
+        text_encoder_dim=16,
+    )
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    # The pipeline reads an empty prompt as token 128000.
+    language_model = SmolLM3Config(**{**DECODER, "vocab_size": 128001, "tie_word_embeddings": True})
+    return finished(
+        BriaFiboPipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=vae,
+            text_encoder=SmolLM3ForCausalLM(language_model),
+            tokenizer=byte_tokenizer(),
+        )
+    )
+
+
+def ideogram4() -> Ideogram4Pipeline:
+    torch.manual_seed(0)
+
+    def transformer() -> Ideogram4Transformer2DModel:
+        return Ideogram4Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            intermediate_size=32,
+            adaln_dim=16,
+            llm_features_dim=16 * len(QWEN3_VL_ACTIVATION_LAYERS),
+            mrope_section=(2, 1, 1),
+        )
+
+    return finished(
+        Ideogram4Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            vae=autoencoder_flux2(),
+            text_encoder=qwen3_vl(num_hidden_layers=max(QWEN3_VL_ACTIVATION_LAYERS) + 1),
+            tokenizer=byte_tokenizer(),
+            transformer=transformer(),
+            unconditional_transformer=transformer(),  # which stays as it is
         )
     )
 
@@ -225,5 +354,16 @@ FAMILIES = {
     "hunyuan-image": Family("HunyuanImage 2.1", hunyuan_image, SMALL),
     "kandinsky5": Family("Kandinsky 5 T2I", kandinsky5, {"height": 32, "width": 32, "guidance_scale": 3.5}),
     "ovis-image": Family("Ovis-Image", ovis_image, {**SMALL, "guidance_scale": 5.0, "max_sequence_length": 200}),
+    "ernie-image": Family("ERNIE-Image", ernie_image, {**SMALL, "guidance_scale": 4.0}),
+    # The pipeline guides only single pictures: its negative prompt is one, whatever the number of prompts.
+    "longcat-image": Family(
+        "LongCat-Image", longcat_image, {**SMALL, "guidance_scale": 1.0, "enable_prompt_rewrite": False}
+    ),
+    "bria-fibo": Family("Bria FIBO", bria_fibo, {"height": 32, "width": 32, "guidance_scale": 5.0}),
+    "ideogram4": Family(
+        "Ideogram 4",
+        ideogram4,
+        {**SMALL, "guidance_scale": 7.0, "guidance_schedule": None, "max_sequence_length": 64},
+    ),
     "krea2": Family("Krea 2", krea2, {**SMALL, "guidance_scale": 4.5, "max_sequence_length": 200}),
 }
