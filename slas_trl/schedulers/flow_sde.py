@@ -114,11 +114,11 @@ class FlowSDEScheduler(StochasticScheduler, FlowMatchEulerDiscreteScheduler):
         return mean, s * (-dt).sqrt()
 
     def _noise_scale(self, sigma: torch.Tensor) -> torch.Tensor:
-        """s(σ). Flow-GRPO's is infinite at σ = 1; there the denominator takes the schedule's second σ."""
+        """s(σ). Flow-GRPO's is infinite at σ = 1; there, and next to it, the denominator takes the second σ."""
         if self.config["noise_schedule"] == "dance_grpo":
             return torch.full_like(sigma, self.config["noise_level"])
-        # A shift leaves the first σ within rounding of 1, on either side.
-        bounded = torch.where(sigma >= 1 - 1e-6, self.sigmas[1].to(sigma.device), sigma)
+        # A shift leaves the first σ within rounding of 1, on either side; other schedules begin a little below.
+        bounded = torch.where(sigma >= 1 - 1e-3, sigma.minimum(self.sigmas[1].to(sigma.device)), sigma)
         return self.config["noise_level"] * (sigma.clamp(max=1) / (1 - bounded)).sqrt()
 
     def step(

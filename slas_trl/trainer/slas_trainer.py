@@ -200,6 +200,8 @@ class SLASTrainer(EvaluatingTrainer):
 
     def _prepare_inputs(self, inputs: list[int]) -> dict[str, Any]:  # type: ignore[override]
         self._stop_if_interrupted()
+        # Against the Trainer's train(): the policy is what users sample from, and some differ in train mode.
+        cast(torch.nn.Module, self.model).eval()
         if self._last_log is None:
             self._last_images = time.perf_counter()
             self._last_log = self._last_images, self.state.global_step

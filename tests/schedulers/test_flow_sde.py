@@ -301,3 +301,12 @@ def test_a_shift_that_leaves_the_first_sigma_within_rounding_of_one(shift):
     s = 0.7 * float(1 / (1 - scheduler.sigmas[1])) ** 0.5
     assert float(std) == pytest.approx(s * float(1 - scheduler.sigmas[1]) ** 0.5, rel=1e-4)
     assert mean.isfinite().all()
+
+
+def test_a_schedule_that_begins_a_little_below_one():
+    scheduler = FlowSDEScheduler()
+    scheduler.set_timesteps(sigmas=[0.9999, 0.9, 0.5])
+    _, std = scheduler.transition(torch.ones(1, 4), torch.zeros(1, 4), 0)
+    assert float(std) == pytest.approx(0.7 * (0.9999 / 0.1) ** 0.5 * 0.0999**0.5, rel=1e-4)
+    _, std = scheduler.transition(torch.ones(1, 4), torch.zeros(1, 4), 1)
+    assert float(std) == pytest.approx(0.7 * (0.9 / 0.1) ** 0.5 * 0.4**0.5, rel=1e-4)

@@ -11,6 +11,7 @@ from transformers import CLIPTextModel, TrainerCallback
 
 from slas_trl import SLASConfig, SLASTrainer
 from slas_trl.advantages import slas_advantages
+from tests.policy.zoo import dit
 from tests.tiny_pipelines import (
     PIPELINES,
     autoencoder,
@@ -508,6 +509,14 @@ def test_autocast_does_not_move_the_ratio(tmp_path):
     trainer = trained(tmp_path, "sd", full=True, bf16=True)
     assert all(line["ratio/max_deviation"] == 0.0 for line in logged(tmp_path))
     assert trainer.model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_a_denoiser_that_computes_something_else_in_train_mode(tmp_path, gradient_checkpointing):
+    family = dit.FAMILIES["hidream"]
+    changes = {"pipeline_kwargs": family.call, "max_steps": 1, "gradient_checkpointing": gradient_checkpointing}
+    trainer = trained(tmp_path, model=family.build(), guidance_scale=None, height=None, width=None, **changes)
+    assert trainer.state.log_history[0]["ratio/max_deviation"] == 0 and trainer.state.log_history[0]["grad_norm"] > 0
 
 
 def test_gradient_checkpointing_gives_the_same_weights(tmp_path):
