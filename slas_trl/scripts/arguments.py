@@ -10,6 +10,7 @@ import yaml
 from peft import LoraConfig
 from trl import TrlParser
 
+from slas_trl import rewards
 from slas_trl.cli.launch import OPTIONS as LAUNCH_OPTIONS
 from slas_trl.trainer import SLASConfig
 
@@ -109,6 +110,13 @@ class SLASScriptArguments:
     def __post_init__(self):
         if isinstance(self.reward_funcs, str):  # `reward_funcs: clip_score` in YAML
             self.reward_funcs = [self.reward_funcs]
+        # Before all else that may be wrong: without the reward, the rest of a configuration is of no use.
+        for name in self.reward_funcs or []:
+            if ":" not in name and name not in rewards.__all__:
+                raise ValueError(
+                    f"there is no reward {name!r}: expected one of {', '.join(rewards.__all__)}, or "
+                    "package.module:function for one of your own."
+                )
         if self.report_prompts is not None and self.report_prompts < 0:
             raise ValueError(f"report_prompts must be at least 0, got {self.report_prompts}.")
         if self.report_images_per_prompt < 1:

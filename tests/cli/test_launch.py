@@ -229,4 +229,4 @@ class TestTraining:
         argv = ["--use_cpu", "--num_processes", "2", "--reward_funcs", "beauty", "--output_dir", str(tmp_path / "run")]
         done = self.slas_trl("train", *argv)
         assert done.returncode == 2
-        assert done.stderr.count("'beauty'") == 1 and "Traceback" not in done.stderr
+        assert done.stderr.count("no reward 'beauty'") == 1 and "Traceback" not in done.stderr
