@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 import yaml
 from accelerate.state import AcceleratorState
@@ -19,8 +20,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from slas_trl import rewards
 from slas_trl.cli.main import main
+from slas_trl.policy import PipelineReplayer
+from slas_trl.schedulers import stochastic_scheduler
 from slas_trl.scripts.arguments import SHAPES_SETTINGS, LoraArguments, SLASScriptArguments, parse
 from slas_trl.trainer import SLASConfig
+from tests.tiny_pipelines import PIPELINES
 
 
 FOLDER = Path(__file__).parents[2] / "examples" / "cli_configs"
@@ -194,3 +198,26 @@ def test_a_reward_that_is_not_there_is_named(path, capsys):
     first = next(name for name in read(path.stem)["reward_funcs"] if name in missing)
     assert printed.splitlines()[0].startswith(f"slas-trl train: error: there is no reward '{first}'")
     assert len(printed.splitlines()) == 2 and "Traceback" not in printed  # the other says how to see where
+
+
+@pytest.mark.parametrize(("name", "family"), [("sd14_paper", "sd"), ("flux_paper", "flux"), ("sd35_flowgrpo", "sd3")])
+def test_a_pipeline_of_this_kind_takes_the_call(name, family):
+    """With all of the preset's arguments but the size."""
+    with processes(PROCESSES.get(name, 8)):
+        config = load(name)[2]
+    pipe = PIPELINES[family][0]()
+    scheduler = stochastic_scheduler(
+        pipe, noise_schedule=config.noise_schedule, noise_level=config.noise_level, eta=config.eta
+    )
+    rollout = PipelineReplayer(pipe, scheduler).sample(
+        prompt=["a dot", "a box"],
+        generator=[torch.Generator().manual_seed(i) for i in range(2)],
+        noise_generator=[torch.Generator().manual_seed(i) for i in range(2)],
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        height=16,
+        width=16,
+        **(config.pipeline_kwargs or {}),
+    )
+    assert len(rollout.steps) == config.num_inference_steps
+    assert len([step for step in rollout.trainable_steps if step < len(rollout.steps) - 1]) == len(rollout.steps) - 1
