@@ -138,8 +138,9 @@ def _start(words: list[str], module: str, argv: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     command = module.rpartition(".")[2]
-    # Tells of every process that ended, and of the signals that are passed on; ours is told below.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # They tell of every process that ended, and of every signal that is passed on; what matters is told below.
+    for part in ("agent.server.api", "multiprocessing.api"):
+        logging.getLogger(f"torch.distributed.elastic.{part}").disabled = True
     environ = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(PATIENCE)}
     if not torch.accelerator.is_available():
         environ["ACCELERATE_USE_CPU"] = "true"  # without it, each process would train by itself

@@ -23,7 +23,8 @@ def main(argv: list[str]) -> None:
             time.sleep(60)
         finally:
             # What is saved after Ctrl-C takes its time.
-            time.sleep(0.5)
+            (folder / f"{rank}.saving").touch()
+            time.sleep(60 if "stubborn" in what else 0.5)
             (folder / f"{rank}.saved").touch()
 
 

@@ -49,6 +49,14 @@ def probe(folder: Path, *argv: str) -> int:
     return launch(PROBE, options, [str(folder), *split_options(argv)[1]])
 
 
+def wait_for(folder: Path, pattern: str) -> None:
+    """Until both processes have left such a file."""
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob(pattern))) < 2:
+        assert time.monotonic() < deadline, pattern
+        time.sleep(0.05)
+
+
 class TestOptions:
     def test_are_split_off(self):
         argv = ["--config", "x.yaml", "--num_processes=2", "--gamma", "0", "--accelerate_config", "fsdp2", "--use_cpu"]
@@ -187,20 +195,19 @@ class TestFailure:
         assert probe(tmp_path, "one-killed") == 128 + signal.SIGKILL
         assert "error: process 1 was killed by SIGKILL." in capfd.readouterr().err
 
-    def test_ctrl_c_lets_them_finish(self, environ, tmp_path):
-        code = f"import sys; from slas_trl.cli import main; main.COMMANDS; {PROBE_COMMAND}"
-        launcher = subprocess.Popen(
-            [sys.executable, "-c", code, "--num_processes", "2", str(tmp_path), "wait"],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        deadline = time.monotonic() + 60
-        while len(list(tmp_path.glob("*.json"))) < 2 and time.monotonic() < deadline:
-            time.sleep(0.1)
+    @pytest.mark.parametrize("stubborn", [False, True])
+    def test_ctrl_c_lets_them_finish_and_a_second_one_does_not(self, environ, tmp_path, stubborn):
+        argv = ["--num_processes", "2", str(tmp_path), "wait", *(["stubborn"] if stubborn else [])]
+        launcher = subprocess.Popen([sys.executable, "-c", PROBE_COMMAND, *argv], stderr=subprocess.PIPE, text=True)
+        wait_for(tmp_path, "*.json")
         launcher.send_signal(signal.SIGINT)
-        _, printed = launcher.communicate(timeout=60)
-        assert "KeyboardInterrupt" in printed  # which `slas-trl` turns into a message and status 130
-        assert {path.name for path in tmp_path.glob("*.saved")} == {"0.saved", "1.saved"}
+        wait_for(tmp_path, "*.saving")
+        if stubborn:
+            launcher.send_signal(signal.SIGINT)
+        _, printed = launcher.communicate(timeout=30)
+        assert printed.strip().endswith("KeyboardInterrupt")  # which `slas-trl` turns into a message and status 130
+        assert "death signal" not in printed
+        assert len(list(tmp_path.glob("*.saved"))) == (0 if stubborn else 2)
 
 
 @pytest.mark.distributed

@@ -28,6 +28,7 @@ from tests.tiny_pipelines import PIPELINES
 
 
 FOLDER = Path(__file__).parents[2] / "examples" / "cli_configs"
+DOCUMENTATION = FOLDER.parents[1] / "docs" / "source" / "paper_reproduction.md"
 FILES = sorted(FOLDER.glob("*.yaml"))
 PROCESSES = {"flux_paper": 16, "flux_dancegrpo": 16, "flux_lora_24gb": 1, "shapes": 1}  # 8 in the others
 SOURCES = {"paper", "DanceGRPO", "Flow-GRPO", "ours"}
@@ -127,6 +128,29 @@ def test_every_value_says_where_it_comes_from(path):
             if source is None or source[1] not in SOURCES:
                 bare.append(line)
     assert not bare
+
+
+def sources(name: str) -> dict[str, str]:
+    """Where the value of each field comes from, by its line's comment."""
+    lines = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    found = [re.match(r"(\w+):.*  # \[([\w-]+)\]", line) for line in lines]
+    return {match[1]: match[2] for match in found if match}
+
+
+def test_the_documentation_has_every_value():
+    rows = re.findall(
+        r"^\| `(\w+)` \| (.+?) \| (.+?) \| (.+?) \|", DOCUMENTATION.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    for column, name in ((1, "sd14_paper"), (2, "flux_paper")):
+        documented = {row[0]: row[column] for row in rows if row[column] != "–"}
+        settings = read(name)
+        assert documented.keys() == settings.keys()
+        for field, value in settings.items():
+            if "..." not in documented[field]:
+                assert yaml.safe_load(documented[field]) == value, field
+    sd14, flux = sources("sd14_paper"), sources("flux_paper")
+    for field, _, _, source in rows:
+        assert source == ", ".join(dict.fromkeys(of[field] for of in (sd14, flux) if field in of)), field
 
 
 @pytest.mark.parametrize("model", ["sd14", "flux"])
