@@ -87,7 +87,8 @@ def launch(module: str, options: dict[str, str], argv: Sequence[str]) -> int:
         raise ValueError(f"{path} is no accelerate configuration: there is no 'distributed_type' in it.")
     settings: dict[str, Any] = {**config, **options}
     machines = int(settings.get("num_machines", 1))
-    processes = int(settings.get("num_processes", max(1, torch.accelerator.device_count()) * machines))
+    gpus = options["gpu_ids"].count(",") + 1 if "gpu_ids" in options else max(1, torch.accelerator.device_count())
+    processes = int(settings.get("num_processes", gpus * machines))
     _check(settings, machines, processes, path.stem)
 
     words = ["--config_file", str(path), "--num_processes", str(processes), "--module"]
@@ -154,20 +155,22 @@ def _start(words: list[str], module: str, argv: Sequence[str]) -> int:
             print(f"slas-trl {command}: ended by {end.sigval.name}.", file=sys.stderr)
             return 128 + end.sigval
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            return _report(command, Path(folder), rank, failure.exitcode)
+            return _report(command, Path(folder), {rank: each.exitcode for rank, each in error.failures.items()})
     return 0
 
 
-def _report(command: str, folder: Path, rank: int, exitcode: int) -> int:
+def _report(command: str, folder: Path, ended: dict[int, int]) -> int:
     """Print the error that the others follow from, and return the exit status that belongs to it."""
     errors = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
-    if not errors:  # it could not write it down
-        if exitcode == -signal.SIGINT or exitcode == 130:
+    # SIGTERM is what the launcher ends the others by.
+    ended = {rank: code for rank, code in ended.items() if code != -signal.SIGTERM} or ended
+    rank, code = min(ended.items(), key=lambda item: item[1])  # killed, that is negative, before lost connections
+    if not errors or code < 0 and not any(error["status"] == 2 for error in errors):
+        if code == 130:
             raise KeyboardInterrupt
-        how = f"was killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"ended with status {exitcode}"
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         print(f"slas-trl {command}: error: process {rank} {how}.", file=sys.stderr)
-        return 128 - exitcode if exitcode < 0 else exitcode
+        return 128 - code if code < 0 else code
     # Bad input before what it led to in the others, such as a lost connection.
     first = min(errors, key=lambda error: (error["status"] != 2, error["time"]))
     if first["status"] != 2 or os.environ.get("SLAS_TRL_DEBUG") == "1":

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import is_deepspeed_available
 
-from slas_trl.cli.launch import CONFIGS, find_config, launch, split_options
+from slas_trl.cli.launch import CONFIGS, _report, find_config, launch, split_options
 from slas_trl.cli.main import main
 
 
@@ -146,6 +147,17 @@ class TestProcesses:
         for each in found.values():
             assert {name: each["environ"].get(name) for name in wanted} == wanted
 
+    def test_one_on_each_gpu_that_is_named(self, environ, tmp_path):
+        options, rest = split_options(["--gpu_ids", "2,3", str(tmp_path)])
+        assert launch(PROBE, options, rest) == 0
+        assert {each["environ"]["CUDA_VISIBLE_DEVICES"] for each in probed(tmp_path).values()} == {"2,3"}
+        assert len(probed(tmp_path)) == 2
+
+    @pytest.mark.skipif(is_deepspeed_available(), reason="DeepSpeed is here")
+    def test_zero2_says_what_to_install(self, environ, capsys):
+        assert main(["train", "--accelerate_config", "zero2", "--num_processes", "2"]) == 2
+        assert "pip3 install deepspeed" in capsys.readouterr().err
+
     def test_one_replaces_the_launcher(self, environ, tmp_path):
         command = [sys.executable, "-c", PROBE_COMMAND, "--accelerate_config", "single_gpu", "--gpu_ids", "3"]
         started = subprocess.Popen([*command, str(tmp_path)], stderr=subprocess.PIPE, text=True)
@@ -194,6 +206,23 @@ class TestFailure:
     def test_a_killed_process_is_named(self, environ, tmp_path, capfd):
         assert probe(tmp_path, "one-killed") == 128 + signal.SIGKILL
         assert "error: process 1 was killed by SIGKILL." in capfd.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("statuses", "ended", "status", "message"),
+        [
+            ({0: 1, 1: 2}, {0: 1}, 2, "error 1 (process 1)\n(SLAS"),  # bad input, and a connection lost for it
+            ({0: 1}, {0: 1, 1: -signal.SIGKILL}, 137, "process 1 was killed by SIGKILL"),  # and for this
+            ({}, {0: -signal.SIGTERM, 1: 7}, 7, "process 1 ended with status 7"),
+            ({}, {0: -signal.SIGTERM}, 143, "process 0 was killed by SIGTERM"),
+        ],
+    )
+    def test_the_cause_is_told_and_not_what_follows(self, tmp_path, capsys, statuses, ended, status, message):
+        for rank, of_this in statuses.items():
+            error = {"status": of_this, "time": rank, "rank": rank, "message": f"error {rank}", "traceback": "where"}
+            (tmp_path / f"{rank}.json").write_text(json.dumps(error))
+        assert _report("train", tmp_path, ended) == status
+        printed = capsys.readouterr().err
+        assert message in printed and printed.count("slas-trl train: error") == 1
 
     @pytest.mark.parametrize("stubborn", [False, True])
     def test_ctrl_c_lets_them_finish_and_a_second_one_does_not(self, environ, tmp_path, stubborn):
