@@ -17,6 +17,7 @@ from slas_trl.cli.launch import launch, split_options
 
 COMMANDS = {
     "train": "fine-tune a text-to-image pipeline; without arguments, the embedded one",
+    "doctor": "check that a training could start: takes the options of train, trains and writes nothing",
     "generate": "make pictures with a pipeline, with or without a trained adapter",
     "env": "print versions and devices, for a bug report",
 }
@@ -32,8 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv (`Sequence[str]`, *optional*): Command line without the program's name. `None` is the process's own.
 
-    Returns the exit status: 0, 2 for bad input (one message on stderr, with the traceback too if the environment has
-    `SLAS_TRL_DEBUG=1`), 130 for Ctrl-C, or that of a process which was launched and failed otherwise.
+    Returns the exit status: 0, 1 where `doctor` finds that training could not start, 2 for bad input (one message on
+    stderr, with the traceback too if the environment has `SLAS_TRL_DEBUG=1`), 130 for Ctrl-C, or that of a process
+    which was launched and failed otherwise.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
@@ -61,7 +63,7 @@ def run_script(command: str, argv: list[str]) -> int:
         options, rest = split_options(argv) if command == "train" else ({}, argv)
         if options and not {"-h", "--help"} & set(rest):
             return launch(module, options, rest)
-        call_script(module, rest)
+        return call_script(module, rest)
     except KeyboardInterrupt:
         print(f"slas-trl {command}: interrupted.", file=sys.stderr)
         return 130
@@ -71,15 +73,14 @@ def run_script(command: str, argv: list[str]) -> int:
         message = str(error) or type(error).__name__
         print(f"slas-trl {command}: error: {message}\n(SLAS_TRL_DEBUG=1 shows where.)", file=sys.stderr)
         return 2
-    return 0
 
 
-def call_script(module: str, argv: list[str]) -> None:
-    """Import a script and call its `main`."""
+def call_script(module: str, argv: list[str]) -> int:
+    """Import a script and call its `main`, and return the exit status, which is 0 where that returns none."""
     # transformers advises to install torchvision, which nothing here needs; one that does not fit breaks imports.
     advice = logging.getLogger("transformers.utils.import_utils")
     advice.addFilter(lambda record: "Install torchvision" not in record.getMessage())
-    import_module(module).main(argv)
+    return import_module(module).main(argv) or 0
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from slas_trl.cli.main import BAD_INPUT, call_script
 
 
 def main(folder: str, module: str, *argv: str) -> int:
-    """Run the script, and return 0, 2 for bad input, 1 for any other error, or 130 for Ctrl-C."""
+    """Run the script, and return its exit status, 2 for bad input, 1 for any other error, or 130 for Ctrl-C."""
     try:
-        call_script(module, list(argv))
+        return call_script(module, list(argv))
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -33,7 +33,6 @@ def main(folder: str, module: str, *argv: str) -> int:
         path.with_suffix(".tmp").write_text(json.dumps(written), encoding="utf-8")
         path.with_suffix(".tmp").rename(path)  # whole, should the launcher end this process now
         return status
-    return 0
 
 
 if __name__ == "__main__":

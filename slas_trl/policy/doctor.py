@@ -1,5 +1,7 @@
 """Checks before training: can this pipeline be a policy, and is its ratio exactly 1 before the first update?"""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import CacheMixin, DiffusionPipeline
 from torch import nn
+from torch.utils import _pytree as pytree
 
 
 if TYPE_CHECKING:
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
 
 
 DENOISERS = ("transformer", "transformer_2", "unet")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CACHE_HOOKS = ("cache", "fbc", "broadcast")  # words in the names of diffusers' hooks that reuse earlier outputs
 
 
@@ -42,10 +46,11 @@ def _is_cached(module: nn.Module) -> bool:
 
 def load_pipeline(name_or_path: str, init_kwargs: dict[str, Any]) -> DiffusionPipeline:
     """
-    `DiffusionPipeline.from_pretrained`, which of a folder without a denoiser says only that some file is not there.
+    `DiffusionPipeline.from_pretrained`, which of a folder without a denoiser says only that some file is not there,
+    and takes `dtype` (or `torch_dtype`), for one component or all, as a `torch.dtype` alone; here "bfloat16" is one.
 
     Raises:
-        `ValueError`: when the folder holds no pipeline, or one without a denoiser.
+        `ValueError`: when the folder holds no pipeline, or one without a denoiser, and for an unknown dtype.
     """
     folder = Path(name_or_path)
     if folder.is_dir():
@@ -56,14 +61,26 @@ def load_pipeline(name_or_path: str, init_kwargs: dict[str, Any]) -> DiffusionPi
                 f"{name_or_path!r} has no denoiser: expected a folder named one of {DENOISERS} in it, with a "
                 "config.json."
             )
-    return DiffusionPipeline.from_pretrained(name_or_path, **init_kwargs)
+    named = {key: _dtype(value) for key, value in init_kwargs.items() if key in ("dtype", "torch_dtype")}
+    return DiffusionPipeline.from_pretrained(name_or_path, **{**init_kwargs, **named})
 
 
-def check_pipeline(pipe: DiffusionPipeline) -> None:
+def _dtype(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {component: _dtype(name) for component, name in value.items()}
+    if not isinstance(value, str):
+        return value
+    if value not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, but it is {value!r}.")
+    return DTYPES[value]
+
+
+def pipeline_problems(pipe: DiffusionPipeline) -> Iterator[str]:
     """
+    All that keeps `pipe` from being recorded and replayed: why, and what to do.
+
     Raises:
         `TypeError`: when `pipe` is no diffusers pipeline.
-        `ValueError`: when it cannot be recorded and replayed; the message says why and what to do.
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise TypeError(
@@ -73,31 +90,42 @@ def check_pipeline(pipe: DiffusionPipeline) -> None:
     name = type(pipe).__name__
     denoisers = denoisers_of(pipe)
     if "Combined" in name:
-        raise ValueError(f"{name} runs several pipelines in one; pass the one that denoises, not the wrapper.")
+        yield f"{name} runs several pipelines in one; pass the one that denoises, not the wrapper."
     if not denoisers:
-        raise ValueError(
+        yield (
             f"{name} has no denoiser: expected a component named one of {DENOISERS}, but its components are "
             f"{sorted(pipe.components)}."
         )
-    if pipe.components.get("scheduler") is None:
-        raise ValueError(f"{name} has no scheduler, so there are no steps to train.")
-    if pipe.scheduler.order != 1:
-        raise ValueError(
-            f"{type(pipe.scheduler).__name__} takes {pipe.scheduler.order} model calls per step (order "
-            f"{pipe.scheduler.order}); expected one. Load the pipeline with a first-order scheduler."
+    scheduler: Any = pipe.components.get("scheduler")
+    if scheduler is None:
+        yield f"{name} has no scheduler, so there are no steps to train."
+    elif scheduler.order != 1:
+        yield (
+            f"{type(scheduler).__name__} takes {scheduler.order} model calls per step (order {scheduler.order}); "
+            "expected one. Load the pipeline with a first-order scheduler."
         )
     for component, module in denoisers.items():
         if _is_cached(module):
-            raise ValueError(
+            yield (
                 f"A cache is enabled on {component}: it answers with outputs of earlier steps, so a step cannot be "
                 f"evaluated on its own. Call `pipe.{component}.disable_cache()` first."
             )
         dropped = find_dropout(module)
         if dropped:
-            raise ValueError(
+            yield (
                 f"{component} has dropout in {len(dropped)} place(s), the first {dropped[0]!r}; then the ratio is not "
                 "1 before an update. Set dropout (lora_dropout too) to 0."
             )
+
+
+def check_pipeline(pipe: DiffusionPipeline) -> None:
+    """
+    Raises:
+        `TypeError`: when `pipe` is no diffusers pipeline.
+        `ValueError`: with the first of its [`pipeline_problems`].
+    """
+    for problem in pipeline_problems(pipe):
+        raise ValueError(problem)
 
 
 @dataclass(frozen=True)
@@ -116,6 +144,17 @@ class RatioReport:
         """The step with the largest deviation, and that deviation; NaN counts as the largest."""
         return max(self.deviations.items(), key=lambda item: float("inf") if item[1] != item[1] else item[1])
 
+    def problem(self, epsilon: float) -> str | None:
+        """What is wrong, if the ratio is off by more than a tenth of the clip range `epsilon`, or than 1e-5."""
+        step, deviation = self.worst
+        if deviation <= min(1e-5, epsilon / 10):
+            return None
+        return (
+            f"Before any update the ratio of step {step} should be 1, but it is off by {deviation:.3g} (clip range "
+            f"{epsilon:g}). Likely causes: dropout or another random layer in the denoiser, a kernel whose result "
+            "varies between calls, or a module that behaves otherwise in train mode."
+        )
+
 
 def measure_ratio(
     replayer: "PipelineReplayer", rollout: "Rollout", steps: tuple[int, ...] | None = None
@@ -130,3 +169,47 @@ def measure_ratio(
         log_prob = replayer.replay(rollout, step).log_prob.detach()
         deviations[step] = (torch.exp(log_prob - rollout.log_probs[:, step]) - 1).abs().max().item()
     return RatioReport(deviations)
+
+
+def samples_per_call(rollout: "Rollout") -> list[tuple[int, ...]]:
+    """For each step, how many samples the denoiser got in each of its calls: twice the images under guidance."""
+    return [tuple(_batch_of(output) for output in step.outputs) for step in rollout.steps]
+
+
+def _batch_of(output: Any) -> int:
+    if isinstance(output, dict):  # diffusers' outputs are
+        output = next(iter(output.values()))
+    elif isinstance(output, tuple):
+        output = output[0]
+    return len(output)  # a tensor, or a list with a tensor for each sample
+
+
+def rollout_bytes(rollout: "Rollout") -> int:
+    """What a rollout keeps for its replays: latents, the denoiser's outputs, and the memo."""
+    kept = [(step.sample, step.prev_sample, step.outputs) for step in rollout.steps]
+    return sum(_storages(pytree.tree_leaves([kept, [result for _, result in rollout.memo]])).values())
+
+
+@contextmanager
+def counting_activations(*known: Any) -> Iterator[dict[int, int]]:
+    """
+    Bytes that autograd keeps for a backward pass, by storage, without those in `known`: modules, and pytrees of
+    tensors. With gradient checkpointing these are the inputs of its blocks.
+    """
+    modules = [module for module in known if isinstance(module, nn.Module)]
+    weights = [[*module.parameters(), *module.buffers()] for module in modules]
+    others = _storages(pytree.tree_leaves([known, weights]))
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.update({at: size for at, size in _storages([tensor]).items() if at not in others})
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
+
+
+def _storages(leaves: list[Any]) -> dict[int, int]:
+    """Size in bytes of each storage under the tensors among `leaves`, by its address."""
+    storages = [leaf.untyped_storage() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}

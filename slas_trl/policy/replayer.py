@@ -174,10 +174,16 @@ class PipelineReplayer:
         return replaying.result
 
     @torch.no_grad()
-    def reference(self, rollout: Rollout, step: int, models: Mapping[str, Callable] | None = None) -> StepOutput:
+    def reference(
+        self,
+        rollout: Rollout,
+        step: int,
+        models: Mapping[str, Callable] | None = None,
+        adapter: str | None = None,
+    ) -> StepOutput:
         """
-        The same step under the reference policy: the adapters disabled, or the denoisers in `models` (a frozen copy,
-        for full fine-tuning). Without gradients.
+        The same step under the reference policy, without gradients: without `adapter` (by default, without any), or by
+        the denoisers in `models` (frozen copies, for full fine-tuning).
         """
         if models is not None:
             return self.replay(rollout, step, models)
@@ -185,14 +191,15 @@ class PipelineReplayer:
         adapted = [layer for layer in modules if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters]
         if not adapted:
             raise ValueError("The denoiser has no adapter to disable; pass `models` with a frozen copy of it.")
-        # Not by disable_adapters() and enable_adapters(), which also set requires_grad, frozen adapters' too.
-        for layer in adapted:
-            layer._disable_adapters = True
+        # Not by the methods for it, which also set requires_grad, frozen adapters' too.
+        active = [list(layer.active_adapters) for layer in adapted]
+        for layer, names in zip(adapted, active, strict=True):
+            layer._active_adapter = [] if adapter is None else [name for name in names if name != adapter]
         try:
             return self.replay(rollout, step)
         finally:
-            for layer in adapted:
-                layer._disable_adapters = False
+            for layer, names in zip(adapted, active, strict=True):
+                layer._active_adapter = names
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any], call: dict[str, Any]) -> Rollout:

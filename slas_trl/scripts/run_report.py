@@ -15,6 +15,8 @@ from slas_trl.reporting import compare_scores, plot_training, sample_grid, score
 from slas_trl.schedulers import FlowSDEScheduler
 from slas_trl.trainer import SLASTrainer
 from slas_trl.trainer.callbacks import METRICS_FILE
+from slas_trl.trainer.calls import is_picture_column, read_rows
+from slas_trl.trainer.lora import ADAPTER_NAME, folder_of, plain_class
 
 
 PICTURES_ON_SHEET = 12
@@ -79,23 +81,25 @@ class RunReport:
         self.rows = [i * len(self.data) // count for i in range(count)]
         self.prompts: list[str] = [self.data[i]["prompt"] for i in self.rows]
         shown = min(count, PICTURES_ON_SHEET)
-        self.sheet_prompts = [self.prompts[i * count // shown] for i in range(shown)]
+        self.sheet_rows = [self.rows[i * count // shown] for i in range(shown)]
+        self.sheet_prompts = [self.data[row]["prompt"] for row in self.sheet_rows]
 
     @torch.no_grad()
     def measure(self) -> Measurement:
         """Draw and judge, with the pipeline's own sampler and the same seeds every time."""
-        with self.trainer._averaged_weights():
-            sheet = self._draw(self.sheet_prompts)
-            if self.base_model is None:
-                shapes = evaluate_shapes(
-                    self.trainer.pipe,
-                    self.prompts,
-                    images_per_prompt=self.images_per_prompt,
-                    batch_size=self.trainer.args.per_device_train_batch_size,
-                    **self.trainer.call_kwargs,
-                )
-                return Measurement(sheet, shapes, {})
+        trainer = self.trainer
+        sheet = self._draw(self.sheet_rows)
+        if self.base_model is not None:
             return Measurement(sheet, None, self._rewards())
+        with trainer._averaged_weights():
+            shapes = evaluate_shapes(
+                trainer.pipe,
+                self.prompts,
+                images_per_prompt=self.images_per_prompt,
+                batch_size=trainer.args.per_device_train_batch_size,
+                **trainer.calls.arguments,
+            )
+        return Measurement(sheet, shapes, {})
 
     def write(self, before: Measurement, after: Measurement) -> str:
         """Write all of the report into the run's folder, and return its table."""
@@ -126,22 +130,19 @@ class RunReport:
             self._write_card(run_dir, f"{how}\n\n{table}")
         return f"{how}\n\n{table}"
 
-    def _draw(self, prompts: list[str]) -> list[Image.Image]:
-        """One picture for each prompt; the seed is its place in the list."""
-        images: list[Image.Image] = []
-        size = self.trainer.args.per_device_train_batch_size
-        for at in range(0, len(prompts), size):
-            part = prompts[at : at + size]
-            generators = [torch.Generator().manual_seed(at + i) for i in range(len(part))]
-            images += self.trainer.pipe(prompt=part, generator=generators, **self.trainer.call_kwargs).images
-        return images
+    def _draw(self, rows: list[int]) -> list[Image.Image]:
+        """One picture for each row; the seed is its place in the list."""
+        generators = [torch.Generator().manual_seed(i) for i in range(len(rows))]
+        return self.trainer.draw(self.data, rows, generators, self.trainer.args.per_device_train_batch_size)
 
     def _rewards(self) -> dict[str, list[float]]:
         rows = [row for row in self.rows for _ in range(self.images_per_prompt)]
-        prompts = [self.data[row]["prompt"] for row in rows]
-        columns = {name: [self.data[row][name] for row in rows] for name in self.data.column_names if name != "prompt"}
+        read = read_rows(self.data, rows)
+        columns = {name: [row[name] for row in read] for name in self.data.column_names if name != "prompt"}
         scorer = self.trainer.scorer
-        scores = scorer.score(prompts, self._draw(prompts), columns)  # (prompts * images, rewards)
+        scores = scorer.score(
+            [row["prompt"] for row in read], self._draw(rows), columns
+        )  # (prompts * images, rewards)
         per_prompt = scores.view(len(self.prompts), self.images_per_prompt, -1).nanmean(dim=1)
         return {name: column.tolist() for name, column in zip(scorer.names, per_prompt.T, strict=True)}
 
@@ -156,7 +157,7 @@ class RunReport:
         )
         settings |= {name: getattr(args, name) for name in kinds if getattr(args, name) is not None}
         if trainer.has_adapter:
-            lora = trainer.pipe.components[trainer.denoiser_name].peft_config["default"]
+            lora = trainer.pipe.components[trainer.denoiser_names[0]].peft_config[ADAPTER_NAME]
             settings |= {"lora_r": lora.r, "lora_alpha": lora.lora_alpha}
         is_folder = self.base_model is not None and Path(self.base_model).exists()
         write_model_card(
@@ -173,21 +174,28 @@ class RunReport:
         )
 
     def _load_code(self, run_dir: Path) -> str:
-        """Python that loads the result with plain diffusers."""
-        pipe, name = self.trainer.pipe, self.trainer.denoiser_name
-        denoiser = type(pipe.components[name]).__name__
-        lines = [] if self.trainer.has_adapter else [f"from diffusers import {denoiser}"]
+        """Python that loads the result with plain diffusers, and makes a picture."""
+        trainer, pipe, names = self.trainer, self.trainer.pipe, self.trainer.denoiser_names
+        pictures = [c for c in trainer.calls.columns(self.data) if is_picture_column(self.data, c)]
+        classes = {name: plain_class(pipe.components[name]).__name__ for name in names}
+        imports = [] if self.base_model is None else ["DiffusionPipeline"]
+        imports += [] if trainer.has_adapter else sorted(set(classes.values()))
+        lines = [f"from diffusers import {', '.join(imports)}"] if imports else []
+        lines += ["from diffusers.utils import load_image"] if pictures else []
         if self.base_model is None:
             lines += ["from slas_trl.shapes import load_shapes_pipeline", "", "pipe = load_shapes_pipeline()"]
         else:
-            imports = ["DiffusionPipeline", *([] if self.trainer.has_adapter else [denoiser])]
-            lines = [f"from diffusers import {', '.join(imports)}", ""]
-            lines += [f"pipe = DiffusionPipeline.from_pretrained({json.dumps(self.base_model)})"]
-        folder = json.dumps(str(run_dir))
-        if not self.trainer.has_adapter:
-            lines += [f"pipe.{name} = {denoiser}.from_pretrained({folder}, subfolder={json.dumps(name)})"]
-        elif isinstance(pipe, LoraBaseMixin):
-            lines += [f"pipe.load_lora_weights({folder})"]
-        else:
-            lines += [f"pipe.{name}.load_lora_adapter({folder}, prefix=None)"]
-        return "\n".join([*lines, f"image = pipe({json.dumps(self.prompts[0])}).images[0]"])
+            lines += ["", f"pipe = DiffusionPipeline.from_pretrained({json.dumps(self.base_model)})"]
+        for name in names:
+            folder = json.dumps(str(folder_of(name, names, run_dir)))
+            if not trainer.has_adapter:
+                place = f"{json.dumps(str(run_dir))}, subfolder={json.dumps(name)}"
+                lines += [f"pipe.{name} = {classes[name]}.from_pretrained({place})"]
+            elif not isinstance(pipe, LoraBaseMixin):
+                lines += [f"pipe.{name}.load_lora_adapter({folder}, prefix=None)"]
+            elif name == names[0]:
+                lines += [f"pipe.load_lora_weights({folder})"]
+            else:
+                lines += [f"pipe.load_lora_weights({folder}, load_into_{name}=True)"]
+        given = "".join(f', {name}=load_image("{name}.png")' for name in pictures)
+        return "\n".join([*lines, f"image = pipe(prompt={json.dumps(self.prompts[0])}{given}).images[0]"])

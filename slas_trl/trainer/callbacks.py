@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
 
+from .collectives import copy_full_tensor, full_tensor, reshard
 from .sampling import EpochRepeatSampler
 
 
@@ -76,7 +77,9 @@ class MetricsFileCallback(TrainerCallback):
         if path.exists():
             whole = [line for line in path.read_text().splitlines() if line.endswith("}")] if step else []
             kept = [line for line in map(json.loads, whole) if line["step"] <= step and "train_runtime" not in line]
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            shorter = path.with_name(f"_{path.name}")
+            shorter.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            shorter.replace(path)  # in one step: whoever is killed here has lost no line
 
 
 class PromptOrderCallback(TrainerCallback):
@@ -90,43 +93,65 @@ class PromptOrderCallback(TrainerCallback):
 
 
 class EMACallback(TrainerCallback):
-    """An exponential moving average of the trained weights, and its files."""
+    """An exponential moving average of the trained weights, and its files. It begins when training does."""
 
     AVERAGE_FILE, WEIGHTS_FILE = "ema.pt", "weights_before_averaging.pt"
 
-    def __init__(self, parameters: list[torch.nn.Parameter], decay: float):
-        self.parameters = parameters
-        self.model = EMAModel(parameters, decay=decay, min_decay=decay)
+    def __init__(self, model: torch.nn.Module, decay: float):
+        self.trained, self.decay = model, decay
+        self.model: EMAModel | None = None
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Asked for anew every time: FSDP puts others in their places."""
+        return [p for p in self.trained.parameters() if p.requires_grad]
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.model is None:  # not resumed
+            self.adopt()
 
     def on_step_end(self, args, state, control, **kwargs):
+        assert self.model is not None  # training has begun
         self.model.step(self.parameters)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The average in place of the weights."""
+        """The average in place of the weights, once there is one."""
+        if self.model is None:
+            yield
+            return
+        reshard(self.trained)
         self.model.store(self.parameters)
         self.model.copy_to(self.parameters)
         try:
             yield
         finally:
+            reshard(self.trained)
             self.model.restore(self.parameters)
 
     def adopt(self) -> None:
         """Start the average anew from the weights as they are."""
-        self.model.shadow_params = [p.detach().clone() for p in self.parameters]
+        self.model = EMAModel(self.parameters, decay=self.decay, min_decay=self.decay)
 
-    def save(self, folder: Path) -> None:
-        torch.save(self.model.state_dict(), folder / self.AVERAGE_FILE)
-        torch.save([p.detach().cpu() for p in self.parameters], folder / self.WEIGHTS_FILE)
+    def save(self, folder: Path, writes: bool) -> None:
+        """Every process calls it, since weights may be sharded; the one that `writes` writes."""
+        assert self.model is not None  # a checkpoint is one of training
+        average = [full_tensor(p).cpu() for p in self.model.shadow_params]
+        weights = [full_tensor(p.detach()).cpu() for p in self.parameters]
+        if writes:
+            torch.save({**self.model.state_dict(), "shadow_params": average}, folder / self.AVERAGE_FILE)
+            torch.save(weights, folder / self.WEIGHTS_FILE)
 
     def load(self, folder: Path) -> None:
-        self.model.load_state_dict(torch.load(folder / self.AVERAGE_FILE, map_location="cpu", weights_only=True))
-        self.model.to(self.parameters[0].device)
-        with torch.no_grad():
-            for parameter, saved in zip(
-                self.parameters, torch.load(folder / self.WEIGHTS_FILE, weights_only=True), strict=True
-            ):
-                parameter.copy_(saved)
+        self.adopt()
+        assert self.model is not None
+        saved = torch.load(folder / self.AVERAGE_FILE, map_location="cpu", weights_only=True)
+        average, shadows = saved.pop("shadow_params"), self.model.shadow_params
+        self.model.load_state_dict({**saved, "shadow_params": shadows})
+        weights = torch.load(folder / self.WEIGHTS_FILE, map_location="cpu", weights_only=True)
+        for targets, sources in ((self.model.shadow_params, average), (self.parameters, weights)):
+            for target, source in zip(targets, sources, strict=True):
+                copy_full_tensor(target, source)
 
 
 def show_images(

@@ -1,13 +1,13 @@
 """Checkpoints that are whole or not there: what belongs to one, how to tell, and rollouts on disk."""
 
 import json
-import math
+import os
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,10 @@ logger = logging.get_logger(__name__)
 
 STATE_FILE = "slas_state.json"  # where in its rollout the run was, and the size of every file written before
 TRAINER_STATE_FILE = "trainer_state.json"  # the Trainer's, written last
+# Folders of checkpoints on their way in and out. Neither we nor transformers take them for checkpoints, and names that
+# begin so are not uploaded to the Hub.
+WRITING, REMOVED = "_writing-", "_removed-"
+STARTED = time.time()
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what a full disk raises, by who is writing
 
 
@@ -60,17 +64,17 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
-    """The checkpoint folders, the last written first; of several runs, too, and broken ones before all."""
-    numbered = [(path.name.removeprefix("checkpoint-"), path) for path in output_dir.glob("checkpoint-*")]
+    """The checkpoint folders, the last written first; of several runs, too, and broken ones."""
+    numbered = [(p.name.removeprefix("checkpoint-"), p) for p in output_dir.glob("checkpoint-*") if p.is_dir()]
     return [path for *_, path in sorted(((_written(p), int(n), p) for n, p in numbered if n.isdigit()), reverse=True)]
 
 
 def _written(folder: Path) -> float:
-    """When, in seconds since the epoch; a copy keeps it."""
+    """When, in seconds since the epoch; a copy keeps it, unless it is broken."""
     try:
         return json.loads((folder / STATE_FILE).read_text())["written"]
     except (OSError, json.JSONDecodeError, KeyError):
-        return math.inf
+        return folder.stat().st_mtime
 
 
 def last_whole_checkpoint(output_dir: Path) -> Path | None:
@@ -106,6 +110,68 @@ def on_interrupt(note: Callable[[], None]) -> Iterator[None]:
 
 def discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(written: Path, folder: Path) -> None:
+    """
+    Give a checkpoint that was written elsewhere its name, in one step: what bears it is whole, after a power cut too.
+    One of an earlier run with the same name is there until then, see [`tidy`].
+    """
+    for path in (*written.rglob("*"), written):
+        _sync(path)
+    removed = _set_aside(folder)
+    written.rename(folder)
+    _sync(folder.parent)
+    discard(removed)
+
+
+def _sync(path: Path) -> None:
+    """Have the contents of a file or folder on the disk, and not only on their way there."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _set_aside(folder: Path) -> Path:
+    """Take a checkpoint, if it is there, from the others in one step, so that no half of one is ever among them."""
+    removed = folder.with_name(REMOVED + folder.name)
+    if folder.exists():
+        discard(removed)
+        folder.rename(removed)
+    return removed
+
+
+def rotate(newest: Path, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints beside `newest` until there are `limit`; `best` stays."""
+    if limit is None or limit <= 0:
+        return
+    others = [folder for folder in checkpoints_in(newest.parent) if folder != newest]
+    removable = [folder for folder in others if best is None or folder.resolve() != Path(best).resolve()]
+    excess = max(0, 1 + len(others) - limit)
+    for folder in removable[::-1][:excess]:
+        with suppress(OSError):  # too many checkpoints are no reason to stop
+            discard(_set_aside(folder))
+
+
+def tidy(output_dir: Path) -> None:
+    """
+    Undo what a killed run left half done: checkpoints half written or half removed go, and one that was to be replaced
+    returns. What was written to since this process began is another one's, which is alive.
+    """
+    for removed in output_dir.glob(REMOVED + "checkpoint-*"):
+        folder = removed.with_name(removed.name.removeprefix(REMOVED))
+        with suppress(ValueError):
+            if not folder.exists() and read_state(removed):
+                removed.rename(folder)
+        discard(removed)
+    for writing in output_dir.glob(WRITING + "*"):
+        with suppress(OSError):
+            if max(path.stat().st_mtime for path in (writing, *writing.rglob("*"))) < STARTED:
+                discard(writing)
 
 
 def save_rollouts(path: Path, rollouts: list[Rollout], **others: Any) -> None:

@@ -7,6 +7,8 @@ import datasets
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 
+from .calls import is_picture_column
+
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
@@ -18,7 +20,8 @@ def load_prompts(name_or_path: str, split: str = "train") -> Dataset:
     Args:
         name_or_path (`str`):
             `"shapes"` for the embedded world; a file (.txt with one prompt per line, or .json, .jsonl, .csv, .tsv,
-            .parquet with a "prompt" column); or a data set on the Hub.
+            .parquet with a "prompt" column); or a data set on the Hub. Paths of images in a file, in columns whose
+            names end in "image" or "images", are relative to the file's folder.
         split (`str`, *optional*, defaults to `"train"`): split of the embedded world or of the Hub's data set.
 
     Returns:
@@ -46,7 +49,18 @@ def load_prompts(name_or_path: str, split: str = "train") -> Dataset:
         raise TypeError(
             f"{name_or_path!r} is a {type(data).__name__}; expected a data set that fits in memory or on disk."
         )
-    return check_prompts(data, repr(name_or_path))
+    data = check_prompts(data, repr(name_or_path))
+    pictures = [column for column in data.column_names if is_picture_column(data, column)]
+    if path.is_file() and pictures:
+        data = data.map(lambda row: {column: _beside(path, row[column]) for column in pictures})
+    return data
+
+
+def _beside(file: Path, image: Any) -> Any:
+    """The path of an image, or a list of them, as seen from the folder of the file that names it."""
+    if isinstance(image, list):
+        return [_beside(file, item) for item in image]
+    return image if not isinstance(image, str) or "://" in image else str(file.parent / image)
 
 
 def _read(path: Path) -> Dataset:

@@ -7,17 +7,20 @@ import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import save_fsdp_optimizer
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import logging
 
 from ..policy import PipelineReplayer, Rollout
 from . import checkpoints, lora
 from .callbacks import EMACallback
+from .collectives import gathered, shard_on_cpus
 from .slas_config import SLASConfig
 
 
@@ -43,13 +46,19 @@ class ResumableTrainer(Trainer):
     train_dataset: Dataset
     pipe: Any  # a DiffusionPipeline; every class has a __call__ of its own
     replayer: PipelineReplayer
-    denoiser_name: str
+    denoiser_names: list[str]
     has_adapter: bool
     _ema: EMACallback | None
+    _writing: Path | None = None  # where the checkpoint under way is written
 
     @property
     def _output_dir(self) -> Path:
         return Path(self.args.output_dir or ".")
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if shard_on_cpus(self.accelerator):
+            self.is_fsdp_enabled = True
 
     def _reset_progress(self) -> None:
         self._micro_step = 0  # since the start of the run, on this process
@@ -64,7 +73,7 @@ class ResumableTrainer(Trainer):
         """What must not change when a run is resumed: the settings, the adapter's shape and the prompts."""
         adapter = None
         if self.has_adapter:
-            config = self.pipe.components[self.denoiser_name].peft_config[lora.ADAPTER_NAME]
+            config = self.pipe.components[self.denoiser_names[0]].peft_config[lora.ADAPTER_NAME]
             adapter = [config.r, config.lora_alpha, sorted(config.target_modules), config.use_rslora]
         prompts = hashlib.sha256("\n".join(self.train_dataset["prompt"]).encode()).hexdigest()
         return {**self.args.layout, "adapter": adapter, "prompts": prompts}
@@ -73,20 +82,34 @@ class ResumableTrainer(Trainer):
         """The arguments of the pipeline call of each chunk of a rollout."""
         raise TypeError(f"{type(self).__name__} does not define _calls().")
 
+    def _place_frozen_components(self, device: torch.device | str) -> None:
+        """Put text encoders, VAE and the like where they are needed, or out of the way, if that is asked for."""
+        if not self.args.offload_frozen_components:
+            return
+        for name, component in self.pipe.components.items():
+            if isinstance(component, torch.nn.Module) and name not in self.denoiser_names:
+                component.to(device)
+        clear_device_cache()
+
     def _averaged_weights(self) -> AbstractContextManager[None]:
         """The moving average in place of the weights, if there is one."""
         return nullcontext() if self._ema is None else self._ema.averaged()
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
-            return
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Write the trained weights into `output_dir`, `args.output_dir` by default: the adapter, which
+        `pipe.load_lora_weights` reads, or the denoiser's folder. Every process has to call it; the main one writes.
+        """
         folder = Path(output_dir) if output_dir else self._output_dir
-        folder.mkdir(parents=True, exist_ok=True)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
         with self._averaged_weights():
-            lora.save_weights(self.pipe, self.denoiser_name, folder, self.has_adapter)
+            lora.save_weights(self.pipe, self.denoiser_names, folder, self.has_adapter, self.args.should_save)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _load_weights(self, folder: str | Path) -> None:
-        lora.load_weights(self.pipe, self.denoiser_name, folder, self.has_adapter)
+        lora.load_weights(self.pipe, self.denoiser_names, folder, self.has_adapter)
 
     def _load_best_model(self) -> None:
         logger.info(f"Loading the best weights, from {self.state.best_model_checkpoint} ({self.state.best_metric}).")
@@ -95,23 +118,61 @@ class ResumableTrainer(Trainer):
         if self._ema is not None:
             self._ema.adopt()
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._writing is None else str(self._writing)
+
     def _save_checkpoint(self, model: torch.nn.Module | None, trial: Any) -> None:
+        """The Trainer's, in a temporary folder: it has its name when it is whole, before any process goes on."""
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        writing = folder.with_name(checkpoints.WRITING + folder.name)
+        written = writing / folder.name
         if self.args.should_save:
-            checkpoints.discard(folder)  # one of an earlier run, whose files would be taken for ours
+            checkpoints.discard(writing)
         self.accelerator.wait_for_everyone()
         try:
+            self._writing = writing
             super()._save_checkpoint(model, trial)  # type: ignore[arg-type]
-            self._own_checkpoints.add(folder.resolve())
+            if self.state.best_model_checkpoint == str(written):
+                self.state.best_model_checkpoint = str(folder)
+                if self.args.should_save:
+                    self.state.save_to_json(str(written / checkpoints.TRAINER_STATE_FILE))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.publish(written, folder)
+            self.accelerator.wait_for_everyone()
         except checkpoints.WRITE_ERRORS as error:
             if self.args.should_save:
-                checkpoints.discard(folder)
+                checkpoints.tidy(folder.parent)
             last = checkpoints.last_whole_checkpoint(folder.parent)
             resume = f"the last whole one is {str(last)!r}; resume from there" if last else "there is no earlier one"
             raise OSError(
                 f"The checkpoint {str(folder)!r} could not be written ({error}) and was removed; {resume} after "
                 "making room."
             ) from error
+        finally:
+            self._writing = None
+            if self.args.should_save:
+                checkpoints.discard(writing)
+        self._own_checkpoints.add(folder.resolve())
+        if self.args.should_save:
+            checkpoints.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._writing is None:  # an upload takes its time, and needs the final name
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Without the model's weights, which the Trainer adds under FSDP: `save_model` has written what is trained."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            scheduler = cast(torch.optim.lr_scheduler.LRScheduler, self.lr_scheduler)  # training has begun
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """The last of the Trainer's own files but one; ours follow, so that a checkpoint without them is not whole."""
@@ -129,10 +190,10 @@ class ResumableTrainer(Trainer):
             )
         elif midway and self._saved_rollout is not None:  # resumed, and interrupted before it was needed
             shutil.copy(self._saved_rollout, folder / checkpoints.rollout_file(rank))
+        if self._ema is not None:
+            self._ema.save(folder, self.args.should_save)
         self.accelerator.wait_for_everyone()  # the files of all processes are listed with their sizes
         if self.args.should_save:
-            if self._ema is not None:
-                self._ema.save(folder)
             checkpoints.write_state(folder, micro_step=done, midway=midway, layout=self._layout)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
@@ -151,8 +212,10 @@ class ResumableTrainer(Trainer):
     def _load_rollout(self, indices: list[int], rollout_index: int) -> Buffer:
         """The rollout that was under way when the checkpoint was written."""
         assert self._saved_rollout is not None  # only a resumed run starts within a rollout
-        calls = self._calls(indices, rollout_index)
-        chunks, saved = checkpoints.load_rollouts(self._saved_rollout, self.replayer, calls, self.accelerator.device)
+        calls, device = self._calls(indices, rollout_index), self.accelerator.device
+        self._place_frozen_components(device)
+        chunks, saved = checkpoints.load_rollouts(self._saved_rollout, self.replayer, calls, device)
+        self._place_frozen_components("cpu")
         return Buffer(chunks, saved["advantages"], saved["steps"])
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
@@ -161,6 +224,9 @@ class ResumableTrainer(Trainer):
         `args.output_dir`; the resumed run is the uninterrupted one to the last bit. Ctrl-C saves a checkpoint at the
         last finished update.
         """
+        if self.args.should_save:
+            checkpoints.tidy(self._output_dir)
+        self.accelerator.wait_for_everyone()
         if resume_from_checkpoint is True:
             folder = checkpoints.last_whole_checkpoint(self._output_dir)
             if folder is None:
@@ -182,9 +248,8 @@ class ResumableTrainer(Trainer):
 
     def _stop_if_interrupted(self) -> None:
         """Several processes agree on it, at the start of an update."""
-        world = self.accelerator.num_processes
-        agreed = world == 1 or self._micro_step % self.args.micro_steps_per_update == 0
-        if agreed and any(gather_object([self._interrupted]) if world > 1 else [self._interrupted]):
+        agreed = self.accelerator.num_processes == 1 or self._micro_step % self.args.micro_steps_per_update == 0
+        if agreed and any(gathered(self._interrupted)):
             # Here and not where it is caught: a second Ctrl-C comes in the middle of anything.
             self._save_unfinished("Interrupted")
             raise KeyboardInterrupt

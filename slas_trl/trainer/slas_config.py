@@ -84,8 +84,16 @@ class SLASConfig(TrainingArguments):
             Number of stochastic steps; the others are deterministic. By default all steps are stochastic.
         sde_window_start (`int`, *optional*):
             First stochastic step; by default drawn anew for each rollout from the first half of the trajectory.
+        sde_window_slide_every (`int`, *optional*):
+            Number of rollouts after which the window moves on by one step, from `sde_window_start` (0 by default) to
+            the end of the trajectory and over again, as MixGRPO's does.
         init_same_noise (`bool`, *optional*, defaults to `True`):
             Whether all images of a group start from the same noise.
+        max_skipped_updates (`int`, *optional*, defaults to `3`):
+            An update with a NaN or infinite gradient is skipped, and the image that caused it is named; training stops
+            when more than this many in a row were.
+        offload_frozen_components (`bool`, *optional*, defaults to `False`):
+            Whether text encoders and VAE are on the CPU while the denoiser is trained.
         use_ema (`bool`, *optional*, defaults to `False`):
             Whether to keep an exponential moving average of the trained weights, which is then evaluated and saved.
         ema_decay (`float`, *optional*, defaults to `0.9`):
@@ -95,6 +103,9 @@ class SLASConfig(TrainingArguments):
         prompt_dataset (`str`, *optional*, defaults to `"shapes"`):
             Prompts for a trainer without `train_dataset`: `"shapes"`, a .txt, .jsonl, .csv, .tsv or .parquet file, or
             a data set on the Hub.
+        pipeline_columns (`list[str]`, *optional*):
+            Columns of the data set that reach the pipeline's `__call__` under their names, such as `image`. By default
+            all with text or images whose names are among its arguments; `[]` for none.
         pipeline_kwargs (`dict`, *optional*):
             Further arguments of the pipeline's `__call__`.
         model_init_kwargs (`dict`, *optional*):
@@ -187,13 +198,26 @@ class SLASConfig(TrainingArguments):
     sde_window_start: int | None = field(
         default=None, metadata={"help": "First stochastic step. Default: drawn for each rollout from the first half."}
     )
+    sde_window_slide_every: int | None = field(
+        default=None, metadata={"help": "Rollouts after which the window of stochastic steps moves on by one step."}
+    )
     init_same_noise: bool = field(default=True, metadata={"help": "Start all images of a group from the same noise."})
 
     # The rest
+    max_skipped_updates: int = field(
+        default=3, metadata={"help": "Updates in a row that may be skipped because of NaN or infinity."}
+    )
+    offload_frozen_components: bool = field(
+        default=False, metadata={"help": "Keep text encoders and VAE on the CPU while the denoiser is trained."}
+    )
     use_ema: bool = field(default=False, metadata={"help": "Evaluate and save a moving average of the weights."})
     ema_decay: float = field(default=0.9, metadata={"help": "Decay of the moving average per update."})
     log_completions: bool = field(default=True, metadata={"help": "Show sampled images in the trackers."})
     prompt_dataset: str = field(default="shapes", metadata={"help": "Prompts for a trainer without train_dataset."})
+    pipeline_columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "Columns that reach the pipeline's call. Default: those with text or images that it takes."},
+    )
     pipeline_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further arguments of the pipeline's call, as JSON."}
     )
@@ -202,12 +226,14 @@ class SLASConfig(TrainingArguments):
     )
 
     @property
+    def num_trainable_steps(self) -> int:
+        """Steps that a trajectory could be trained at: all, or all but the last."""
+        return self.num_inference_steps - (0 if self.train_final_step else 1)
+
+    @property
     def num_trained_timesteps(self) -> int:
         """Timesteps trained for each chunk: `timestep_fraction` of the trainable ones, at least one."""
-        if self.sde_window_size is not None:
-            trainable = self.sde_window_size
-        else:
-            trainable = self.num_inference_steps - (0 if self.train_final_step else 1)
+        trainable = self.num_trainable_steps if self.sde_window_size is None else self.sde_window_size
         return max(1, math.floor(self.timestep_fraction * trainable + 1e-9))
 
     @property
@@ -235,7 +261,8 @@ class SLASConfig(TrainingArguments):
         """What must not change when a run is resumed: how prompts, images and micro-steps follow each other."""
         names = ("seed", "data_seed", "per_device_train_batch_size", "generation_batch_size", "num_generations",
                  "gradient_accumulation_steps", "num_iterations", "num_inference_steps", "world_size",
-                 "num_trained_timesteps", "train_final_step", "sde_window_size", "sde_window_start", "init_same_noise",
+                 "num_trained_timesteps", "train_final_step", "sde_window_size", "sde_window_start",
+                 "sde_window_slide_every", "init_same_noise", "pipeline_columns",
                  "noise_schedule", "noise_level", "eta", "guidance_scale", "height", "width", "use_ema")  # fmt: skip
         return {name: getattr(self, name) for name in names} | {"pipeline_kwargs": repr(self.pipeline_kwargs)}
 
@@ -300,7 +327,7 @@ class SLASConfig(TrainingArguments):
             )
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations",
                      "num_inference_steps", "steps_per_generation", "generation_batch_size", "num_generations_eval",
-                     "sde_window_size"):  # fmt: skip
+                     "sde_window_size", "sde_window_slide_every"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, but it is {value}.")
@@ -308,8 +335,8 @@ class SLASConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, but it is {value}; 1e-4 is usual.")
-        for name in ("gamma", "beta", "min_group_std"):
-            if getattr(self, name) < 0:
+        for name in ("gamma", "beta", "min_group_std", "max_skipped_updates", "sde_window_start"):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative, but it is {getattr(self, name)}.")
         if not 0 < self.timestep_fraction <= 1:
             raise ValueError(f"timestep_fraction must be in (0, 1], but it is {self.timestep_fraction}.")
@@ -317,14 +344,15 @@ class SLASConfig(TrainingArguments):
             raise ValueError(f"ema_decay must be in [0, 1), but it is {self.ema_decay}.")
         if self.num_inference_steps == 1 and not self.train_final_step:
             raise ValueError("With num_inference_steps=1 the only step is the final one; set train_final_step=True.")
-        last = self.num_inference_steps - (0 if self.train_final_step else 1)
+        last = self.num_trainable_steps
         if self.sde_window_size is not None and (self.sde_window_start or 0) + self.sde_window_size > last:
             raise ValueError(
                 f"The window of sde_window_size ({self.sde_window_size}) steps from {self.sde_window_start or 0} does "
                 f"not fit into the {last} trainable of num_inference_steps ({self.num_inference_steps})."
             )
-        if self.sde_window_start is not None and (self.sde_window_size is None or self.sde_window_start < 0):
-            raise ValueError("sde_window_start needs sde_window_size, and must not be negative.")
+        for name in ("sde_window_start", "sde_window_slide_every"):
+            if getattr(self, name) is not None and self.sde_window_size is None:
+                raise ValueError(f"{name} ({getattr(self, name)}) needs sde_window_size, the length of the window.")
         if self.n_gpu > 1:
             raise ValueError(
                 f"This one process sees {self.n_gpu} GPUs, between which nn.DataParallel would cut the rollouts up. "

@@ -7,6 +7,8 @@ The mathematics is in `advantages.py`, `objective.py`, `schedulers/` and `policy
 """
 
 import copy
+import importlib.util
+import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
@@ -38,16 +40,21 @@ from .callbacks import (
     RLProgressCallback,
     show_images,
 )
+from .calls import PipelineCalls, as_pictures
+from .collectives import average, gathered, raise_together, reshard
+from .evaluating import EvaluatingTrainer
+from .experts import Experts, as_model, calls_of
+from .metrics import rollout_metrics, warn_of_advantages, warn_of_resolution
 from .prompts import check_prompts, load_prompts
-from .resumable import Buffer, ResumableTrainer
-from .scoring import RewardFunc, RewardScorer, reward_resolution, typical_group_std
+from .resumable import Buffer
+from .scoring import RewardFunc, RewardScorer
 from .slas_config import SLASConfig
 
 
 logger = logging.get_logger(__name__)
 
 
-class SLASTrainer(ResumableTrainer):
+class SLASTrainer(EvaluatingTrainer):
     """
     Trainer for Super-Linear Advantage Shaping (SLAS), and with `scale_rewards="group", gamma=0` for GRPO.
 
@@ -90,13 +97,17 @@ class SLASTrainer(ResumableTrainer):
                 f"reward_weights has {len(args.reward_weights)} entries for {len(self.scorer.names)} rewards "
                 f"({', '.join(self.scorer.names)}); give one for each."
             )
+        if "bnb" in args.optim or "8bit" in args.optim:
+            _need_bitsandbytes(args.optim)
         pipe = load_pipeline(model, cast(dict, args.model_init_kwargs or {})) if isinstance(model, str) else model
         check_pipeline(pipe)
+        self.calls = PipelineCalls(pipe, args)
         data = (
             load_prompts(args.prompt_dataset)
             if train_dataset is None
             else check_prompts(train_dataset, "train_dataset")
         )
+        self.calls.check(data)
         prompts_per_rollout = args.images_per_rollout * args.world_size // args.num_generations
         if len(data) < prompts_per_rollout:
             raise ValueError(
@@ -109,22 +120,24 @@ class SLASTrainer(ResumableTrainer):
             if isinstance(component, torch.nn.Module):
                 component.requires_grad_(False)
                 component.eval()
-        self.denoiser_name = next(iter(denoisers_of(pipe)))
-        denoiser: Any = pipe.components[self.denoiser_name]
-        if lora.carries_adapter(denoiser):
-            raise ValueError(
-                "The denoiser carries an adapter already. Merge it first with `pipe.fuse_lora()` and "
-                "`pipe.unload_lora_weights()`; the reference policy is then the merged model."
-            )
+        denoisers: dict[str, Any] = denoisers_of(pipe)
+        self.denoiser_names = list(denoisers)
         set_seed(args.seed)  # before the adapter's random weights
         self.has_adapter = peft_config is not None
-        if peft_config is not None:
-            lora.add_adapter(denoiser, peft_config)
-        else:
-            denoiser.requires_grad_(True)
-        if args.activation_checkpointing:
-            denoiser.enable_gradient_checkpointing()  # diffusers' name for it; the Trainer knows only transformers'
-            args.activation_checkpointing = args.gradient_checkpointing = False
+        for denoiser in denoisers.values():
+            if peft_config is not None:
+                lora.add_adapter(denoiser, copy.deepcopy(peft_config))
+            elif lora.carries_adapter(denoiser):
+                raise ValueError(
+                    "The denoiser carries an adapter already. Pass a peft_config, to train another one on top of it, "
+                    "or merge it with `pipe.fuse_lora()` and `pipe.unload_lora_weights()`, to train all weights; the "
+                    "reference policy has it in both cases."
+                )
+            else:
+                denoiser.requires_grad_(True)
+            if args.activation_checkpointing:
+                denoiser.enable_gradient_checkpointing()  # diffusers' name; the Trainer knows only transformers'
+        args.activation_checkpointing = args.gradient_checkpointing = False
         self.pipe = pipe
         self.replayer = PipelineReplayer(
             pipe,
@@ -139,7 +152,7 @@ class SLASTrainer(ResumableTrainer):
             seed=args.data_seed if args.data_seed is not None else args.seed,
         )
         super().__init__(
-            model=denoiser,
+            model=as_model(denoisers),
             args=args,
             data_collator=list,  # type: ignore[arg-type]
             train_dataset=data,
@@ -147,6 +160,11 @@ class SLASTrainer(ResumableTrainer):
             callbacks=[PromptOrderCallback(self._sampler), MetricsFileCallback(), *(callbacks or [])],
             optimizers=optimizers,
         )
+        if self.is_fsdp_enabled and len(denoisers) > 1:
+            raise ValueError(
+                f"{type(pipe).__name__} has {len(denoisers)} denoisers, which cannot be sharded by FSDP as one model. "
+                "Use DDP (accelerate_config multi_gpu), with peft_config to save memory."
+            )
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(RLProgressCallback)
@@ -156,10 +174,12 @@ class SLASTrainer(ResumableTrainer):
         set_seed(args.seed, device_specific=True)
         pipe.to(self.accelerator.device)
         pipe.set_progress_bar_config(disable=True)
-        self._reference = None if self.has_adapter or not args.beta else copy.deepcopy(denoiser).requires_grad_(False)
+        self._reference: dict[str, torch.nn.Module] | None = None
+        if args.beta and not self.has_adapter:
+            self._reference = {n: copy.deepcopy(denoiser).requires_grad_(False) for n, denoiser in denoisers.items()}
         self._ema: EMACallback | None = None
         if args.use_ema:
-            self._ema = EMACallback([p for p in denoiser.parameters() if p.requires_grad], args.ema_decay)
+            self._ema = EMACallback(cast(torch.nn.Module, self.model), args.ema_decay)
             self.add_callback(self._ema)
 
         self._reset_progress()
@@ -170,6 +190,8 @@ class SLASTrainer(ResumableTrainer):
         self._images_sampled = 0
         self._last_log: tuple[float, int] | None = None  # when, and after which update
         self._last_images = 0.0  # when images_per_second was logged
+        self._unusable: list[str] = []  # images with NaN or infinity in the update under way
+        self._skipped = 0  # updates in a row
 
     # Data
 
@@ -185,7 +207,7 @@ class SLASTrainer(ResumableTrainer):
             self._last_images = time.perf_counter()
             self._last_log = self._last_images, self.state.global_step
         # In its DDP form, with several processes.
-        self.replayer.models[self.denoiser_name] = cast(torch.nn.Module, self.model_wrapped)
+        self.replayer.models.update(calls_of(self.model_wrapped, self.denoiser_names))
         rollout_index, position = divmod(self._micro_step, self.args.micro_steps_per_rollout)
         if position == 0:
             self._buffer = None  # free the old rollout before the new one is sampled
@@ -204,24 +226,14 @@ class SLASTrainer(ResumableTrainer):
 
     def _calls(self, indices: list[int], rollout_index: int) -> list[dict[str, Any]]:
         """The arguments of the pipeline call of each chunk. Seeds follow from the place in the whole rollout alone."""
-        args, size = self.args, self.args.per_device_train_batch_size
+        args, data = self.args, self.train_dataset
         first = self.accelerator.process_index * len(indices)
         groups = args.num_generations if args.init_same_noise else 1
         keys = [(args.seed, sampling.INITIAL_NOISE, rollout_index, (first + i) // groups) for i in range(len(indices))]
-        generators = sampling.generators(keys)
-        prompts = [self.train_dataset[i]["prompt"] for i in indices]
-        return [self._call(prompts[i : i + size], generators[i : i + size]) for i in range(0, len(indices), size)]
-
-    def _call(self, prompts: list[str], generators: list[torch.Generator]) -> dict[str, Any]:
-        return {"prompt": prompts, "generator": generators, **self.call_kwargs}
-
-    @property
-    def call_kwargs(self) -> dict[str, Any]:
-        """Arguments of every call of the pipeline, beside prompts and generators."""
-        args = self.args
-        chosen = {"guidance_scale": args.guidance_scale, "height": args.height, "width": args.width}
-        chosen = {key: value for key, value in chosen.items() if value is not None}
-        return {"num_inference_steps": args.num_inference_steps, **chosen, **cast(dict, args.pipeline_kwargs or {})}
+        return [
+            self.calls.call(data, [indices[i] for i in chunk], sampling.generators([keys[i] for i in chunk]))
+            for chunk in self.calls.chunks(data, indices, args.per_device_train_batch_size)
+        ]
 
     def _sample_rollout(self, indices: list[int], rollout_index: int) -> Buffer:
         args, size, device = self.args, self.args.per_device_train_batch_size, self.accelerator.device
@@ -230,25 +242,23 @@ class SLASTrainer(ResumableTrainer):
             [(args.seed, sampling.STEP_NOISE, rollout_index, first + i) for i in range(len(indices))]
         )
         rng = np.random.default_rng([args.seed, sampling.TIMESTEPS, rollout_index])
-        self.replayer.scheduler.window = self._window(rng)
+        self.replayer.scheduler.window = sampling.window_of(args, rollout_index, rng)
+        self._place_frozen_components(device)
         chunks, images = [], []
         for i, call in enumerate(self._calls(indices, rollout_index)):
             if self.accelerator.num_processes == 1:
                 self._stop_if_interrupted()
             rollout = self.replayer.sample(noise_generator=noise[i * size : (i + 1) * size], **call)
-            if not rollout.log_probs[:, list(rollout.trainable_steps)].isfinite().all():
-                raise ValueError(
-                    f"After {self.state.global_step} updates the denoiser's predictions are not finite: the run has "
-                    "diverged. Resume from an earlier checkpoint with a lower learning_rate or max_grad_norm."
-                )
-            images += rollout.images
+            images += as_pictures(rollout.images)
             rollout.images = None  # the replay does not need them
             chunks.append(rollout)
         self.replayer.scheduler.window = None
+        reshard(cast(torch.nn.Module, self.model_wrapped))
+        self._place_frozen_components("cpu")
         steps = self._choose_steps(chunks[0], rng)
 
-        prompts = [prompt for chunk in chunks for prompt in chunk.call["prompt"]]
-        rewards = self._score(self.train_dataset, indices, images)  # (N, K) of all processes
+        usable = torch.cat([chunk.log_probs[:, steps].isfinite().all(1) for chunk in chunks]).cpu()
+        rewards = self._score(self.train_dataset, indices, images, usable)  # (N, K) of all processes
         result = compute_advantages(
             rewards,
             args.num_generations,
@@ -266,25 +276,17 @@ class SLASTrainer(ResumableTrainer):
         self._log_rollout(rewards, result)
         self._images_sampled += len(rewards)
         if args.log_completions and rollout_index % 10 == 0 and self.is_world_process_zero():
+            prompts = [self.train_dataset[i]["prompt"] for i in indices[:8]]
             show_images(
                 cast(list, args.report_to),
                 self.callback_handler.callbacks,
                 images[:8],
-                prompts[:8],
+                prompts,
                 self.state.global_step,
             )
         if not self._checked:
-            self._check_before_training(chunks[0], steps, rewards)
+            self._check_before_training(chunks, steps, rewards)
         return Buffer(chunks, list(mine.split(size)), steps)
-
-    def _window(self, rng: np.random.Generator) -> range | None:
-        size, start = self.args.sde_window_size, self.args.sde_window_start
-        if size is None:
-            return None
-        if start is None:
-            last = self.args.num_inference_steps - (0 if self.args.train_final_step else 1) - size
-            start = int(rng.integers(min(last, self.args.num_inference_steps // 2) + 1))
-        return range(start, start + size)
 
     def _choose_steps(self, rollout: Rollout, rng: np.random.Generator) -> list[int]:
         """The trained timesteps, in random order: the same for all chunks, so that their cut does not matter."""
@@ -300,43 +302,27 @@ class SLASTrainer(ResumableTrainer):
             )
         return rng.permutation(trainable)[:wanted].tolist()
 
-    def _score(self, dataset: Dataset, indices: list[int], images: list[Any]) -> torch.Tensor:
-        """Rewards `(N, K)` of all processes, in the order of their ranks."""
-        rows = {i: dataset[i] for i in set(indices)}
-        columns = {key: [rows[i][key] for i in indices] for key in dataset.column_names if key != "prompt"}
-        try:
-            rewards = self.scorer.score([rows[i]["prompt"] for i in indices], images, columns)
-        except (ValueError, TypeError):
-            if self.is_in_train and self.accelerator.num_processes == 1:
-                self._save_unfinished("A reward failed")
-            raise
-        return torch.tensor(gather_object(rewards.tolist()), dtype=torch.float64).reshape(-1, len(self.scorer.names))
-
-    def _check_before_training(self, rollout: Rollout, steps: list[int], rewards: torch.Tensor) -> None:
+    def _check_before_training(self, chunks: list[Rollout], steps: list[int], rewards: torch.Tensor) -> None:
         """Once for each call of `train`: the ratio is 1 before any update, and the reward can show a difference."""
         self._checked = True
         weights = self.args.reward_weights or [1.0] * len(self.scorer.names)
         trained = [i for i, weight in enumerate(weights) if weight]
-        if rewards[:, trained].isnan().all():
-            names = ", ".join(self.scorer.names[i] for i in trained)
-            raise ValueError(f"No image of the first rollout got a score: {names} returned only None or NaN.")
+        finite = [chunk for chunk in chunks if chunk.log_probs[:, steps].isfinite().all()]
         with self.accelerator.no_sync(self.model_wrapped):
-            step, deviation = measure_ratio(self.replayer, rollout, tuple(sorted(steps))).worst
-        if not deviation <= min(1e-5, self.args.epsilon / 10):
-            raise ValueError(
-                f"Before any update the ratio of step {step} should be 1, but it is off by {deviation:.3g} (clip "
-                f"range {self.args.epsilon:g}). Likely causes: dropout or another random layer in the denoiser, a "
-                "kernel whose result varies between calls, or a module that behaves otherwise in train mode."
+            report = measure_ratio(self.replayer, (finite or chunks)[0], tuple(sorted(steps)))
+        problem, error = report.problem(self.args.epsilon), None
+        if not finite:
+            error = ValueError(
+                "The denoiser's predictions are NaN or infinite before any update. Check the pipeline and its dtype: "
+                "float16 overflows in models that were trained in bfloat16."
             )
-        for i in trained:
-            column = rewards[:, i]
-            resolution, spread = reward_resolution(column), typical_group_std(column, self.args.num_generations)
-            if resolution >= spread > 0:
-                logger.warning(
-                    f"Reward {self.scorer.names[i]!r} resolves differences of {resolution:.3g}, but within a group "
-                    f"its values spread by only {spread:.3g}: much of the advantage is rounding. Score in float32, or "
-                    "return finer values."
-                )
+        elif problem is not None:
+            error = ValueError(problem)
+        elif rewards[:, trained].isnan().all():
+            names = ", ".join(self.scorer.names[i] for i in trained)
+            error = ValueError(f"No image of the first rollout got a score: {names} returned only None or NaN.")
+        raise_together(error)
+        warn_of_resolution([self.scorer.names[i] for i in trained], rewards[:, trained], self.args.num_generations)
 
     # Loss
 
@@ -344,8 +330,7 @@ class SLASTrainer(ResumableTrainer):
         args, rollout, step = self.args, inputs["rollout"], inputs["step"]
         reference = None
         if args.beta:
-            frozen = None if self._reference is None else {self.denoiser_name: self._reference}
-            reference = self.replayer.reference(rollout, step, frozen)
+            reference = self.replayer.reference(rollout, step, self._reference, lora.ADAPTER_NAME)
         policy = self.replayer.replay(rollout, step)
         ratio = importance_ratio(policy.log_prob, rollout.log_probs[:, step])
         advantages = inputs["advantages"]
@@ -354,6 +339,8 @@ class SLASTrainer(ResumableTrainer):
             kl = gaussian_kl(policy.mean, reference.mean, policy.std)
             loss = loss + args.beta * kl
             self._metrics["kl"].append(kl.detach().mean().item())
+        for i in (~(loss.isfinite() & ratio.isfinite())).nonzero().flatten().tolist():
+            self._unusable.append(f"{_prompt_of(rollout, i)!r} (image {i} of its chunk, step {step})")
         clipped = clip_indicators(ratio, advantages, args.epsilon, args.epsilon_high)
         for name, indicator in zip(("low_mean", "high_mean", "region_mean"), clipped, strict=True):
             self._metrics[f"clip_ratio/{name}"].append(indicator.float().mean().item())
@@ -362,39 +349,49 @@ class SLASTrainer(ResumableTrainer):
         self._metrics["ratio/max_deviation"].append(deviation.max().item())
         return loss.mean()
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        experts = self.accelerator.unwrap_model(model)
+        if not isinstance(experts, Experts):
+            return super().training_step(model, inputs, num_items_in_batch)
+        experts.called.clear()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
+            average(experts.idle_parameters())
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The Trainer asks for it before every update, and it is the same on all processes."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        usable = norm is None or math.isfinite(norm)
+        self._metrics["update_skipped"].append(float(not usable))
+        if usable:
+            self._skipped = 0
+        elif self.accelerator.scaler is None or any(gathered(bool(self._unusable))):  # float16 finds its scale by that
+            self._skip_update()
+        self._unusable = []
+        return norm
+
+    def _skip_update(self) -> None:
+        """Drop the gradients; AdamW passes over parameters without one, and decays them neither."""
+        cast(torch.optim.Optimizer, self.optimizer).zero_grad()
+        images = [image for part in gathered(self._unusable) for image in part]
+        what = f"NaN or infinity, first for {images[0]}" if images else "a gradient that is NaN or infinite"
+        number, self._skipped = self.state.global_step + 1, self._skipped + 1
+        if self._skipped > self.args.max_skipped_updates or self.is_deepspeed_enabled:
+            self._save_unfinished("The run has diverged")
+            raise ValueError(
+                f"Update {number} had {what}, after {self._skipped - 1} others that were skipped (max_skipped_updates "
+                f"{self.args.max_skipped_updates}). Resume from an earlier checkpoint with a lower learning_rate or "
+                "max_grad_norm."
+            )
+        logger.warning(f"Update {number} is skipped: it had {what}.")
+
     # Logs
 
     def _log_rollout(self, rewards: torch.Tensor, result: Advantages) -> None:
-        metrics = self._metrics
-        metrics["reward"].append(result.rewards.nanmean().item())
-        metrics["reward_std"].append(result.group_std.nanmean().item())
-        metrics["frac_reward_zero_std"].append(result.frac_reward_zero_std)
-        metrics["frac_groups_filtered"].append(result.frac_groups_filtered)
-        metrics["advantages/std"].append(result.advantages.std(correction=0).item())
-        metrics["advantages/abs_max"].append(result.advantages.abs().max().item())
-        metrics["advantages/clip_fraction"].append(result.clip_fraction)
-        metrics["advantages/effective_share"].append(result.effective_share)
-        metrics["advantages/batch_std"].append(result.batch_std)
-        metrics["gamma"].append(self.args.gamma)
-        for key, value in self._reward_metrics(rewards).items():
-            metrics[key].append(value)
-        if result.rewards.isnan().all():
-            logger.warning(
-                f"No image of the rollout after update {self.state.global_step} got a score: nothing to learn."
-            )
-        if 0 < result.effective_share < 0.1:
-            logger.warning_once(
-                f"The effective sample share of the advantages is {result.effective_share:.2f}, below 0.1: few images "
-                "decide the update. Lower gamma or enlarge the rollout."
-            )
-
-    def _reward_metrics(self, rewards: torch.Tensor) -> dict[str, float]:
-        metrics = {}
-        for name, column in zip(self.scorer.names, rewards.T, strict=True):
-            scored = column[~column.isnan()]
-            metrics[f"rewards/{name}/mean"] = scored.mean().item()
-            metrics[f"rewards/{name}/std"] = scored.std(correction=0).item() if len(scored) else float("nan")
-        return metrics
+        for key, value in rollout_metrics(self.scorer.names, rewards, result, self.args.gamma).items():
+            self._metrics[key].append(value)
+        warn_of_advantages(result, self.state.global_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._last_log is not None:  # a training log
@@ -405,66 +402,17 @@ class SLASTrainer(ResumableTrainer):
                 logs["images_per_second"] = self._images_sampled / (now - self._last_images)
                 self._last_images, self._images_sampled = now, 0
             means = {key: float(np.mean(values)) for key, values in self._metrics.items()}
-            everyone = gather_object([means]) if self.accelerator.num_processes > 1 else [means]
+            everyone = gathered(means)
             logs.update({key: float(np.mean([each[key] for each in everyone])) for key in means})
             self._metrics.clear()
         super().log(logs, start_time)
 
-    # Evaluation
 
-    def evaluate(
-        self,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,  # type: ignore[override]
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """
-        Sample `num_generations_eval` images for each prompt with the pipeline's own scheduler, the same noise every
-        time, and score them.
+def _prompt_of(rollout: Rollout, i: int) -> str:
+    prompt = rollout.call["prompt"]
+    return prompt if isinstance(prompt, str) else prompt[i]
 
-        Returns:
-            `dict[str, float]`: `eval_reward`, `eval_reward_std` (between images), `eval_rewards/{name}/mean` and
-            `/std`.
-        """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if dataset is None:
-            raise ValueError("There are no prompts to evaluate on; pass eval_dataset to the trainer or to evaluate().")
-        if isinstance(dataset, dict):
-            metrics = {}
-            for name, data in dataset.items():
-                metrics |= self.evaluate(cast(Dataset, data), ignore_keys, f"{metric_key_prefix}_{name}")
-            return metrics
-        check_prompts(dataset, "eval_dataset")  # type: ignore[arg-type]
-        start = time.perf_counter()
-        rewards = self._sample_and_score(dataset)  # type: ignore[arg-type]
-        weights = torch.tensor(self.args.reward_weights or [1.0] * rewards.shape[1], dtype=torch.float64)
-        total = (rewards.nan_to_num() * weights).sum(1)
-        total[(rewards.isnan() | (weights == 0)).all(1)] = torch.nan
-        metrics = {"reward": total.nanmean().item(), "reward_std": total[~total.isnan()].std(correction=0).item()}
-        metrics |= self._reward_metrics(rewards)
-        metrics |= {"runtime": time.perf_counter() - start, "samples": len(rewards)}
-        metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
 
-    @torch.no_grad()
-    def _sample_and_score(self, dataset: Dataset) -> torch.Tensor:
-        args, world = self.args, self.accelerator.num_processes
-        copies = args.num_generations_eval or args.num_generations
-        jobs = [(i, j) for i in range(len(dataset)) for j in range(copies)]
-        # Every process gets equally many, so that collective calls of a sharded model meet; surplus ones are dropped.
-        share = -(-len(jobs) // world)
-        first = self.accelerator.process_index * share
-        mine = [jobs[k % len(jobs)] for k in range(first, first + share)]
-        images, size = [], args.per_device_eval_batch_size
-        denoiser = self.pipe.components[self.denoiser_name]
-        was_training = denoiser.training
-        denoiser.eval()
-        with self._averaged_weights():
-            for at in range(0, len(mine), size):
-                part = mine[at : at + size]
-                seeds = sampling.generators([(args.seed, sampling.EVALUATION, i, j) for i, j in part])
-                images += self.pipe(**self._call([dataset[i]["prompt"] for i, _ in part], seeds))[0]
-        denoiser.train(was_training)
-        return self._score(dataset, [i for i, _ in mine], images)[: len(jobs)]
+def _need_bitsandbytes(optim: str) -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(f"optim={optim!r} needs bitsandbytes; `pip install bitsandbytes`, or choose another optim.")

@@ -10,6 +10,7 @@ from diffusers import (
 from peft import LoraConfig
 
 from slas_trl.policy import PipelineReplayer, RatioReport, check_pipeline, find_dropout, measure_ratio
+from slas_trl.policy.doctor import counting_activations, pipeline_problems, rollout_bytes, samples_per_call
 from tests.tiny_pipelines import PIPELINES, flux_pipeline, sd3_pipeline, sd_pipeline
 
 
@@ -103,6 +104,19 @@ def test_a_cache_that_the_model_does_not_know_of():
         check_pipeline(pipe)
 
 
+def test_all_problems_are_found():
+    pipe = flux_pipeline()
+    assert list(pipeline_problems(pipe)) == []
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], lora_dropout=0.05))
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.2))
+    pipe.scheduler = HeunDiscreteScheduler()
+    order, cache, dropout = pipeline_problems(pipe)
+    assert "HeunDiscreteScheduler" in order and "cache is enabled" in cache and "dropout in 2 place(s)" in dropout
+    with pytest.raises(ValueError) as error:
+        check_pipeline(pipe)
+    assert str(error.value) == order
+
+
 # Is its ratio 1?
 
 
@@ -134,3 +148,64 @@ def test_an_update_is_measured():
 def test_nan_is_worst():
     step, deviation = RatioReport({0: 0.1, 1: float("nan"), 2: 3.0}).worst
     assert step == 1 and deviation != deviation
+
+
+def test_a_deviating_ratio_is_a_problem():
+    assert RatioReport({0: 0.0, 1: 1e-6}).problem(epsilon=1e-4) is None
+    assert "ratio of step 1 should be 1, but it is off by 2e-05" in (
+        RatioReport({0: 0.0, 1: 2e-5}).problem(epsilon=1e-3) or ""
+    )
+    assert RatioReport({0: 2e-6}).problem(epsilon=1e-5) is not None  # more than a tenth of the clip range
+    assert RatioReport({0: float("nan")}).problem(epsilon=1e-4) is not None
+
+
+# What does it take?
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "samples"),
+    [
+        ("sd", {}, (4,)),  # guidance in one batch
+        ("sd", {"guidance_scale": 1.0}, (2,)),
+        ("flux", {}, (2,)),  # guidance distilled
+        ("flux", {"true_cfg_scale": 2.0, "negative_prompt": ["a cat"] * 2}, (2, 2)),
+    ],
+)
+def test_samples_of_the_denoiser_calls(family, changes, samples):
+    build, call = PIPELINES[family]
+    rollout = PipelineReplayer(build()).sample(prompt=["a dog"] * 2, num_inference_steps=3, **{**call, **changes})
+    assert samples_per_call(rollout) == [samples] * 3
+
+
+def test_bytes_of_a_rollout():
+    replayer = PipelineReplayer(sd_pipeline())
+    rollout = sample(replayer, "sd")
+    latents, embeddings = 2 * 4 * 8 * 8 * 4, 2 * 16 * 16 * 4
+    # x_T to x_0, three outputs for twice the samples, and the embeddings of both prompts
+    assert rollout_bytes(rollout) == 4 * latents + 3 * 2 * latents + 2 * embeddings
+
+
+def test_activations():
+    layer = torch.nn.Linear(8, 8)
+    x = torch.randn(4, 8)
+    with counting_activations(layer) as kept:
+        layer(x).sin().sum()
+    assert sum(kept.values()) == 2 * x.nbytes  # the input of each of the two; the weight is known
+    with counting_activations(layer, [x]) as kept:
+        layer(x).sin().sum()
+    assert sum(kept.values()) == x.nbytes
+
+
+def test_gradient_checkpointing_keeps_fewer_activations():
+    pipe = sd3_pipeline()
+    pipe.transformer.requires_grad_(True).train()
+    replayer = PipelineReplayer(pipe)
+    rollout = sample(replayer, "sd3")
+    sizes = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            pipe.transformer.enable_gradient_checkpointing()
+        with counting_activations(pipe.transformer, rollout.memo) as kept:
+            replayer.replay(rollout, 1)
+        sizes.append(sum(kept.values()))
+    assert 0 < sizes[1] < sizes[0] / 2

@@ -89,7 +89,10 @@ def test_only_the_main_process_writes(tmp_path):
 
 def test_the_moving_average_and_its_files(tmp_path):
     weight = torch.nn.Parameter(torch.zeros(3))
-    ema = EMACallback([weight], decay=0.5)
+    ema = EMACallback(torch.nn.ParameterList([weight]), decay=0.5)
+    with ema.averaged():  # there is none before training
+        assert weight.tolist() == [0.0] * 3
+    ema.on_train_begin(None, None, None)
     for value in (1.0, 2.0, 3.0, 4.0):
         with torch.no_grad():
             weight.fill_(value)
@@ -102,9 +105,11 @@ def test_the_moving_average_and_its_files(tmp_path):
         raise KeyError
     assert weight.tolist() == [4.0] * 3  # put back after an error too
 
-    ema.save(tmp_path)
+    ema.save(tmp_path, writes=False)
+    assert not list(tmp_path.iterdir())
+    ema.save(tmp_path, writes=True)
     other = torch.nn.Parameter(torch.zeros(3))
-    restored = EMACallback([other], decay=0.5)
+    restored = EMACallback(torch.nn.ParameterList([other]), decay=0.5)
     restored.load(tmp_path)
     assert torch.equal(other, weight)
     with restored.averaged():

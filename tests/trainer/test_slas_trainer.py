@@ -204,7 +204,7 @@ def test_a_pipeline_that_knows_nothing_of_adapters(tmp_path):
 def test_a_micro_step_is_the_equation(tmp_path, family, full, beta):
     trainer = tiny_trainer(tmp_path, family, cls=Watched, full=full, epsilon=1e-3, epsilon_high=2e-3, beta=beta)
     rollout = trainer.replayer.sample(
-        **trainer._call(["a cat"] * 4, [torch.Generator().manual_seed(i) for i in range(4)])
+        **trainer.calls.call(PROMPTS, [0] * 4, [torch.Generator().manual_seed(i) for i in range(4)])
     )
     advantages = torch.tensor([1.0, -0.5, 0.25, -2.0])
     step = rollout.trainable_steps[1]

@@ -1,0 +1,167 @@
+"""Rows of a data set as calls of a pipeline: prompts, images to edit, and whatever other columns its call takes."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from diffusers.utils import load_image
+from PIL import Image
+
+from .slas_config import RESERVED, SLASConfig
+
+
+def is_picture_column(dataset: Dataset, column: str) -> bool:
+    """Whether a column holds images: as such, or as paths under a name that ends in "image" or "images"."""
+    feature = dataset.features[column]
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        feature = feature.feature
+    named = column.split("_")[-1] in ("image", "images")
+    return isinstance(feature, datasets.Image) or (_is_text(feature) and named)
+
+
+def _is_text(feature: Any) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+
+
+def read_rows(dataset: Dataset, indices: Sequence[int]) -> list[dict[str, Any]]:
+    """
+    The rows at `indices`, images as `PIL.Image.Image` in RGB. Equal indices give one row, read once.
+
+    Raises:
+        `ValueError`: when an image cannot be read; the message names row and column.
+    """
+    pictures = [column for column in dataset.column_names if is_picture_column(dataset, column)]
+    rows = {i: dataset[i] for i in dict.fromkeys(indices)}
+    for i, row in rows.items():
+        for column in pictures:
+            try:
+                row[column] = _as_picture(row[column])
+            except (ValueError, OSError) as error:
+                raise ValueError(f"The column {column!r} of row {i} holds no image: {error}") from error
+    return [rows[i] for i in indices]
+
+
+def _as_picture(value: Any) -> Any:
+    if value is None:
+        return None
+    return [load_image(item) for item in value] if isinstance(value, list) else load_image(value)
+
+
+def as_pictures(images: Any) -> list[Any]:
+    """
+    What a pipeline returned, as one `PIL.Image.Image` for each sample; a video of one frame is an image, one of more
+    frames a list of them.
+    """
+    if isinstance(images, torch.Tensor):  # (B, [F,] C, H, W)
+        images = images.detach().float().cpu().movedim(-3, -1).numpy()
+    if isinstance(images, np.ndarray):  # (B, [F,] H, W, C) in [0, 1]
+        pixels = (images * 255).round().clip(0, 255).astype(np.uint8)
+        images = [[Image.fromarray(f) for f in s] if s.ndim == 4 else Image.fromarray(s) for s in pixels]
+    return [s[0] if isinstance(s, list) and len(s) == 1 else s for s in images]
+
+
+class PipelineCalls:
+    """
+    The calls of one pipeline.
+
+    A column whose name is an argument of the pipeline's call reaches it if `args.pipeline_columns` lists it or, with
+    `None`, if it holds text or images. Where images are among them, each call is of one row, repeated by
+    `num_images_per_prompt`: what a list of images means, one for each prompt or several for one, differs between
+    pipelines.
+
+    Args:
+        pipe ([`~diffusers.DiffusionPipeline`]): the pipeline.
+        args ([`SLASConfig`]): the configuration.
+
+    Raises:
+        `ValueError`: when the pipeline takes no prompt, or an argument that it does not know is set.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, args: SLASConfig):
+        self.args, self.name = args, type(pipe).__name__
+        self.parameters = inspect.signature(type(pipe).__call__).parameters  # type: ignore[attr-defined]
+        if "prompt" not in self.parameters:
+            raise ValueError(f"{self.name} takes no prompt; expected a pipeline that makes images of a text.")
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in self.parameters.values())
+        if not open_ended and (unknown := sorted(self.arguments.keys() - self.parameters.keys())):
+            raise ValueError(
+                f"{self.name} takes no {', '.join(unknown)}; it takes {', '.join(list(self.parameters)[1:])}. Set "
+                "what it calls differently in pipeline_kwargs, and leave out what it does not know."
+            )
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of every call."""
+        args = self.args
+        chosen = {"guidance_scale": args.guidance_scale, "height": args.height, "width": args.width}
+        if "output_type" in self.parameters:
+            chosen["output_type"] = "pil"  # by default, some make arrays
+        extra: Any = args.pipeline_kwargs or {}
+        chosen = {key: value for key, value in chosen.items() if value is not None}
+        return {"num_inference_steps": args.num_inference_steps, **chosen, **extra}
+
+    def columns(self, dataset: Dataset) -> list[str]:
+        """The columns of `dataset` that reach the pipeline."""
+        free = [c for c in dataset.column_names if c in self.parameters and c not in RESERVED | self.arguments.keys()]
+        if self.args.pipeline_columns is None:
+            return [c for c in free if is_picture_column(dataset, c) or _is_text(dataset.features[c])]
+        for column in self.args.pipeline_columns:
+            if column not in free:
+                why = (
+                    f"the data set has no such column, only {dataset.column_names}"
+                    if column not in dataset.column_names
+                    else "the trainer or pipeline_kwargs sets that argument"
+                    if column in RESERVED | self.arguments.keys()
+                    else f"{self.name} has no such argument. Rename the column after one of its arguments"
+                )
+                raise ValueError(f"pipeline_columns names {column!r}, but {why}.")
+        return self.args.pipeline_columns
+
+    def one_row_each(self, dataset: Dataset) -> bool:
+        """Whether a call is of one row only."""
+        return any(is_picture_column(dataset, column) for column in self.columns(dataset))
+
+    def check(self, dataset: Dataset) -> None:
+        """
+        Raises:
+            `ValueError`: when the columns do not fit, or chunks do not fit into groups where they have to.
+        """
+        size, group = self.args.per_device_train_batch_size, self.args.num_generations
+        if not self.one_row_each(dataset):
+            return
+        if group % size:
+            raise ValueError(
+                f"per_device_train_batch_size ({size}) must divide num_generations ({group}) where images reach the "
+                f"pipeline: each of its calls is of one prompt and its images ({self.columns(dataset)})."
+            )
+        if size > 1 and "num_images_per_prompt" not in self.parameters:
+            raise ValueError(
+                f"{self.name} has no num_images_per_prompt, so it makes one image of one prompt in a call; set "
+                "per_device_train_batch_size=1."
+            )
+
+    def chunks(self, dataset: Dataset, indices: Sequence[int], size: int) -> list[range]:
+        """Cut `indices` into the positions of successive calls of at most `size` images."""
+        alone = self.one_row_each(dataset)
+        cuts = [0]
+        for i in range(1, len(indices)):
+            if i - cuts[-1] == size or (alone and indices[i] != indices[i - 1]):
+                cuts.append(i)
+        return [range(start, end) for start, end in zip(cuts, [*cuts[1:], len(indices)], strict=True)]
+
+    def call(self, dataset: Dataset, indices: Sequence[int], generators: list[torch.Generator]) -> dict[str, Any]:
+        """The arguments of one call for the rows at `indices`, an image each."""
+        rows = read_rows(dataset, indices)
+        given: Mapping[str, Any]
+        if self.one_row_each(dataset):
+            given = {name: rows[0][name] for name in ("prompt", *self.columns(dataset))}
+            if len(rows) > 1:
+                given["num_images_per_prompt"] = len(rows)
+        else:
+            given = {name: [row[name] for row in rows] for name in ("prompt", *self.columns(dataset))}
+        return {**given, "generator": generators, **self.arguments}

@@ -1,0 +1,110 @@
+"""
+What several processes do together. A collective call that one of them leaves out hangs the others, so this is where
+they are made, beside those of the denoiser's own DDP or FSDP form, and what is called here is called by all:
+
+- once a rollout: errors and scores of the rewards (`gathered`), and the verdict of the pre-flight check
+- once an update: whether one was interrupted, and, since the gradient's norm is the same for all, which images made an
+  update unusable; the gradients of a second denoiser (`average`)
+- once a log: the means of the metrics
+- once a checkpoint: sharded weights (`full_tensor`), and the Trainer's barriers
+
+The numbers of micro-steps, and of pipeline calls in evaluation, are made equal before they start. A reward that raises
+does so after `gathered` has told all processes, which then raise together.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    gather_object,
+    parse_flag_from_env,
+)
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gathered(value: T) -> list[T]:
+    """What each process gives, in the order of their ranks."""
+    return gather_object([value]) if world_size() > 1 else [value]
+
+
+def raise_together(error: Exception | None, before: Callable[[], None] | None = None) -> None:
+    """
+    Where a process has an error, raise it there and, with its message, in all the others; `before` is called first,
+    by all. Nothing where there is none.
+    """
+    errors = gathered(None if error is None else str(error))
+    if all(message is None for message in errors):
+        return
+    if before is not None:
+        before()
+    if error is not None:
+        raise error
+    rank, message = next((rank, message) for rank, message in enumerate(errors) if message is not None)
+    raise ValueError(f"On process {rank} of {len(errors)}: {message}")
+
+
+class _ShardedOnCPUs(AcceleratorState):
+    """A property, for accelerate resets the attribute to what `PartialState` has, whose barriers must stay gloo's."""
+
+    distributed_type = property(lambda self: DistributedType.FSDP, lambda self, value: None)
+
+
+def shard_on_cpus(accelerator: Accelerator) -> bool:
+    """
+    Turn FSDP on where it was asked for (by `accelerate launch` in the environment) and the processes are on CPUs, for
+    which accelerate, without a word, does DDP. Returns whether it did.
+    """
+    state = accelerator.state
+    if state.distributed_type != DistributedType.MULTI_CPU or not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return False
+    state.fsdp_plugin = FullyShardedDataParallelPlugin()  # reads the environment
+    state.__class__ = _ShardedOnCPUs
+    return True
+
+
+@torch.no_grad()
+def average(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Average the gradients of parameters that no backward pass of this step has, so that DDP does not."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad, op=dist.ReduceOp.SUM)
+            parameter.grad.div_(world_size())
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """After a forward pass that no backward follows, FSDP leaves its root's parameters whole, and others in place."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor, or all of a sharded one; the other processes have to call it too."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def copy_full_tensor(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy `source`, which every process has whole, into a tensor that may be sharded."""
+    if isinstance(target, DTensor):
+        source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)
+    target.copy_(source)
+
+
+def full_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The module's `state_dict` with whole tensors on the CPU."""
+    return {key: full_tensor(value).cpu() for key, value in module.state_dict().items()}

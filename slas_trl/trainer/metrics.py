@@ -1,0 +1,59 @@
+"""What is logged of a rollout, under TRL's names, and what of it is worth a warning."""
+
+import torch
+from transformers.utils import logging
+
+from ..advantages import Advantages
+from .scoring import reward_resolution, typical_group_std
+
+
+logger = logging.get_logger(__name__)
+
+
+def rollout_metrics(names: list[str], rewards: torch.Tensor, result: Advantages, gamma: float) -> dict[str, float]:
+    """Of the rewards `(N, K)` of a rollout and the advantages made of them."""
+    return {
+        "reward": result.rewards.nanmean().item(),
+        "reward_std": result.group_std.nanmean().item(),
+        "frac_reward_zero_std": result.frac_reward_zero_std,
+        "frac_groups_filtered": result.frac_groups_filtered,
+        "advantages/std": result.advantages.std(correction=0).item(),
+        "advantages/abs_max": result.advantages.abs().max().item(),
+        "advantages/clip_fraction": result.clip_fraction,
+        "advantages/effective_share": result.effective_share,
+        "advantages/batch_std": result.batch_std,
+        "gamma": gamma,
+        **reward_metrics(names, rewards),
+    }
+
+
+def reward_metrics(names: list[str], rewards: torch.Tensor) -> dict[str, float]:
+    """Mean and std of each reward `(N, K)` over the images that it scored."""
+    metrics = {}
+    for name, column in zip(names, rewards.T, strict=True):
+        scored = column[~column.isnan()]
+        metrics[f"rewards/{name}/mean"] = scored.mean().item()
+        metrics[f"rewards/{name}/std"] = scored.std(correction=0).item() if len(scored) else float("nan")
+    return metrics
+
+
+def warn_of_advantages(result: Advantages, update: int) -> None:
+    """Of a rollout without scores, and of one that few images decide."""
+    if result.rewards.isnan().all():
+        logger.warning(f"No image of the rollout after update {update} got a score: nothing to learn.")
+    if 0 < result.effective_share < 0.1:
+        logger.warning_once(
+            f"The effective sample share of the advantages is {result.effective_share:.2f}, below 0.1: few images "
+            "decide the update. Lower gamma or enlarge the rollout."
+        )
+
+
+def warn_of_resolution(names: list[str], rewards: torch.Tensor, num_generations: int) -> None:
+    """Of rewards `(N, K)` that are coarser than what they should tell apart."""
+    for name, column in zip(names, rewards.T, strict=True):
+        resolution, spread = reward_resolution(column), typical_group_std(column, num_generations)
+        if resolution >= spread > 0:
+            logger.warning(
+                f"Reward {name!r} resolves differences of {resolution:.3g}, but within a group its values spread by "
+                f"only {spread:.3g}: much of the advantage is rounding. Score in float32, or return finer values."
+            )
