@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from slas_trl import __version__
+from slas_trl.cli.launch import launch, split_options
 
 
 COMMANDS = {
@@ -20,6 +21,9 @@ COMMANDS = {
     "generate": "make pictures with a pipeline, with or without a trained adapter",
     "env": "print versions and devices, for a bug report",
 }
+
+# Errors that a person can do something about: shown as one message. Any other is a bug, and shows itself.
+BAD_INPUT = (ValueError, TypeError, OSError, ImportError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (`Sequence[str]`, *optional*): Command line without the program's name. `None` is the process's own.
 
     Returns the exit status: 0, 1 where `doctor` finds that training could not start, 2 for bad input (one message on
-    stderr, with the traceback too if the environment has `SLAS_TRL_DEBUG=1`), or 130 for Ctrl-C.
+    stderr, with the traceback too if the environment has `SLAS_TRL_DEBUG=1`), 130 for Ctrl-C, or that of a process
+    which was launched and failed otherwise.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
@@ -52,21 +57,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_script(command: str, argv: list[str]) -> int:
-    """Run `slas_trl.scripts.<command>`, and return its exit status (0 if it has none), or that of its error."""
-    # transformers advises to install torchvision, which nothing here needs; one that does not fit breaks imports.
-    advice = logging.getLogger("transformers.utils.import_utils")
-    advice.addFilter(lambda record: "Install torchvision" not in record.getMessage())
+    """Run `slas_trl.scripts.<command>`, and return its exit status, or that of the error it raised."""
+    module = f"slas_trl.scripts.{command}"
     try:
-        return import_module(f"slas_trl.scripts.{command}").main(argv) or 0
+        options, rest = split_options(argv) if command == "train" else ({}, argv)
+        if options and not {"-h", "--help"} & set(rest):
+            return launch(module, options, rest)
+        return call_script(module, rest)
     except KeyboardInterrupt:
         print(f"slas-trl {command}: interrupted.", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except BAD_INPUT as error:
         if os.environ.get("SLAS_TRL_DEBUG") == "1":
             raise
         message = str(error) or type(error).__name__
         print(f"slas-trl {command}: error: {message}\n(SLAS_TRL_DEBUG=1 shows where.)", file=sys.stderr)
         return 2
+
+
+def call_script(module: str, argv: list[str]) -> int:
+    """Import a script and call its `main`, and return the exit status, which is 0 where that returns none."""
+    # transformers advises to install torchvision, which nothing here needs; one that does not fit breaks imports.
+    advice = logging.getLogger("transformers.utils.import_utils")
+    advice.addFilter(lambda record: "Install torchvision" not in record.getMessage())
+    return import_module(module).main(argv) or 0
 
 
 if __name__ == "__main__":

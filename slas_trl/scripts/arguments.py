@@ -10,6 +10,8 @@ import yaml
 from peft import LoraConfig
 from trl import TrlParser
 
+from slas_trl import rewards
+from slas_trl.cli.launch import OPTIONS as LAUNCH_OPTIONS
 from slas_trl.trainer import SLASConfig
 
 
@@ -108,6 +110,13 @@ class SLASScriptArguments:
     def __post_init__(self):
         if isinstance(self.reward_funcs, str):  # `reward_funcs: clip_score` in YAML
             self.reward_funcs = [self.reward_funcs]
+        # Before all else that may be wrong: without the reward, the rest of a configuration is of no use.
+        for name in self.reward_funcs or []:
+            if ":" not in name and name not in rewards.__all__:
+                raise ValueError(
+                    f"there is no reward {name!r}: expected one of {', '.join(rewards.__all__)}, or "
+                    "package.module:function for one of your own."
+                )
         if self.report_prompts is not None and self.report_prompts < 0:
             raise ValueError(f"report_prompts must be at least 0, got {self.report_prompts}.")
         if self.report_images_per_prompt < 1:
@@ -181,7 +190,9 @@ def parse(argv: Sequence[str], prog: str = "slas-trl train") -> tuple[SLASScript
         list(DATACLASSES),
         prog=prog,
         description="Fine-tune a text-to-image pipeline. Without --model_name_or_path: the embedded one.",
-        epilog="--config FILE reads any of these from a YAML file; the command line overrides it.",
+        epilog="--config FILE reads any of these from a YAML file; the command line overrides it. Several processes: "
+        + " ".join(f"--{name}" for name in LAUNCH_OPTIONS)
+        + ", as in `accelerate launch`.",
         allow_abbrev=False,
     )
     # TrlParser does not know "--config=FILE".
@@ -229,6 +240,8 @@ def _read_yaml(path: str) -> dict[str, object]:
 def _refuse_unknown(names: Iterable[str], what: str, prefix: str) -> None:
     known = [f.name for dataclass in DATACLASSES for f in fields(dataclass) if f.init]
     for name in names:
+        if name in LAUNCH_OPTIONS:
+            raise ValueError(f"{name} goes on the command line, not into a file: slas-trl train --{name} ...")
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {prefix}{nearest[0]}?" if nearest else ""
