@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import CacheMixin, DiffusionPipeline
+from diffusers import CacheMixin, DiffusionPipeline, PipelineQuantizationConfig
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -47,7 +47,8 @@ def _is_cached(module: nn.Module) -> bool:
 def load_pipeline(name_or_path: str, init_kwargs: dict[str, Any]) -> DiffusionPipeline:
     """
     `DiffusionPipeline.from_pretrained`, which of a folder without a denoiser says only that some file is not there,
-    and takes `dtype` (or `torch_dtype`), for one component or all, as a `torch.dtype` alone; here "bfloat16" is one.
+    and takes `dtype` (or `torch_dtype`), for one component or all, as a `torch.dtype` alone; here "bfloat16" is one;
+    and `quantization_config` may be the arguments of a `PipelineQuantizationConfig`.
 
     Raises:
         `ValueError`: when the folder holds no pipeline, or one without a denoiser, and for an unknown dtype.
@@ -62,6 +63,8 @@ def load_pipeline(name_or_path: str, init_kwargs: dict[str, Any]) -> DiffusionPi
                 "config.json."
             )
     named = {key: _dtype(value) for key, value in init_kwargs.items() if key in ("dtype", "torch_dtype")}
+    if isinstance(quantization := init_kwargs.get("quantization_config"), dict):
+        named["quantization_config"] = PipelineQuantizationConfig(**quantization)
     return DiffusionPipeline.from_pretrained(name_or_path, **{**init_kwargs, **named})
 
 
@@ -187,7 +190,7 @@ def _batch_of(output: Any) -> int:
 def rollout_bytes(rollout: "Rollout") -> int:
     """What a rollout keeps for its replays: latents, the denoiser's outputs, and the memo."""
     kept = [(step.sample, step.prev_sample, step.outputs) for step in rollout.steps]
-    return sum(_storages(pytree.tree_leaves([kept, [result for _, result in rollout.memo]])).values())
+    return sum(_storages(pytree.tree_leaves([kept, [answer.result for answer in rollout.memo]])).values())
 
 
 @contextmanager

@@ -95,7 +95,7 @@ class ExaminedTrainer(SLASTrainer):
             self.findings.refusals.append(problem)
         modules = [part for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)]
         self._start()
-        with counting_activations(*modules, rollout.state(), rollout.memo) as activations:
+        with counting_activations(*modules, rollout.state(), [a.result for a in rollout.memo]) as activations:
             with self.compute_loss_context_manager():
                 loss = self.compute_loss(model, inputs)
             self.activations = sum(activations.values())

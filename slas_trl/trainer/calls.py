@@ -154,6 +154,19 @@ class PipelineCalls:
                 cuts.append(i)
         return [range(start, end) for start, end in zip(cuts, [*cuts[1:], len(indices)], strict=True)]
 
+    def explain(self, error: Exception, call: dict[str, Any]) -> None:
+        """
+        Raises:
+            `ValueError`: when `error` may come of asking for several images of one prompt and its image.
+        """
+        copies = call.get("num_images_per_prompt", 1)
+        if copies > 1 and not isinstance(error, torch.OutOfMemoryError):
+            raise ValueError(
+                f"{self.name} did not make {copies} images of one prompt and its images in one call ({error}). If it "
+                "does without num_images_per_prompt, set per_device_train_batch_size=1 and steps_per_generation to "
+                "match."
+            ) from error
+
     def call(self, dataset: Dataset, indices: Sequence[int], generators: list[torch.Generator]) -> dict[str, Any]:
         """The arguments of one call for the rows at `indices`, an image each."""
         rows = read_rows(dataset, indices)
@@ -162,6 +175,12 @@ class PipelineCalls:
             given = {name: rows[0][name] for name in ("prompt", *self.columns(dataset))}
             if len(rows) > 1:
                 given["num_images_per_prompt"] = len(rows)
-        else:
-            given = {name: [row[name] for row in rows] for name in ("prompt", *self.columns(dataset))}
-        return {**given, "generator": generators, **self.arguments}
+            return {**given, "generator": generators, **self.arguments}
+        given = {name: [row[name] for row in rows] for name in ("prompt", *self.columns(dataset))}
+        # One negative prompt for all is a list too: some pipelines take it no other way beside a list of prompts.
+        repeated = {
+            name: [value] * len(rows)
+            for name, value in self.arguments.items()
+            if name.startswith("negative_prompt") and isinstance(value, str)
+        }
+        return {**given, "generator": generators, **self.arguments, **repeated}

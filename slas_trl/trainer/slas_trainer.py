@@ -247,7 +247,11 @@ class SLASTrainer(EvaluatingTrainer):
         for i, call in enumerate(self._calls(indices, rollout_index)):
             if self.accelerator.num_processes == 1:
                 self._stop_if_interrupted()
-            rollout = self.replayer.sample(noise_generator=noise[i * size : (i + 1) * size], **call)
+            try:
+                rollout = self.replayer.sample(noise_generator=noise[i * size : (i + 1) * size], **call)
+            except (ValueError, RuntimeError) as error:
+                self.calls.explain(error, call)
+                raise
             images += as_pictures(rollout.images)
             rollout.images = None  # the replay does not need them
             chunks.append(rollout)

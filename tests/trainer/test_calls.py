@@ -14,7 +14,7 @@ from slas_trl.trainer.prompts import load_prompts
 from tests.policy.zoo.all import FAMILIES
 from tests.tiny_pipelines import PIPELINES, flux_pipeline, sd3_pipeline, sd_pipeline
 
-from .tiny_trainers import Watched, logged, redness, same, tiny_config, tiny_trainer, trained_weights
+from .tiny_trainers import PROMPTS, logged, redness, same, tiny_config, tiny_trainer, trained_weights
 from .zoo_trainers import zoo_trainer
 
 
@@ -132,16 +132,16 @@ def test_images_go_one_row_at_a_time(tmp_path):
 
 def test_a_chunk_with_images_is_of_one_group(tmp_path):
     with pytest.raises(ValueError, match=r"per_device_train_batch_size \(4\) must divide num_generations \(2\)"):
-        tiny_trainer(
-            tmp_path,
-            "flux",
-            model=FAMILIES["kontext"].build(),
-            train_dataset=edits(),
-            num_generations=2,
-            pipeline_kwargs={"max_sequence_length": 8},
-        )
+        zoo_trainer(FAMILIES["kontext"], tmp_path, redness, edits(), per_device_train_batch_size=4)
 
 
+def test_a_pipeline_that_takes_one_image_a_call(tmp_path):
+    trainer = zoo_trainer(FAMILIES["sd3-img2img"], tmp_path, redness, edits(), timestep_fraction=0.5)
+    with pytest.raises(ValueError, match="did not make 2 images of one prompt and its images.*per_device_train_batch"):
+        trainer.train()
+
+
+ONE_IMAGE_A_CALL = ["sd3-img2img"]  # with a generator each, diffusers cuts an image for each out of the one image
 EDITING = [name for name, family in FAMILIES.items() if family.images(1)]
 
 
@@ -152,18 +152,28 @@ def test_one_update_of_editing(name, tmp_path):
 
     def brighter(prompts, images, image, **columns):
         seen.extend(zip(prompts, image, strict=True))
-        return [np.asarray(after).mean() - np.asarray(before).mean() for after, before in zip(images, image, strict=True)]
+        return [
+            np.asarray(after).mean() - np.asarray(before).mean() for after, before in zip(images, image, strict=True)
+        ]
 
     given = FAMILIES[name].images(1)
     data = {column: [_first(value)] * 4 for column, value in given.items()}
     data["image"] = [picture.resize(data["image"][0].size) for picture in pictures()]
-    trainer = zoo_trainer(
-        FAMILIES[name], tmp_path, brighter, train_dataset=Dataset.from_dict({"prompt": COLOURS, **data})
-    )
+    dataset = Dataset.from_dict({"prompt": COLOURS, **data})
+    call = {key: value for key, value in FAMILIES[name].call.items() if key not in ("height", "width")}
+    negative = {"negative_prompt": "dark"} if "negative_prompt" in call else {}  # one for the one prompt of a call
+    settings = {"pipeline_kwargs": {**call, **negative}, "guidance_scale": None}
+    if "strength" in call:  # begins in the middle of the schedule
+        settings["timestep_fraction"] = 0.5
+    if name in ONE_IMAGE_A_CALL:
+        settings |= {"per_device_train_batch_size": 1, "steps_per_generation": 4}
+    trainer = zoo_trainer(FAMILIES[name], tmp_path, brighter, dataset, **settings)
     before = trained_weights(trainer)
     trainer.train()
     assert not same(trained_weights(trainer), before) and logged(tmp_path)[0]["ratio/max_deviation"] == 0.0
-    expected = {colour: np.asarray(picture)[0, 0].tolist() for colour, picture in zip(COLOURS, pictures(), strict=True)}
+    expected = {
+        colour: np.asarray(picture)[0, 0].tolist() for colour, picture in zip(COLOURS, pictures(), strict=True)
+    }
     assert len(seen) == 4
     for prompt, image in seen:
         assert np.asarray(image)[0, 0].tolist() == expected[prompt]
@@ -176,14 +186,14 @@ def _first(value):
 def test_the_image_decides_what_is_sampled(tmp_path):
     """With the same noise, other images give other pictures; without the column, the pipeline would not run at all."""
     data = Dataset.from_dict({"prompt": ["brighter"] * 4, "image": pictures(32)})
-    trainer = zoo_trainer(FAMILIES["pix2pix"], tmp_path, redness, train_dataset=data)
+    trainer = zoo_trainer(FAMILIES["pix2pix"], tmp_path, redness, data)
     drawn = trainer.draw(data, [0, 1, 1], [torch.Generator().manual_seed(0) for _ in range(3)], 2)
     assert drawn[1] == drawn[2] != drawn[0]
 
 
 def test_evaluation_of_editing(tmp_path):
     data = Dataset.from_dict({"prompt": COLOURS, "image": pictures(32)})
-    trainer = zoo_trainer(FAMILIES["pix2pix"], tmp_path, redness, train_dataset=data, num_generations_eval=3)
+    trainer = zoo_trainer(FAMILIES["pix2pix"], tmp_path, redness, data, num_generations_eval=3)
     metrics = trainer.evaluate(data)
     assert metrics["eval_samples"] == 12 and trainer.evaluate(data)["eval_reward"] == metrics["eval_reward"]
 
@@ -194,7 +204,13 @@ def test_evaluation_of_editing(tmp_path):
 def test_videos_of_one_frame_are_images():
     frames = np.random.default_rng(0).random((2, 1, 4, 6, 3), dtype=np.float32)
     images = [Image.fromarray((frame[0] * 255).round().astype(np.uint8)) for frame in frames]
-    for returned in (frames, frames[:, 0], [[image] for image in images], images, torch.tensor(frames).movedim(-1, -3)):
+    for returned in (
+        frames,
+        frames[:, 0],
+        [[image] for image in images],
+        images,
+        torch.tensor(frames).movedim(-1, -3),
+    ):
         made = as_pictures(returned)
         assert all(np.array_equal(np.asarray(ours), np.asarray(i)) for ours, i in zip(made, images, strict=True))
 
@@ -205,23 +221,16 @@ def test_videos_are_lists_of_frames():
 
 
 @pytest.mark.parametrize("family", PIPELINES)
-def test_rewards_get_what_a_plain_call_returns(tmp_path, family):
-    given = []
+def test_pictures_are_those_of_a_plain_call(tmp_path, family):
+    trainer = tiny_trainer(tmp_path, family)
+    drawn = trainer.draw(PROMPTS, [0, 1], [torch.Generator().manual_seed(i) for i in (0, 1)], 2)
+    build, call = PIPELINES[family]
+    generators = [torch.Generator().manual_seed(i) for i in (0, 1)]
+    plain = build()(prompt=PROMPTS["prompt"][:2], num_inference_steps=4, generator=generators, **call).images
+    assert [image.tobytes() for image in drawn] == [image.tobytes() for image in plain]
 
-    def keep(prompts, images, **columns):
-        given.extend(images)
-        return redness(prompts, images)
 
-    trainer = tiny_trainer(tmp_path, family, keep, cls=Watched, max_steps=1, noise_level=0.0, eta=0.0)
-    with pytest.raises(ValueError, match="0 can be trained"):  # for without noise there is nothing to train
-        trainer.train()
-    prompts = trainer.train_dataset["prompt"]
-    data = trainer.train_dataset
-    rows = [prompts.index(p) for rollout in trainer.rollouts for p in rollout.call["prompt"]]
-    generators = [g for rollout in trainer.rollouts for g in rollout.call["generator"]]
-    assert trainer.pictures and given == [] and len(rows) == 8
-    states = [state for rollout in trainer.rollouts for state in rollout.generator_states]
-    fresh = [torch.Generator().set_state(state) for state in states]
-    assert len(generators) == 8
-    plain = trainer.draw(data, rows, fresh, 4)
-    assert [image.tobytes() for image in plain] == [i.tobytes() for chunk in trainer.pictures for i in chunk]
+def test_one_negative_prompt_for_all(tmp_path):
+    given = {"max_sequence_length": 8, "negative_prompt": "dark"}
+    calls = PipelineCalls(sd3_pipeline(), tiny_config(tmp_path, "sd3", pipeline_kwargs=given))
+    assert calls.call(PROMPTS, [0, 1], [torch.Generator()] * 2)["negative_prompt"] == ["dark", "dark"]

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 
 from slas_trl.trainer import SLASConfig, SLASTrainer
@@ -23,24 +24,27 @@ def adapter_for(denoiser: torch.nn.Module) -> LoraConfig | None:
     return LoraConfig(r=2, lora_alpha=4, target_modules=linear)
 
 
-def zoo_trainer(family: Family, output_dir: Path, reward: Any = redness) -> SLASTrainer:
-    """One update on two groups of two images, in chunks of two."""
+def zoo_trainer(
+    family: Family, output_dir: Path, reward: Any = redness, train_dataset: Dataset = PROMPTS, **settings: Any
+) -> SLASTrainer:
+    """One update on two groups of two images, in chunks of two; `settings` are the configuration's."""
     pipe = family.build()
     call = dict(family.call)
     own = {key: call.pop(key) for key in ("height", "width", "guidance_scale") if key in call}
-    config = SLASConfig(
-        output_dir=str(output_dir),
-        per_device_train_batch_size=2,
-        num_generations=2,
-        steps_per_generation=2,
-        num_inference_steps=3,
-        pipeline_kwargs=call,
-        max_steps=1,
-        learning_rate=1e-3,
-        save_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
+    config = {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": 2,
+        "num_generations": 2,
+        "steps_per_generation": 2,
+        "num_inference_steps": 3,
+        "pipeline_kwargs": call,
+        "max_steps": 1,
+        "learning_rate": 1e-3,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
         **own,
-    )
+        **settings,
+    }
     adapter = adapter_for(pipe.components["unet" if "unet" in pipe.components else "transformer"])
-    return SLASTrainer(pipe, reward, config, train_dataset=PROMPTS, peft_config=adapter)
+    return SLASTrainer(pipe, reward, SLASConfig(**config), train_dataset=train_dataset, peft_config=adapter)

@@ -1,10 +1,10 @@
 """The whole zoo, by family."""
 
-from . import mmdit, qwen, unet
+from . import dit, llm, mmdit, qwen, unet, video
 from .family import Family
 
 
-MODULES = (unet, mmdit, qwen)
+MODULES = (unet, mmdit, qwen, dit, llm, video)
 
 FAMILIES: dict[str, Family] = {}
 for module in MODULES:
