@@ -192,7 +192,7 @@ class RunReport:
                 place = f"{json.dumps(str(run_dir))}, subfolder={json.dumps(name)}"
                 lines += [f"pipe.{name} = {classes[name]}.from_pretrained({place})"]
             elif not isinstance(pipe, LoraBaseMixin):
-                lines += [f"pipe.{name}.load_lora_adapter({folder}, prefix=None)"]
+                lines += [f"pipe.{name}.load_lora_adapter({folder}, prefix=None, use_safetensors=True)"]
             elif name == names[0]:
                 lines += [f"pipe.load_lora_weights({folder})"]
             else:

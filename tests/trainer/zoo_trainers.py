@@ -31,6 +31,8 @@ def zoo_trainer(
     pipe = family.build()
     call = dict(family.call)
     own = {key: call.pop(key) for key in ("height", "width", "guidance_scale") if key in call}
+    denoiser = pipe.components["unet" if "unet" in pipe.components else "transformer"]
+    adapter = settings.pop("peft_config") if "peft_config" in settings else adapter_for(denoiser)
     config = {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": 2,
@@ -46,5 +48,4 @@ def zoo_trainer(
         **own,
         **settings,
     }
-    adapter = adapter_for(pipe.components["unet" if "unet" in pipe.components else "transformer"])
     return SLASTrainer(pipe, reward, SLASConfig(**config), train_dataset=train_dataset, peft_config=adapter)
