@@ -165,12 +165,15 @@ def measure_ratio(
     """
     Replay the given steps (by default all trainable ones) and compare with the recorded log-probabilities.
 
-    Gradients stay as the caller has them, since kernels may differ with and without them.
+    Gradients stay as the caller has them, since kernels may differ with and without them. Samples whose recorded
+    log-probability is NaN are left out, unless all are.
     """
     deviations = {}
     for step in steps if steps is not None else rollout.trainable_steps:
-        log_prob = replayer.replay(rollout, step).log_prob.detach()
-        deviations[step] = (torch.exp(log_prob - rollout.log_probs[:, step]) - 1).abs().max().item()
+        recorded = rollout.log_probs[:, step]
+        deviation = (torch.exp(replayer.replay(rollout, step).log_prob.detach() - recorded) - 1).abs()
+        finite = deviation[recorded.isfinite()]
+        deviations[step] = (finite if len(finite) else deviation).max().item()
     return RatioReport(deviations)
 
 

@@ -310,11 +310,15 @@ class SLASTrainer(EvaluatingTrainer):
         self._checked = True
         weights = self.args.reward_weights or [1.0] * len(self.scorer.names)
         trained = [i for i, weight in enumerate(weights) if weight]
-        finite = [chunk for chunk in chunks if chunk.log_probs[:, steps].isfinite().all()]
-        with self.accelerator.no_sync(self.model_wrapped):
-            report = measure_ratio(self.replayer, (finite or chunks)[0], tuple(sorted(steps)))
+        finite = [chunk.log_probs[:, steps].isfinite().all(1).any().item() for chunk in chunks]
+        chunk = chunks[finite.index(True) if any(finite) else 0]
+        # With gradients, as in training. But DDP would wait for the backward pass, and so would FSDP, whose `no_sync`
+        # moreover ends the one that this is within.
+        with torch.no_grad() if self.is_fsdp_enabled else self.accelerator.no_sync(self.model_wrapped):
+            report = measure_ratio(self.replayer, chunk, tuple(sorted(steps)))
+        reshard(cast(torch.nn.Module, self.model_wrapped))
         problem, error = report.problem(self.args.epsilon), None
-        if not finite:
+        if not any(finite):
             error = ValueError(
                 "The denoiser's predictions are NaN or infinite before any update. Check the pipeline and its dtype: "
                 "float16 overflows in models that were trained in bfloat16."

@@ -1,4 +1,4 @@
-"""Two processes do what one does with the same images."""
+"""Two processes do what one does with the same images, as DDP and as FSDP2, and end together."""
 
 import os
 import subprocess
@@ -7,38 +7,57 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 
 from tests.tiny_pipelines import PIPELINES
 from tests.trainer.tiny_trainers import logged, same
-from tests.trainer.two_processes import one_update_for_each_rollout
+from tests.trainer.two_processes import one_update_for_each_rollout, two_experts
 
 
 pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).parents[2]
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where two processes have left what they found."""
-    folder = tmp_path_factory.mktemp("two-processes")
+def launch(what: str, folder: Path, **environment: str) -> list[dict]:
+    """What each of two processes found."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     run = subprocess.run(
-        [*launch, "-m", "tests.trainer.two_processes", str(folder)],
+        [*command, "-m", "tests.trainer.two_processes", what, str(folder)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true", **environment},
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert run.returncode == 0, run.stderr[-5000:]
-    return folder
+    return [torch.load(folder / f"result_{rank}.pt") for rank in (0, 1)]
+
+
+def assert_close(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert weights.keys() == expected.keys()
+    for name in weights:
+        torch.testing.assert_close(weights[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+# DDP
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ddp")
 
 
 @pytest.fixture(scope="module")
 def two(folder):
-    """What each of the two found."""
-    return [torch.load(folder / f"result_{rank}.pt") for rank in (0, 1)]
+    return launch("ddp", folder)
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +88,19 @@ def test_both_have_the_same_weights_afterwards(two):
 
 
 def test_the_weights_are_those_of_one_process(one, two):
-    for name, weights in two[0]["compared"]["weights"].items():
-        torch.testing.assert_close(weights, one["weights"][name], rtol=1e-5, atol=1e-6, msg=name)
+    assert_close(two[0]["compared"]["weights"], one["weights"])
 
 
 def test_the_evaluation_is_that_of_one_process(one, two):
     assert two[0]["compared"]["evaluated"] == two[1]["compared"]["evaluated"]
     assert two[0]["compared"]["evaluated"] == pytest.approx(one["evaluated"], rel=1e-5)
+
+
+def test_groups_may_span_processes(two, tmp_path):
+    alone = one_update_for_each_rollout(tmp_path, 1, num_generations=8, max_steps=2)
+    assert_close(two[0]["spanning"]["weights"], alone["weights"])
+    advantages = torch.cat([found["spanning"]["advantages"][:8] for found in two])
+    torch.testing.assert_close(advantages, alone["advantages"][:16], rtol=1e-5, atol=1e-5)
 
 
 def test_resuming_within_a_rollout(two):
@@ -84,7 +109,7 @@ def test_resuming_within_a_rollout(two):
         assert same(found["resumed"]["whole"], found["resumed"]["from-3"])
 
 
-def test_each_keeps_its_part_of_the_rollout_and_one_the_weights(folder):
+def test_each_keeps_its_part_of_the_rollout_and_one_the_weights(two, folder):
     checkpoint = folder / "adapter" / "checkpoint-1"
     files = {path.name for path in checkpoint.iterdir()}
     assert files == {
@@ -93,3 +118,73 @@ def test_each_keeps_its_part_of_the_rollout_and_one_the_weights(folder):
     }
     PIPELINES["sd3"][0]().load_lora_weights(folder / "adapter")
     assert [line["step"] for line in logged(folder / "adapter")] == [1]
+
+
+def test_both_experts_get_the_gradients_of_both_processes(two, tmp_path):
+    assert same(two[0]["experts"], two[1]["experts"])
+    assert_close(two[0]["experts"], two_experts(tmp_path, 1))
+
+
+def test_both_skip_an_update_that_one_cannot_make(two):
+    assert two[0]["skipped"] == two[1]["skipped"] == [1.0, 0.0]
+
+
+def test_prompts_that_do_not_divide_are_left_out_by_both(two):
+    # Five prompts, four groups to a rollout: one rollout an epoch.
+    assert two[0]["uneven"] == two[1]["uneven"] == 2
+
+
+# FSDP2
+
+
+@pytest.fixture(scope="module")
+def fsdp_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fsdp")
+
+
+@pytest.fixture(scope="module")
+def sharded(fsdp_folder):
+    return launch("fsdp", fsdp_folder, **FSDP2)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_sharded_weights_are_those_of_one_process(sharded, kind, tmp_path):
+    settings = {"full": True, "optim": "sgd"} if kind == "full" else {}
+    alone = one_update_for_each_rollout(tmp_path, 1, beta=0.1, use_ema=True, **settings)
+    for found in sharded:
+        assert found[kind]["sharded"] and found[kind]["shards"] > 10
+        assert_close(found[kind]["weights"], alone["weights"])
+        assert found[kind]["evaluated"] == pytest.approx(alone["evaluated"], rel=1e-5)
+    assert alone["shards"] == 0 and alone["evaluated"][0] != alone["evaluated"][1]
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_sharded_runs_resume_within_a_rollout(sharded, kind):
+    for found in sharded:
+        resumed = found[f"{kind} resumed"]
+        assert same(resumed["whole"], resumed["from-1"]) and same(resumed["whole"], resumed["from-3"])
+
+
+def test_what_a_sharded_run_saves_is_plain(sharded, fsdp_folder):
+    checkpoint = fsdp_folder / "full-resumed" / "whole" / "checkpoint-4"
+    assert SD3Transformer2DModel.load_config(checkpoint / "transformer")["_class_name"] == "SD3Transformer2DModel"
+    model = SD3Transformer2DModel.from_pretrained(checkpoint / "transformer")
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    pipe = PIPELINES["sd3"][0]()
+    pipe.load_lora_weights(fsdp_folder / "lora-resumed" / "whole" / "checkpoint-4")
+    config = pipe.transformer.peft_config["default_0"]
+    assert (config.r, config.lora_alpha) == (4, 8)
+    # No second copy of the weights, which for a large base model would be most of the checkpoint.
+    assert not list(checkpoint.glob("pytorch_model*"))
+
+
+# Ends
+
+
+@pytest.mark.parametrize("environment", [{}, FSDP2], ids=["ddp", "fsdp2"])
+def test_a_reward_that_raises_on_one_process_ends_both(tmp_path, environment):
+    found = launch("failing", tmp_path, **environment)
+    assert [each["updates"] for each in found] == [1, 1]
+    assert "Reward 'moody' raised RuntimeError: out of paint" in found[1]["error"]
+    assert found[0]["error"].startswith("On process 1 of 2: Reward 'moody' raised RuntimeError: out of paint on image")
+    assert (tmp_path / "run" / "checkpoint-1" / "pytorch_lora_weights.safetensors").is_file()

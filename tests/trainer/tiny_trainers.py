@@ -63,13 +63,13 @@ def tiny_trainer(
     **changes: Any,
 ) -> SLASTrainer:
     """A trainer of a fresh pipeline; `changes` are the trainer's arguments, or else the configuration's."""
-    arguments = {name: changes.pop(name) for name in ("eval_dataset", "callbacks", "optimizers") if name in changes}
+    names = ("train_dataset", "eval_dataset", "callbacks", "optimizers")
+    arguments = {"train_dataset": PROMPTS} | {name: changes.pop(name) for name in names if name in changes}
     adapter = changes.pop("peft_config", None if full else lora())
     return cls(
         changes.pop("model", None) or PIPELINES[family][0](),
         reward_funcs,
         tiny_config(output_dir, family, **changes),
-        train_dataset=PROMPTS,
         peft_config=adapter,
         **arguments,
     )
