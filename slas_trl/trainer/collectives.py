@@ -22,7 +22,6 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
-    gather_object,
     parse_flag_from_env,
 )
 from torch.distributed.fsdp import FSDPModule
@@ -38,7 +37,10 @@ def world_size() -> int:
 
 def gathered(value: T) -> list[T]:
     """What each process gives, in the order of their ranks."""
-    return gather_object([value]) if world_size() > 1 else [value]
+    values: list[T] = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def raise_together(error: Exception | None, before: Callable[[], None] | None = None) -> None:

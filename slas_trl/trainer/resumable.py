@@ -174,6 +174,11 @@ class ResumableTrainer(Trainer):
             scheduler = cast(torch.optim.lr_scheduler.LRScheduler, self.lr_scheduler)  # training has begun
             torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.is_deepspeed_enabled:
+            self._load_from_checkpoint(checkpoint)  # for which the Trainer has loaded the engine, and nothing of ours
+        super()._load_optimizer_and_scheduler(checkpoint)
+
     def _save_rng_state(self, output_dir: str) -> None:
         """The last of the Trainer's own files but one; ours follow, so that a checkpoint without them is not whole."""
         super()._save_rng_state(output_dir)

@@ -157,6 +157,10 @@ class SLASTrainer(EvaluatingTrainer):
             callbacks=[PromptOrderCallback(self._sampler), MetricsFileCallback(), *(callbacks or [])],
             optimizers=optimizers,
         )
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise ValueError(
+                "DeepSpeed's ZeRO-3 is not supported; FSDP2 shards the weights too (accelerate_config fsdp2)."
+            )
         if self.is_fsdp_enabled and len(denoisers) > 1:
             raise ValueError(
                 f"{type(pipe).__name__} has {len(denoisers)} denoisers, which cannot be sharded by FSDP as one model. "

@@ -1,0 +1,53 @@
+"""The example runs as it stands, on a small pipeline of its kind."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from examples.image_editing import layout, main, vividness
+from tests.policy.zoo.all import FAMILIES
+from tests.trainer.tiny_trainers import logged
+
+
+@pytest.fixture
+def edits(tmp_path):
+    (tmp_path / "photos").mkdir()
+    lines = []
+    for i, colour in enumerate(["red", "green", "blue", "white"]):
+        Image.new("RGB", (16, 16), colour).save(tmp_path / "photos" / f"{i}.png")
+        lines.append({"prompt": "make it more colourful", "image": f"photos/{i}.png"})
+    (tmp_path / "edits.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return tmp_path / "edits.jsonl"
+
+
+def test_it_trains(tmp_path, edits):
+    family = FAMILIES["kontext"]
+    family.build().save_pretrained(tmp_path / "model")
+    call = {key: value for key, value in family.call.items() if key not in ("height", "width", "guidance_scale")}
+    main(
+        [
+            *("--dataset_name", str(edits), "--model_name_or_path", str(tmp_path / "model")),
+            *("--model_init_kwargs", "{}", "--bf16", "false", "--use_cpu", "--disable_tqdm", "true"),
+            *("--pipeline_kwargs", json.dumps(call), "--height", "16", "--width", "16", "--num_generations", "4"),
+            *("--steps_per_generation", "4", "--max_steps", "1", "--save_strategy", "no"),
+            *("--output_dir", str(tmp_path / "run")),
+        ]
+    )
+    (line,) = logged(tmp_path / "run")
+    assert line["ratio/max_deviation"] == 0.0 and line["rewards/layout/std"] > 0 and line["rewards/vividness/std"] > 0
+    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_its_rewards():
+    ramp = Image.fromarray(np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))).convert("RGB")
+    mirrored = ramp.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    assert layout(["x"] * 2, [ramp, mirrored], image=[ramp, ramp]) == pytest.approx([1.0, -1.0])
+    red, grey = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "grey")
+    assert vividness(["x"] * 2, [red, grey]) == [1.0, 0.0]
+
+
+def test_what_it_needs():
+    with pytest.raises(SystemExit, match="--dataset_name is missing"):
+        main([])
