@@ -5,10 +5,10 @@ Fine-tune an image-editing pipeline: the picture to edit is a column of the data
     python examples/image_editing.py --dataset_name edits.jsonl --model_name_or_path Qwen/Qwen-Image-Edit \
         --pipeline_kwargs '{"true_cfg_scale": 4.0, "negative_prompt": " "}'
 
-`edits.jsonl` has a line for each edit, with a path that is relative to it: {"prompt": "make it more colourful", "image":
-"photos/1.png"}. The two rewards, without a model of their own, ask for vivid colours and for what is in the picture to
-stay where it is; your own take the same arguments. Any option of `slas-trl train` may follow; what is not given is
-set by SETTINGS.
+`edits.jsonl` has a line for each edit, with a path that is relative to it:
+{"prompt": "make it more colourful", "image": "photos/1.png"}. The two rewards, without a model of their own, ask for
+vivid colours and for what is in the picture to stay where it is; your own take the same arguments. Any option of
+`slas-trl train` may follow; what is not given is set by SETTINGS.
 """
 
 import sys

@@ -50,4 +50,4 @@ def test_its_rewards():
 
 def test_what_it_needs():
     with pytest.raises(SystemExit, match="--dataset_name is missing"):
-        main([])
+        main(["--bf16", "false", "--use_cpu"])
