@@ -44,6 +44,7 @@ from .collectives import average, gathered, raise_together, reshard
 from .evaluating import EvaluatingTrainer
 from .experts import Experts, as_model, calls_of
 from .metrics import rollout_metrics, warn_of_advantages, warn_of_resolution
+from .precision import autocast_forward, autocast_sharded
 from .prompts import check_prompts, load_prompts
 from .resumable import Buffer
 from .scoring import RewardFunc, RewardScorer
@@ -157,10 +158,13 @@ class SLASTrainer(EvaluatingTrainer):
             callbacks=[PromptOrderCallback(self._sampler), MetricsFileCallback(), *(callbacks or [])],
             optimizers=optimizers,
         )
-        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        deepspeed = self.accelerator.state.deepspeed_plugin
+        if deepspeed is not None and deepspeed.zero_stage == 3:
             raise ValueError(
                 "DeepSpeed's ZeRO-3 is not supported; FSDP2 shards the weights too (accelerate_config fsdp2)."
             )
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError("FSDP of version 1 is not supported; set fsdp_version: 2 (accelerate_config fsdp2).")
         if self.is_fsdp_enabled and len(denoisers) > 1:
             raise ValueError(
                 f"{type(pipe).__name__} has {len(denoisers)} denoisers, which cannot be sharded by FSDP as one model. "
@@ -178,6 +182,10 @@ class SLASTrainer(EvaluatingTrainer):
         self._reference: dict[str, torch.nn.Module] | None = None
         if args.beta and not self.has_adapter:
             self._reference = {n: copy.deepcopy(denoiser).requires_grad_(False) for n, denoiser in denoisers.items()}
+            for frozen in self._reference.values():
+                autocast_forward(self.accelerator, frozen)
+        if self.is_fsdp_enabled:
+            autocast_sharded(self.accelerator, cast(torch.nn.Module, self.model))
         self._ema: EMACallback | None = None
         if args.use_ema:
             self._ema = EMACallback(cast(torch.nn.Module, self.model), args.ema_decay)

@@ -615,7 +615,7 @@ def test_a_reward_that_fails_late_costs_nothing(tmp_path, caplog):
         {"peft_config": lora(r=8)},
         {"learning_rate": 1e-2},
     ],
-    ids=str,
+    ids=lambda changes: next(iter(changes)),
 )
 def test_a_resumed_run_keeps_what_decides_its_ratio(tmp_path, changes):
     tiny_trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1).train()

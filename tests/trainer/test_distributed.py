@@ -159,6 +159,19 @@ def test_sharded_weights_are_those_of_one_process(sharded, kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
+def test_sharded_and_in_mixed_precision(sharded, kind, tmp_path):
+    """The ratio is 1 and the KL 0 before an update; timesteps and latents are not narrowed: all is nearly as alone."""
+    alone = one_update_for_each_rollout(tmp_path, 1, full=kind == "full", bf16=True, beta=0.1)
+    for found in sharded:
+        logs = found[f"{kind} bf16"]["logs"]
+        assert [log["ratio/max_deviation"] for log in logs] == [0.0] * 3
+        assert logs[0]["kl"] == 0.0 and logs[2]["kl"] > 0.0
+        assert found[f"{kind} bf16"]["evaluated"] == pytest.approx(alone["evaluated"], rel=1e-3)
+        for ours, theirs in zip(logs, alone["logs"], strict=True):
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
 def test_sharded_runs_resume_within_a_rollout(sharded, kind):
     for found in sharded:
         resumed = found[f"{kind} resumed"]

@@ -264,9 +264,10 @@ def test_an_update_is_the_mean_over_chunks_and_steps(tmp_path):
     assert logged(tmp_path)[0]["loss"] == pytest.approx(loss.item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-def test_the_kl_is_to_the_weights_before_training(tmp_path, full):
-    trained(tmp_path, full=full, beta=0.1, max_steps=3)
+def test_the_kl_is_to_the_weights_before_training(tmp_path, full, bf16):
+    trained(tmp_path, full=full, bf16=bf16, beta=0.1, max_steps=3)
     kl = [line["kl"] for line in logged(tmp_path)]
     assert kl[0] == 0.0 and 0 < kl[1] < kl[2]
 

@@ -43,6 +43,7 @@ def one_update_for_each_rollout(folder: Path, processes: int, **settings: Any) -
         "evaluated": [before, trainer.evaluate()["eval_reward"]],
         "shards": sum(isinstance(p, DTensor) and p.to_local().numel() < p.numel() for p in trainer.model.parameters()),
         "sharded": isinstance(trainer.model, FSDPModule),
+        "logs": [log for log in trainer.state.log_history if "loss" in log],
     }
 
 
@@ -116,6 +117,7 @@ def fsdp(folder: Path, state: PartialState) -> dict[str, Any]:
         "full": one_update_for_each_rollout(folder / "full", 2, full=True, optim="sgd", beta=0.1, use_ema=True),
     }
     for kind, full in (("lora", False), ("full", True)):
+        found[f"{kind} bf16"] = one_update_for_each_rollout(folder / f"{kind}-bf16", 2, full=full, bf16=True, beta=0.1)
         found[f"{kind} resumed"] = resumed_within_a_rollout(folder / f"{kind}-resumed", full=full, use_ema=True)
     return found
 
