@@ -14,7 +14,7 @@ quickstart: $(VENV)/.installed-core
 	$(BIN)/slas-trl train
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not slow and not network"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not network"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
