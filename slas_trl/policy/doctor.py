@@ -155,7 +155,7 @@ class RatioReport:
         return (
             f"Before any update the ratio of step {step} should be 1, but it is off by {deviation:.3g} (clip range "
             f"{epsilon:g}). Likely causes: dropout or another random layer in the denoiser, a kernel whose result "
-            "varies between calls, or a module that behaves otherwise in train mode."
+            "varies between calls, or activation_checkpointing where the denoiser computes something else with it."
         )
 
 

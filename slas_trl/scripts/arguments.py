@@ -1,6 +1,7 @@
 """What `slas-trl train` can be told, from the command line and from a YAML file."""
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -175,13 +176,16 @@ class _Parser(TrlParser):
         raise ValueError(f"{message}.")
 
 
-def parse(argv: Sequence[str], prog: str = "slas-trl train") -> tuple[SLASScriptArguments, LoraArguments, SLASConfig]:
+def parse(
+    argv: Sequence[str], prog: str = "slas-trl train", one_process: bool = False
+) -> tuple[SLASScriptArguments, LoraArguments, SLASConfig]:
     """
     Settings from the command line, over those of the YAML file after `--config`, over the defaults.
 
     Args:
         argv (`Sequence[str]`): Command line without the program's name.
         prog (`str`, *optional*, defaults to `"slas-trl train"`): The program's name.
+        one_process (`bool`, *optional*, defaults to `False`): Whether to read a file for several as one of them does.
 
     Returns one instance of each of `DATACLASSES`. Raises `ValueError` for an unknown field, naming the nearest known
     one, and for values that do not fit; `FileNotFoundError` if there is no such YAML file.
@@ -221,6 +225,12 @@ def parse(argv: Sequence[str], prog: str = "slas-trl train") -> tuple[SLASScript
             if name in chosen:
                 settings = {key: value for key, value in settings.items() if key not in replaced}
         parser.set_defaults_with_config(**settings)
+    if one_process and {"generation_batch_size", "steps_per_generation"} <= values.keys():
+        # The first is of all processes together, of which there would be more.
+        os.environ.update(cast(dict, values.pop("env", {})))
+        del values["generation_batch_size"]
+        parser.set_defaults_with_config(**values)
+        argv = rest
     script, lora, config = parser.parse_args_and_config(argv)
     return cast(SLASScriptArguments, script), cast(LoraArguments, lora), cast(SLASConfig, config)
 
@@ -241,7 +251,8 @@ def _refuse_unknown(names: Iterable[str], what: str, prefix: str) -> None:
     known = [f.name for dataclass in DATACLASSES for f in fields(dataclass) if f.init]
     for name in names:
         if name in LAUNCH_OPTIONS:
-            raise ValueError(f"{name} goes on the command line, not into a file: slas-trl train --{name} ...")
+            where = "is for slas-trl train alone" if prefix else "goes on the command line, not into a file"
+            raise ValueError(f"{prefix}{name} {where}: slas-trl train --{name} ...")
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {prefix}{nearest[0]}?" if nearest else ""

@@ -29,7 +29,7 @@ from slas_trl.trainer.scoring import RewardFunc, RewardScorer, resolve_reward, r
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 if training could start, and 1 if not."""
-    script, lora, config = parse(sys.argv[1:] if argv is None else argv, prog="slas-trl doctor")
+    script, lora, config = parse(sys.argv[1:] if argv is None else argv, prog="slas-trl doctor", one_process=True)
     if config.world_size > 1:
         raise ValueError(f"slas-trl doctor runs in one process, but there are {config.world_size}. Start it alone.")
     sys.path.append(str(Path.cwd()))  # as for `slas-trl train`

@@ -182,7 +182,7 @@ class DoctorReport:
         frozen = sum(components.values()) - denoiser
         items: dict[str, tuple[int | None, int | None]] = {  # while sampling, while training
             "denoiser": (denoiser, denoiser),
-            "other components": (frozen, frozen),
+            "other components": (frozen, 0 if config.offload_frozen_components else frozen),
             "KL reference, EMA": (copies, copies),
             f"rollout of {config.images_per_rollout} images": (stored, stored),
             "gradients": (0, own),

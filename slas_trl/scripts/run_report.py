@@ -15,7 +15,7 @@ from slas_trl.reporting import compare_scores, plot_training, sample_grid, score
 from slas_trl.schedulers import FlowSDEScheduler
 from slas_trl.trainer import SLASTrainer
 from slas_trl.trainer.callbacks import METRICS_FILE
-from slas_trl.trainer.calls import is_picture_column, read_rows
+from slas_trl.trainer.calls import is_picture_column
 from slas_trl.trainer.lora import ADAPTER_NAME, folder_of, plain_class
 
 
@@ -137,7 +137,7 @@ class RunReport:
 
     def _rewards(self) -> dict[str, list[float]]:
         rows = [row for row in self.rows for _ in range(self.images_per_prompt)]
-        read = read_rows(self.data, rows)
+        read = self.trainer.calls.rows(self.data, rows)
         columns = {name: [row[name] for row in read] for name in self.data.column_names if name != "prompt"}
         scorer = self.trainer.scorer
         scores = scorer.score(

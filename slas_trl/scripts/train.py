@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import Dataset
+from transformers.trainer_utils import IntervalStrategy
 
 from slas_trl.scripts.arguments import SLASScriptArguments, parse
 from slas_trl.scripts.run_report import RunReport
@@ -68,7 +69,8 @@ def _eval_prompts(script: SLASScriptArguments, config: SLASConfig) -> Dataset | 
         return None
     name = script.dataset_name or config.prompt_dataset
     if Path(name).is_file():  # a file has no splits, and scores on the prompts trained on would say little
-        raise ValueError(f"eval_strategy={config.eval_strategy} needs prompts: name a file as --eval_dataset_name.")
+        strategy = IntervalStrategy(config.eval_strategy).value
+        raise ValueError(f"eval_strategy={strategy} needs prompts: name a file as --eval_dataset_name.")
     return load_prompts(name, script.dataset_test_split)
 
 

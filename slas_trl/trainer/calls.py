@@ -11,8 +11,12 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 from diffusers.utils import load_image
 from PIL import Image
+from transformers.utils import logging
 
 from .slas_config import RESERVED, SLASConfig
+
+
+logger = logging.get_logger(__name__)
 
 
 def is_picture_column(dataset: Dataset, column: str) -> bool:
@@ -28,27 +32,7 @@ def _is_text(feature: Any) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
 
 
-def read_rows(dataset: Dataset, indices: Sequence[int]) -> list[dict[str, Any]]:
-    """
-    The rows at `indices`, images as `PIL.Image.Image` in RGB. Equal indices give one row, read once.
-
-    Raises:
-        `ValueError`: when an image cannot be read; the message names row and column.
-    """
-    pictures = [column for column in dataset.column_names if is_picture_column(dataset, column)]
-    rows = {i: dataset[i] for i in dict.fromkeys(indices)}
-    for i, row in rows.items():
-        for column in pictures:
-            try:
-                row[column] = _as_picture(row[column])
-            except (ValueError, OSError) as error:
-                raise ValueError(f"The column {column!r} of row {i} holds no image: {error}") from error
-    return [rows[i] for i in indices]
-
-
 def _as_picture(value: Any) -> Any:
-    if value is None:
-        return None
     return [load_image(item) for item in value] if isinstance(value, list) else load_image(value)
 
 
@@ -70,7 +54,7 @@ class PipelineCalls:
     The calls of one pipeline.
 
     A column whose name is an argument of the pipeline's call reaches it if `args.pipeline_columns` lists it or, with
-    `None`, if it holds text or images. Where images are among them, each call is of one row, repeated by
+    `None`, if it holds text or images. Where not only texts are among them, each call is of one row, repeated by
     `num_images_per_prompt`: what a list of images means, one for each prompt or several for one, differs between
     pipelines.
 
@@ -123,21 +107,54 @@ class PipelineCalls:
         return self.args.pipeline_columns
 
     def one_row_each(self, dataset: Dataset) -> bool:
-        """Whether a call is of one row only."""
-        return any(is_picture_column(dataset, column) for column in self.columns(dataset))
+        """Whether a call is of one row only: where more than texts reach the pipeline."""
+        columns = self.columns(dataset)
+        return any(is_picture_column(dataset, c) or not _is_text(dataset.features[c]) for c in columns)
 
-    def check(self, dataset: Dataset) -> None:
+    def rows(self, dataset: Dataset, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """
+        The rows at `indices`, equal ones read once. Images that reach the pipeline, and those of a `datasets.Image`
+        column, are `PIL.Image.Image` in RGB.
+
+        Raises:
+            `ValueError`: when one that reaches the pipeline is missing or cannot be read; the message names its row.
+        """
+        reach = self.columns(dataset)
+        pictures = [c for c in dataset.column_names if is_picture_column(dataset, c)]
+        pictures = [c for c in pictures if c in reach or not _is_text(dataset.features[c])]
+        rows = {i: dataset[i] for i in dict.fromkeys(indices)}
+        for i, row in rows.items():
+            if missing := [column for column in reach if row[column] is None]:
+                raise ValueError(f"Row {i} has nothing in the column {missing[0]!r}, which the pipeline needs.")
+            for column in pictures:
+                try:
+                    row[column] = None if row[column] is None else _as_picture(row[column])
+                except (ValueError, OSError) as error:
+                    raise ValueError(f"The column {column!r} of row {i} holds no image: {error}") from error
+        return [rows[i] for i in indices]
+
+    def check(self, dataset: Dataset, like: Dataset | None = None) -> None:
         """
         Raises:
-            `ValueError`: when the columns do not fit, or chunks do not fit into groups where they have to.
+            `ValueError`: when the columns do not fit, are not those of `like`, or chunks do not fit into groups where
+                they have to.
         """
         size, group = self.args.per_device_train_batch_size, self.args.num_generations
+        if like is not None and (lacking := sorted({*self.columns(like)} - {*self.columns(dataset)})):
+            raise ValueError(
+                f"The prompts to evaluate on lack the columns {lacking}, which {self.name} is trained with."
+            )
         if not self.one_row_each(dataset):
+            if "image" in self.parameters and "image" not in self.arguments:
+                logger.warning(
+                    f"{self.name} takes an image, but no column of the data set is one: it draws from texts alone. If "
+                    "it should edit, name the column `image`."
+                )
             return
         if group % size:
             raise ValueError(
-                f"per_device_train_batch_size ({size}) must divide num_generations ({group}) where images reach the "
-                f"pipeline: each of its calls is of one prompt and its images ({self.columns(dataset)})."
+                f"per_device_train_batch_size ({size}) must divide num_generations ({group}) where images or numbers "
+                f"reach the pipeline: each of its calls is of one prompt with its {self.columns(dataset)}."
             )
         if size > 1 and "num_images_per_prompt" not in self.parameters:
             raise ValueError(
@@ -162,14 +179,14 @@ class PipelineCalls:
         copies = call.get("num_images_per_prompt", 1)
         if copies > 1 and not isinstance(error, torch.OutOfMemoryError):
             raise ValueError(
-                f"{self.name} did not make {copies} images of one prompt and its images in one call ({error}). If it "
-                "does without num_images_per_prompt, set per_device_train_batch_size=1 and steps_per_generation to "
-                "match."
+                f"{self.name} did not make {copies} images of one prompt and its images in one call: {error}. It "
+                "may be that it can only make one; then set per_device_train_batch_size=1, and steps_per_generation "
+                "to match."
             ) from error
 
     def call(self, dataset: Dataset, indices: Sequence[int], generators: list[torch.Generator]) -> dict[str, Any]:
         """The arguments of one call for the rows at `indices`, an image each."""
-        rows = read_rows(dataset, indices)
+        rows = self.rows(dataset, indices)
         given: Mapping[str, Any]
         if self.one_row_each(dataset):
             given = {name: rows[0][name] for name in ("prompt", *self.columns(dataset))}

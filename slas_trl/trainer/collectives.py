@@ -2,13 +2,14 @@
 What several processes do together. A collective call that one of them leaves out hangs the others, so this is where
 they are made, beside those of the denoiser's own DDP or FSDP form, and what is called here is called by all:
 
-- once a rollout: errors and scores of the rewards (`gathered`), and the verdict of the pre-flight check
-- once an update: whether one was interrupted, and, since the gradient's norm is the same for all, which images made an
-  update unusable; the gradients of a second denoiser (`average`)
+- once a rollout: errors in reading its rows; errors and scores of the rewards (`raise_together`, `gathered`); and the
+  verdict of the pre-flight check
+- once an update: whether one was interrupted; the gradients (`average_gradients`, in place of DDP's own); and, their
+  norm being the same for all then, which images made an update unusable
 - once a log: the means of the metrics
 - once a checkpoint: sharded weights (`full_tensor`), and the Trainer's barriers
 
-The numbers of micro-steps, and of pipeline calls in evaluation, are made equal before they start. A reward that raises
+The numbers of micro-steps, and of pipeline calls in evaluation, are equal before they start. A reward that raises
 does so after `gathered` has told all processes, which then raise together.
 """
 
@@ -79,11 +80,16 @@ def shard_on_cpus(accelerator: Accelerator) -> bool:
 
 
 @torch.no_grad()
-def average(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Average the gradients of parameters that no backward pass of this step has, so that DDP does not."""
-    for parameter in parameters:
-        if parameter.grad is not None:
-            dist.all_reduce(parameter.grad, op=dist.ReduceOp.SUM)
+def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Replace each gradient by its mean over the processes; one that some do not have counts as 0 there."""
+    trained = [p for p in parameters if p.requires_grad]
+    has_gradient = torch.tensor([p.grad is not None for p in trained], dtype=torch.uint8, device=trained[0].device)
+    dist.all_reduce(has_gradient, op=dist.ReduceOp.MAX)
+    for parameter, anywhere in zip(trained, has_gradient.tolist(), strict=True):
+        if anywhere:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
             parameter.grad.div_(world_size())
 
 

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 
 from . import sampling
-from .calls import PipelineCalls, as_pictures, read_rows
+from .calls import PipelineCalls, as_pictures
 from .collectives import gathered, raise_together, reshard
 from .metrics import reward_metrics
 from .prompts import check_prompts
@@ -26,7 +26,7 @@ class EvaluatingTrainer(ResumableTrainer):
         self, dataset: Dataset, indices: list[int], images: list[Any], usable: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Rewards `(N, K)` of all processes, in the order of their ranks; NaN where an image is not `usable`."""
-        rows = read_rows(dataset, indices)
+        rows = self.calls.rows(dataset, indices)
         columns = {key: [row[key] for row in rows] for key in dataset.column_names if key != "prompt"}
         rewards, error = None, None
         try:
@@ -63,7 +63,7 @@ class EvaluatingTrainer(ResumableTrainer):
                 metrics |= self.evaluate(cast(Dataset, data), ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
         check_prompts(dataset, "eval_dataset")  # type: ignore[arg-type]
-        self.calls.check(dataset)  # type: ignore[arg-type]
+        self.calls.check(dataset, like=self.train_dataset)  # type: ignore[arg-type]
         start = time.perf_counter()
         rewards = self._sample_and_score(dataset)  # type: ignore[arg-type]
         weights = torch.tensor(self.args.reward_weights or [1.0] * rewards.shape[1], dtype=torch.float64)
@@ -82,6 +82,8 @@ class EvaluatingTrainer(ResumableTrainer):
         copies = args.num_generations_eval or args.num_generations
         jobs = [(i, j) for i in range(len(dataset)) for j in range(copies)]
         size = min(args.per_device_eval_batch_size, -(-len(jobs) // world))
+        if self.calls.one_row_each(dataset):  # some pipelines make one image in such a call, as training was told
+            size = min(size, args.per_device_train_batch_size)
         chunks = self.calls.chunks(dataset, [i for i, _ in jobs], size)
         # Every process makes equally many calls, so that those of a sharded model meet; surplus ones are dropped.
         share = -(-len(chunks) // world)

@@ -60,7 +60,8 @@ def _beside(file: Path, image: Any) -> Any:
     """The path of an image, or a list of them, as seen from the folder of the file that names it."""
     if isinstance(image, list):
         return [_beside(file, item) for item in image]
-    return image if not isinstance(image, str) or "://" in image else str(file.parent / image)
+    found = isinstance(image, str) and (file.parent / image).is_file()
+    return str(file.parent / image) if found else image
 
 
 def _read(path: Path) -> Dataset:

@@ -365,6 +365,8 @@ class SLASConfig(TrainingArguments):
             raise ValueError("All reward_weights are 0, so there is nothing to train on; give one reward a weight.")
         if self.ignore_data_skip:
             raise ValueError("ignore_data_skip would resume with other prompts than the rollout's; leave it out.")
+        if self.save_only_model:
+            raise ValueError("save_only_model leaves checkpoints that no run can go on from; leave it out.")
         if self.auto_find_batch_size:
             raise ValueError(
                 "auto_find_batch_size would break up the groups; lower per_device_train_batch_size instead."

@@ -40,9 +40,9 @@ from .callbacks import (
     show_images,
 )
 from .calls import PipelineCalls, as_pictures
-from .collectives import average, gathered, raise_together, reshard
+from .collectives import average_gradients, gathered, raise_together, reshard
 from .evaluating import EvaluatingTrainer
-from .experts import Experts, as_model, calls_of
+from .experts import as_model, calls_of
 from .metrics import rollout_metrics, warn_of_advantages, warn_of_resolution
 from .precision import autocast_forward, autocast_sharded
 from .prompts import check_prompts, load_prompts
@@ -217,7 +217,6 @@ class SLASTrainer(EvaluatingTrainer):
         if self._last_log is None:
             self._last_images = time.perf_counter()
             self._last_log = self._last_images, self.state.global_step
-        # In its DDP form, with several processes.
         self.replayer.models.update(calls_of(self.model_wrapped, self.denoiser_names))
         rollout_index, position = divmod(self._micro_step, self.args.micro_steps_per_rollout)
         if position == 0:
@@ -255,8 +254,14 @@ class SLASTrainer(EvaluatingTrainer):
         rng = np.random.default_rng([args.seed, sampling.TIMESTEPS, rollout_index])
         self.replayer.scheduler.window = sampling.window_of(args, rollout_index, rng)
         self._place_frozen_components(device)
+        calls, error = [], None
+        try:
+            calls = self._calls(indices, rollout_index)
+        except ValueError as raised:  # an image that cannot be read, on this process alone
+            error = raised
+        raise_together(error, lambda: self._save_unfinished("The data set failed"))
         chunks, images = [], []
-        for i, call in enumerate(self._calls(indices, rollout_index)):
+        for i, call in enumerate(calls):
             if self.accelerator.num_processes == 1:
                 self._stop_if_interrupted()
             try:
@@ -305,6 +310,13 @@ class SLASTrainer(EvaluatingTrainer):
 
     def _choose_steps(self, rollout: Rollout, rng: np.random.Generator) -> list[int]:
         """The trained timesteps, in random order: the same for all chunks, so that their cut does not matter."""
+        skipped, window = rollout.steps[0].index, rollout.window
+        if skipped and window is not None and window.start != self.args.sde_window_start:
+            raise ValueError(
+                f"The pipeline begins at step {skipped} of {self.args.num_inference_steps} (`strength`), which a "
+                f"random or sliding window may miss; set sde_window_start to {skipped} or more, without "
+                "sde_window_slide_every."
+            )
         final = len(rollout.steps) - 1
         trainable = [step for step in rollout.trainable_steps if step != final or self.args.train_final_step]
         wanted = self.args.num_trained_timesteps
@@ -369,13 +381,10 @@ class SLASTrainer(EvaluatingTrainer):
         return loss.mean()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        experts = self.accelerator.unwrap_model(model)
-        if not isinstance(experts, Experts):
-            return super().training_step(model, inputs, num_items_in_batch)
-        experts.called.clear()
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
-            average(experts.idle_parameters())
+        alone = self.accelerator.num_processes == 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.accelerator.sync_gradients and not alone:
+            average_gradients(model.parameters())
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -399,9 +408,9 @@ class SLASTrainer(EvaluatingTrainer):
         if self._skipped > self.args.max_skipped_updates or self.is_deepspeed_enabled:
             self._save_unfinished("The run has diverged")
             raise ValueError(
-                f"Update {number} had {what}, after {self._skipped - 1} others that were skipped (max_skipped_updates "
-                f"{self.args.max_skipped_updates}). Resume from an earlier checkpoint with a lower learning_rate or "
-                "max_grad_norm."
+                f"Update {number} had {what}, after {self._skipped - 1} others in a row that were skipped "
+                f"(max_skipped_updates {self.args.max_skipped_updates}; DeepSpeed skips none). Resume from an earlier "
+                "checkpoint with a lower learning_rate or max_grad_norm."
             )
         logger.warning(f"Update {number} is skipped: it had {what}.")
 

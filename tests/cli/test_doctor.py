@@ -99,6 +99,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "run.yaml").write_text(yaml.safe_dump(SETTINGS))
     (folder / "no_reward.yaml").write_text(yaml.safe_dump({**SETTINGS, "reward_funcs": None}))
     (folder / "embedded.yaml").write_text(yaml.safe_dump(EMBEDDED))
+    (folder / "several.yaml").write_text(yaml.safe_dump({**EMBEDDED, "generation_batch_size": 64}))
     shutil.copytree(folder / "sd", folder / "random")
     (folder / "random_unet.py").write_text(RANDOM_UNET)
     index = folder / "random" / "model_index.json"
@@ -324,6 +325,14 @@ class TestRefusals:
             assert part in refused
         assert report.cells("darkness")[0] != "-" and report.cells("fails")[-2] == "raised"
         assert report.out.count("not trained: deterministic") == 4
+
+    def test_a_file_for_several_processes_is_read_as_one_of_them_does(self, doctor):
+        report = doctor("--config", "several.yaml")
+        assert report.status == 0 and not report.refused
+
+    def test_how_many_processes_is_not_its_business(self, doctor):
+        report = doctor("--num_processes", "2")
+        assert report.status == 2 and "--num_processes is for slas-trl train alone" in report.err
 
     def test_a_ratio_that_is_not_1(self, doctor, home, monkeypatch):
         """The denoiser drops something, and no module tells of it."""

@@ -158,3 +158,10 @@ def test_what_the_flow_scheduler_refuses_is_refused():
         converted(FlowMatchEulerDiscreteScheduler(stochastic_sampling=True))
     with pytest.raises(ValueError, match="noise_schedule must be one of"):
         stochastic_scheduler(sd3_pipeline(), noise_schedule="ddpo")
+
+
+def test_pipelines_that_ask_for_the_kind_of_variance_get_an_answer():
+    """DeepFloyd IF's, whose denoiser predicts one beside the noise, and which cut it off themselves."""
+    pipe = sd_pipeline()
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, variance_type="learned_range")
+    assert stochastic_scheduler(pipe).config.variance_type == "fixed_small"

@@ -9,7 +9,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from slas_trl.trainer.calls import PipelineCalls, as_pictures, read_rows
+from slas_trl.trainer.calls import PipelineCalls, as_pictures
 from slas_trl.trainer.prompts import load_prompts
 from tests.policy.zoo.all import FAMILIES
 from tests.tiny_pipelines import PIPELINES, flux_pipeline, sd3_pipeline, sd_pipeline
@@ -32,6 +32,10 @@ def edits(**columns) -> Dataset:
 # Reading
 
 
+def read(data: Dataset, indices: list[int], tmp_path, family: str = "kontext") -> list[dict]:
+    return PipelineCalls(FAMILIES[family].build(), tiny_config(tmp_path, "flux")).rows(data, indices)
+
+
 def test_images_as_such_and_paths_are_the_same(tmp_path):
     for colour, picture in zip(COLOURS, pictures(), strict=True):
         picture.save(tmp_path / f"{colour}.png")
@@ -39,7 +43,7 @@ def test_images_as_such_and_paths_are_the_same(tmp_path):
     as_paths = Dataset.from_dict({"prompt": COLOURS, "image": files})
     as_feature = as_paths.cast(Features({"prompt": Value("string"), "image": ImageFeature()}))
     for data in (edits(), as_paths, as_feature):
-        rows = read_rows(data, [2, 0, 2])
+        rows = read(data, [2, 0, 2], tmp_path)
         assert [np.asarray(row["image"])[0, 0].tolist() for row in rows] == [[0, 0, 255], [255, 0, 0], [0, 0, 255]]
         assert rows[0] is rows[2]  # read once
 
@@ -51,24 +55,35 @@ def test_paths_in_a_file_are_relative_to_it(tmp_path, monkeypatch):
     lines = [{"prompt": f"a {c} one", "image": f"pictures/{c}.png"} for c in COLOURS]
     (tmp_path / "edits.jsonl").write_text("\n".join(map(json.dumps, lines)))
     monkeypatch.chdir("/")
-    rows = read_rows(load_prompts(str(tmp_path / "edits.jsonl")), [0, 3])
+    rows = read(load_prompts(str(tmp_path / "edits.jsonl")), [0, 3], tmp_path)
     assert [row["image"].getpixel((0, 0)) for row in rows] == [(255, 0, 0), (255, 255, 255)]
 
 
-def test_transparent_images_become_rgb():
+def test_transparent_images_become_rgb(tmp_path):
     data = Dataset.from_dict({"prompt": ["a cat"], "image": [Image.new("RGBA", (4, 4), (255, 0, 0, 128))]})
-    assert read_rows(data, [0])[0]["image"].mode == "RGB"
+    assert read(data, [0], tmp_path)[0]["image"].mode == "RGB"
 
 
-def test_an_image_that_is_not_there():
+def test_an_image_that_is_not_there(tmp_path):
     data = Dataset.from_dict({"prompt": ["a cat", "a dog"], "image": ["nowhere.png", "nowhere.png"]})
     with pytest.raises(ValueError, match="The column 'image' of row 1 holds no image: .*nowhere.png"):
-        read_rows(data, [1])
+        read(data, [1], tmp_path)
 
 
-def test_several_images_in_a_row():
+def test_a_row_without_its_image(tmp_path):
+    data = Dataset.from_dict({"prompt": ["a cat", "a dog"], "image": [pictures()[0], None]})
+    with pytest.raises(ValueError, match="Row 1 has nothing in the column 'image', which the pipeline needs"):
+        read(data, [0, 1], tmp_path)
+
+
+def test_names_of_images_that_do_not_reach_the_pipeline_stay_texts(tmp_path):
+    data = Dataset.from_dict({"prompt": ["a cat"], "image": ["COCO_1.jpg"], "source_image": ["none"]})
+    assert read(data, [0], tmp_path, "flux") == [{"prompt": "a cat", "image": "COCO_1.jpg", "source_image": "none"}]
+
+
+def test_several_images_in_a_row(tmp_path):
     data = Dataset.from_dict({"prompt": ["both"], "image": [pictures()[:2]]})
-    assert [image.getpixel((0, 0)) for image in read_rows(data, [0])[0]["image"]] == [(255, 0, 0), (0, 128, 0)]
+    assert [image.getpixel((0, 0)) for image in read(data, [0], tmp_path)[0]["image"]] == [(255, 0, 0), (0, 128, 0)]
 
 
 # Which columns reach the pipeline
@@ -128,6 +143,49 @@ def test_images_go_one_row_at_a_time(tmp_path):
     assert call["image"].getpixel((0, 0)) == (0, 128, 0)
     # Another row is another call, also where there were room.
     assert [list(chunk) for chunk in calls.chunks(edits(), [0, 0, 1, 1, 1], 4)] == [[0, 1], [2, 3, 4]]
+
+
+def test_numbers_go_one_row_at_a_time_too(tmp_path):
+    data = Dataset.from_dict({"prompt": COLOURS, "guidance_scale": [1.0, 2.0, 3.0, 4.0]})
+    settings = {"pipeline_columns": ["guidance_scale"], "guidance_scale": None}
+    trainer = zoo_trainer(FAMILIES["sd3"], tmp_path, redness, data, **settings)
+    trainer.train()
+    assert trainer.state.global_step == 1
+    assert trainer.calls.call(data, [2, 2], [torch.Generator()] * 2)["guidance_scale"] == 3.0
+
+
+def test_prompts_to_evaluate_on_have_the_columns_of_those_to_train_on(tmp_path):
+    trainer = zoo_trainer(FAMILIES["kontext"], tmp_path, redness, edits())
+    with pytest.raises(ValueError, match=r"evaluate on lack the columns \['image'\], which FluxKontextPipeline"):
+        trainer.evaluate(PROMPTS)
+
+
+def test_a_pipeline_that_could_edit_says_that_it_does_not(tmp_path, caplog):
+    zoo_trainer(FAMILIES["kontext"], tmp_path, redness)
+    assert "FluxKontextPipeline takes an image, but no column of the data set is one" in caplog.text
+
+
+def test_an_image_that_cannot_be_read_costs_nothing(tmp_path, caplog):
+    for i, picture in enumerate(pictures()):
+        picture.save(tmp_path / f"{i}.png")
+    data = Dataset.from_dict({"prompt": COLOURS, "image": [str(tmp_path / f"{i}.png") for i in range(4)]})
+    trainer = zoo_trainer(FAMILIES["pix2pix"], tmp_path / "run", redness, data, max_steps=3, num_train_epochs=9)
+    (tmp_path / "3.png").unlink()
+    with pytest.raises(ValueError, match="The column 'image' of row 3 holds no image"):
+        trainer.train()
+    assert "The data set failed" in caplog.text
+
+
+def test_a_random_window_and_a_start_in_the_middle(tmp_path):
+    settings = {"num_inference_steps": 6, "sde_window_size": 2, "timestep_fraction": 0.5}
+    one_each = {"per_device_train_batch_size": 1, "steps_per_generation": 4}
+    with pytest.raises(ValueError, match="The pipeline begins at step 1 of 6 .*set sde_window_start to 1 or more"):
+        zoo_trainer(FAMILIES["sd3-img2img"], tmp_path, redness, edits(), **settings, **one_each).train()
+    trainer = zoo_trainer(
+        FAMILIES["sd3-img2img"], tmp_path, redness, edits(), **settings, **one_each, sde_window_start=2
+    )
+    trainer.train()
+    assert trainer.evaluate(edits())["eval_samples"] == 8  # one image a call here too
 
 
 def test_a_chunk_with_images_is_of_one_group(tmp_path):

@@ -11,7 +11,7 @@ from diffusers import SD3Transformer2DModel
 
 from tests.tiny_pipelines import PIPELINES
 from tests.trainer.tiny_trainers import logged, same
-from tests.trainer.two_processes import one_update_for_each_rollout, two_experts
+from tests.trainer.two_processes import one_of_the_zoo, one_update_for_each_rollout
 
 
 pytestmark = pytest.mark.distributed
@@ -120,9 +120,10 @@ def test_each_keeps_its_part_of_the_rollout_and_one_the_weights(two, folder):
     assert [line["step"] for line in logged(folder / "adapter")] == [1]
 
 
-def test_both_experts_get_the_gradients_of_both_processes(two, tmp_path):
-    assert same(two[0]["experts"], two[1]["experts"])
-    assert_close(two[0]["experts"], two_experts(tmp_path, 1))
+@pytest.mark.parametrize("name", ["wan2.2", "sd3.5-slg"])
+def test_denoisers_that_are_called_in_parts_get_the_gradients_of_both_processes(two, name, tmp_path):
+    assert same(two[0][name], two[1][name])
+    assert_close(two[0][name], one_of_the_zoo(name, tmp_path, 1))
 
 
 def test_both_skip_an_update_that_one_cannot_make(two):

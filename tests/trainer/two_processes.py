@@ -66,10 +66,13 @@ def adapter_saved(folder: Path) -> None:
     trainer.save_model()
 
 
-def two_experts(folder: Path, processes: int) -> dict[str, torch.Tensor]:
-    """Of whose steps the last of an update calls only one, which is all that DDP would average the gradients of."""
+def one_of_the_zoo(name: str, folder: Path, processes: int) -> dict[str, torch.Tensor]:
+    """
+    Of two experts, the last step of an update calls only one; skip-layer guidance calls the denoiser twice for a step,
+    the second time without some layers. DDP alone can do neither.
+    """
     settings = {"num_inference_steps": 4, "num_generations": 4, "per_device_train_batch_size": 2, "max_steps": 2}
-    trainer = zoo_trainer(FAMILIES["wan2.2"], folder, steps_per_generation=4 // processes, optim="sgd", **settings)
+    trainer = zoo_trainer(FAMILIES[name], folder, steps_per_generation=4 // processes, optim="sgd", **settings)
     trainer.train()
     return trained_weights(trainer)
 
@@ -102,7 +105,8 @@ def ddp(folder: Path, state: PartialState) -> dict[str, Any]:
         # Every group lies half on the one and half on the other.
         "spanning": one_update_for_each_rollout(folder / "spanning", 2, num_generations=8, max_steps=2),
         "resumed": resumed_within_a_rollout(folder / "resumed", full=True),
-        "experts": two_experts(folder / "experts", 2),
+        "wan2.2": one_of_the_zoo("wan2.2", folder / "experts", 2),
+        "sd3.5-slg": one_of_the_zoo("sd3.5-slg", folder / "skipping", 2),
         "skipped": nan_on_one_process(folder / "skipped", state.process_index),
     }
     uneven = tiny_trainer(folder / "uneven", train_dataset=PROMPTS.select(range(5)), num_train_epochs=2, max_steps=-1)
