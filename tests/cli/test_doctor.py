@@ -327,7 +327,7 @@ class TestRefusals:
         assert report.out.count("not trained: deterministic") == 4
 
     def test_a_file_for_several_processes_is_read_as_one_of_them_does(self, doctor):
-        report = doctor("--config", "several.yaml")
+        report = doctor(config="several.yaml")
         assert report.status == 0 and not report.refused
 
     def test_how_many_processes_is_not_its_business(self, doctor):
