@@ -310,12 +310,11 @@ class SLASTrainer(EvaluatingTrainer):
 
     def _choose_steps(self, rollout: Rollout, rng: np.random.Generator) -> list[int]:
         """The trained timesteps, in random order: the same for all chunks, so that their cut does not matter."""
-        skipped, window = rollout.steps[0].index, rollout.window
-        if skipped and window is not None and window.start != self.args.sde_window_start:
+        skipped = rollout.steps[0].index
+        if rollout.window is not None and (self.args.sde_window_start or 0) < skipped:  # before which none begins
             raise ValueError(
-                f"The pipeline begins at step {skipped} of {self.args.num_inference_steps} (`strength`), which a "
-                f"random or sliding window may miss; set sde_window_start to {skipped} or more, without "
-                "sde_window_slide_every."
+                f"The pipeline begins at step {skipped} of {self.args.num_inference_steps} (`strength`), so a window "
+                f"of stochastic steps may lie before it; set sde_window_start to {skipped} or more."
             )
         final = len(rollout.steps) - 1
         trainable = [step for step in rollout.trainable_steps if step != final or self.args.train_final_step]

@@ -181,10 +181,10 @@ def test_a_random_window_and_a_start_in_the_middle(tmp_path):
     one_each = {"per_device_train_batch_size": 1, "steps_per_generation": 4}
     with pytest.raises(ValueError, match="The pipeline begins at step 1 of 6 .*set sde_window_start to 1 or more"):
         zoo_trainer(FAMILIES["sd3-img2img"], tmp_path, redness, edits(), **settings, **one_each).train()
-    trainer = zoo_trainer(
-        FAMILIES["sd3-img2img"], tmp_path, redness, edits(), **settings, **one_each, sde_window_start=2
-    )
+    settings |= {**one_each, "sde_window_start": 2, "sde_window_slide_every": 1, "max_steps": 3}
+    trainer = zoo_trainer(FAMILIES["sd3-img2img"], tmp_path, redness, edits(), **settings)
     trainer.train()
+    assert trainer.state.global_step == 3
     assert trainer.evaluate(edits())["eval_samples"] == 8  # one image a call here too
 
 
