@@ -19,7 +19,7 @@ from slas_trl.schedulers import stochastic_scheduler
 from slas_trl.scripts.arguments import LoraArguments, SLASScriptArguments, parse
 from slas_trl.scripts.doctor_report import DoctorReport, print_findings, print_pipeline, print_row, print_weights
 from slas_trl.scripts.examination import ExaminedTrainer, Findings
-from slas_trl.scripts.train import _eval_prompts, _train_prompts
+from slas_trl.scripts.train import eval_prompts, train_prompts
 from slas_trl.shapes import load_shapes_pipeline
 from slas_trl.trainer import SLASConfig
 from slas_trl.trainer.checkpoints import last_whole_checkpoint
@@ -149,12 +149,12 @@ class Doctor:
         """To train and to evaluate on."""
         data = eval_data = None
         try:
-            data = _train_prompts(self.script)
+            data = train_prompts(self.script)
             data = load_prompts(self.config.prompt_dataset) if data is None else data
         except Exception as error:
             self.findings.refuse(error)
         try:
-            eval_data = _eval_prompts(self.script, self.config)
+            eval_data = eval_prompts(self.script, self.config)
         except Exception as error:
             self.findings.refuse(error)
             self.config.eval_strategy = "no"

@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         model=load_shapes_pipeline() if base_model is None else base_model,
         reward_funcs=script.reward_funcs,
         args=config,
-        train_dataset=_train_prompts(script),
-        eval_dataset=_eval_prompts(script, config),
+        train_dataset=train_prompts(script),
+        eval_dataset=eval_prompts(script, config),
         peft_config=lora.peft_config(),
     )
     chief = trainer.is_world_process_zero()
@@ -57,20 +57,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"Done. Look at {config.output_dir}: README.md says what is there and how to use it.")
 
 
-def _train_prompts(script: SLASScriptArguments) -> Dataset | None:
+def train_prompts(script: SLASScriptArguments) -> Dataset | None:
     """`None` leaves it to the trainer, which then takes `prompt_dataset`."""
     return None if script.dataset_name is None else load_prompts(script.dataset_name, script.dataset_train_split)
 
 
-def _eval_prompts(script: SLASScriptArguments, config: SLASConfig) -> Dataset | None:
+def eval_prompts(script: SLASScriptArguments, config: SLASConfig) -> Dataset | None:
+    if script.eval_dataset_name is None and config.eval_strategy == "no":
+        return None
+    return held_out_prompts(script, config, f"eval_strategy={IntervalStrategy(config.eval_strategy).value}")
+
+
+def held_out_prompts(script: SLASScriptArguments, config: SLASConfig, needed_by: str) -> Dataset:
+    """Raises `ValueError` where there are none."""
     if script.eval_dataset_name is not None:
         return load_prompts(script.eval_dataset_name, script.dataset_test_split)
-    if config.eval_strategy == "no":
-        return None
     name = script.dataset_name or config.prompt_dataset
     if Path(name).is_file():  # a file has no splits, and scores on the prompts trained on would say little
-        strategy = IntervalStrategy(config.eval_strategy).value
-        raise ValueError(f"eval_strategy={strategy} needs prompts: name a file as --eval_dataset_name.")
+        raise ValueError(f"{needed_by} needs prompts: name a file as --eval_dataset_name.")
     return load_prompts(name, script.dataset_test_split)
 
 

@@ -1,0 +1,184 @@
+"""One arm of `slas-trl compare` in a process of its own: trains with one seed, and evaluates along the way."""
+
+import copy
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from slas_trl.evaluation.shapes import SCORES
+from slas_trl.objective import gaussian_kl
+from slas_trl.scripts.arguments import parse
+from slas_trl.scripts.compare import BASE, RESULT, SAMPLES, SPEC
+from slas_trl.scripts.train import held_out_prompts, train_prompts
+from slas_trl.shapes import load_shapes_pipeline
+from slas_trl.shapes.verifier import verify
+from slas_trl.trainer import SLASTrainer, checkpoints, sampling
+
+
+EVALUATIONS = "evaluations.json"
+SHOWN = 12  # pictures that are kept
+KL_ROWS = 48  # trajectories that the KL divergence is measured on
+# Streams of random numbers beside the trainer's: those of evaluation are the same for all arms and seeds.
+NOISE, KL_NOISE, KL_STEPS = 100, 101, 102
+
+
+class Evaluator(TrainerCallback):
+    """
+    Scores the policy on held-out prompts before training, every `every` updates, and at the end, always with the same
+    noise; and takes the fingerprint of the first rollout.
+
+    Args:
+        trainer ([`SLASTrainer`]): before training.
+        data (`Dataset`): held-out prompts.
+        folder (`Path`): of the arm.
+        every (`int`): updates.
+        images_per_prompt (`int`): images of each prompt.
+        embedded (`bool`): whether the verifier of the shapes world can judge.
+    """
+
+    def __init__(
+        self, trainer: SLASTrainer, data: Dataset, folder: Path, every: int, images_per_prompt: int, embedded: bool
+    ):
+        self.trainer, self.data, self.folder, self.every = trainer, data, folder, every
+        self.images_per_prompt, self.embedded = images_per_prompt, embedded
+        self.seconds = 0.0
+        self.first_rollout: str | None = None
+        self.evaluations: dict[str, dict[str, Any]] = {}
+        if (folder / EVALUATIONS).exists():  # of a run that was interrupted
+            saved = json.loads((folder / EVALUATIONS).read_text(encoding="utf-8"))
+            self.evaluations, self.first_rollout = saved["evaluations"], saved["first_rollout"]
+            self.seconds = saved["seconds"]
+        self._base: dict[str, torch.nn.Module] | None = None
+        if not trainer.has_adapter:
+            self._base = {
+                name: copy.deepcopy(trainer.pipe.components[name]).requires_grad_(False)
+                for name in trainer.denoiser_names
+            }
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            self.first_rollout = fingerprint(self.trainer)
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self.evaluate(state.global_step)
+
+    def evaluate(self, step: int) -> None:
+        start = time.perf_counter()
+        self.evaluations[str(step)] = {"scores": self._scores(), "kl": self._kl() if step else 0.0}
+        self.seconds += time.perf_counter() - start
+        write_json(
+            self.folder / EVALUATIONS,
+            {"evaluations": self.evaluations, "first_rollout": self.first_rollout, "seconds": self.seconds},
+        )
+
+    def _scores(self) -> dict[str, list[float]]:
+        """By measure, the mean of each prompt."""
+        trainer, copies = self.trainer, self.images_per_prompt
+        rows = [row for row in range(len(self.data)) for _ in range(copies)]
+        seeds = sampling.generators([(NOISE, row, i % copies) for i, row in enumerate(rows)])
+        images = trainer.draw(self.data, rows, seeds, trainer.args.per_device_train_batch_size)
+        read = trainer.calls.rows(self.data, rows)
+        columns = {name: [row[name] for row in read] for name in self.data.column_names if name != "prompt"}
+        prompts = [row["prompt"] for row in read]
+        scores = dict(zip(trainer.scorer.names, trainer.scorer.score(prompts, images, columns).T, strict=True))
+        if self.embedded:
+            verdicts = verify(prompts, images)
+            scores |= {name: torch.tensor([float(getattr(v, name)) for v in verdicts]) for name in SCORES}
+        self._keep(images[::copies])
+        return {name: values.double().view(-1, copies).nanmean(1).tolist() for name, values in scores.items()}
+
+    @property
+    def shown(self) -> list[int]:
+        """Prompts whose first picture is kept, spread over all."""
+        count = min(SHOWN, len(self.data))
+        return [i * len(self.data) // count for i in range(count)]
+
+    def _keep(self, images: list[Any]) -> None:
+        (self.folder / SAMPLES).mkdir(exist_ok=True)
+        for i, row in enumerate(self.shown):
+            images[row].save(self.folder / SAMPLES / f"{i}.png")
+
+    @torch.no_grad()
+    def _kl(self) -> float:
+        """KL of the policy to the base, in nats per latent element: mean over trajectories and their steps."""
+        trainer, size = self.trainer, self.trainer.args.per_device_train_batch_size
+        count = min(KL_ROWS, len(self.data))
+        rows = [i * len(self.data) // count for i in range(count)]
+        noise = sampling.generators([(KL_STEPS, i) for i in range(count)])
+        scheduler, values = trainer.replayer.scheduler, []
+        scheduler.window = sampling.window_of(trainer.args, 0, np.random.default_rng(KL_STEPS))
+        with trainer._averaged_weights():
+            for part in trainer.calls.chunks(self.data, rows, size):
+                chosen = [rows[i] for i in part]
+                seeds = sampling.generators([(KL_NOISE, row) for row in chosen])
+                call = trainer.calls.call(self.data, chosen, seeds)
+                rollout = trainer.replayer.sample(noise_generator=[noise[i] for i in part], **call)
+                for step in rollout.trainable_steps:
+                    if step == len(rollout.steps) - 1 and not trainer.args.train_final_step:
+                        continue
+                    policy = trainer.replayer.replay(rollout, step)
+                    base = trainer.replayer.reference(rollout, step, self._base, "slas")
+                    values.append(gaussian_kl(policy.mean, base.mean, policy.std))
+        scheduler.window = None
+        return torch.cat(values).mean().item()
+
+
+def fingerprint(trainer: SLASTrainer) -> str:
+    """Of the rollout that the trainer holds: equal where every latent of every step is, to the last bit."""
+    assert trainer._buffer is not None  # after an update
+    digest = hashlib.sha256()
+    for chunk in trainer._buffer.chunks:
+        for tensor in (chunk.log_probs, *(step.prev_sample for step in chunk.steps)):
+            digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def run_arm(folder: Path) -> None:
+    """Do what the folder's `arm.json` says, and write `result.json` into it."""
+    spec: Mapping[str, Any] = json.loads((folder / SPEC).read_text(encoding="utf-8"))
+    script, lora, config = parse([*spec["options"], "--output_dir", str(folder)], prog="slas-trl compare")
+    sys.path.append(str(Path.cwd()))
+    embedded = script.model_name_or_path is None
+    trainer = SLASTrainer(
+        model=load_shapes_pipeline() if embedded else cast(str, script.model_name_or_path),
+        reward_funcs=cast(list, script.reward_funcs),
+        args=config,
+        train_dataset=train_prompts(script),
+        peft_config=lora.peft_config(),
+    )
+    prompts = held_out_prompts(script, config, "slas-trl compare")
+    data = prompts.select([i * len(prompts) // spec["eval_prompts"] for i in range(spec["eval_prompts"])])
+    evaluator = Evaluator(trainer, data, folder, spec["eval_every"], spec["eval_images_per_prompt"], embedded)
+    result: dict[str, Any] = dict(spec)
+    start = time.perf_counter()
+    if spec["arm"] == BASE:
+        evaluator.evaluate(0)
+    else:
+        trainer.add_callback(evaluator)
+        trainer.train(resume_from_checkpoint=checkpoints.last_whole_checkpoint(folder) is not None)
+        trainer.save_model()
+    result["seconds"] = time.perf_counter() - start - evaluator.seconds
+    result["evaluation_seconds"] = evaluator.seconds
+    result["first_rollout"] = evaluator.first_rollout
+    result["reward_weights"] = dict(
+        zip(trainer.scorer.names, config.reward_weights or [1.0] * len(trainer.scorer.names), strict=True)
+    )
+    result["prompts"] = list(data["prompt"])
+    result["shown_prompts"] = [data[row]["prompt"] for row in evaluator.shown]
+    result["evaluations"] = evaluator.evaluations
+    write_json(folder / RESULT, result)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """In one step: whoever is killed here leaves the whole old file or the whole new one."""
+    writing = path.with_name(f"_{path.name}")
+    writing.write_text(json.dumps(data), encoding="utf-8")
+    writing.replace(path)
