@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import yaml
 from peft import LoraConfig
@@ -207,7 +207,7 @@ def parse(
         place = argv.index("--config")
         if place + 1 == len(argv):
             raise ValueError("--config needs the name of a YAML file after it.")
-        values = _read_yaml(argv[place + 1])
+        values = read_yaml(argv[place + 1])
         rest = [*argv[:place], *argv[place + 2 :]]
         _refuse_unknown(values.keys() - {"env"}, f"field in {argv[place + 1]}", prefix="")
     given, unknown = parser.parse_known_args(rest)
@@ -235,7 +235,7 @@ def parse(
     return cast(SLASScriptArguments, script), cast(LoraArguments, lora), cast(SLASConfig, config)
 
 
-def _read_yaml(path: str) -> dict[str, object]:
+def read_yaml(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}, which --config names.")
     try:

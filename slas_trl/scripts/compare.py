@@ -8,6 +8,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
-from slas_trl.scripts.arguments import parse
+from slas_trl.scripts.arguments import parse, read_yaml
 from slas_trl.scripts.train import held_out_prompts
 
 
 OUTPUT_DIR = "runs/comparison"
-SPEC, LOG, RESULT, SAMPLES = "arm.json", "log.txt", "result.json", "samples"
+SPEC, CONFIG, LOG, RESULT, SAMPLES = "arm.json", "config.yaml", "log.txt", "result.json", "samples"
 WORKER = "slas_trl.scripts.compare_arm"
 BASE = "base"  # the arm that is not trained
 # What makes an arm, and what belongs to all of them; an option of these would be silently overridden.
@@ -95,9 +97,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = {word[2:].split("=")[0].replace("-", "_") for word in options if word.startswith("--")}
     for name in sorted(given & OURS.keys()):
         raise ValueError(f"--{name} would be one for all arms; use {OURS[name]}.")
-    if "output_dir" not in given:
+    # A file's output_dir holds, that of the embedded pipeline's settings does not.
+    options, settings = _take_config(options)
+    if "output_dir" not in given | settings.keys():
         options += ["--output_dir", OUTPUT_DIR]
-    script, _, config = parse([*options, *arms[0].options], prog="slas-trl compare")
+    with tempfile.TemporaryDirectory() as folder:
+        script, _, config = parse(
+            [*with_config(options, settings, Path(folder)), *arms[0].options], "slas-trl compare"
+        )
     if script.reward_funcs is None:
         raise ValueError(
             "--reward_funcs is missing: name at least one function of slas_trl.rewards, or package.module:function."
@@ -112,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "eval_every": args.eval_every or max(1, config.max_steps // 8),
         "eval_prompts": args.eval_prompts or len(prompts),
         "eval_images_per_prompt": args.eval_images_per_prompt,
-        "config_file": _text_of_config(options),
+        "config": settings,
     }
     options = _without(options, "output_dir", "seed")
     jobs = [_job(root / BASE, Arm(BASE, BASE, ()), config.seed, options, shared)]
@@ -208,13 +215,22 @@ def _gpus() -> list[str]:
     return [str(i) for i in range(torch.cuda.device_count())]
 
 
-def _text_of_config(options: list[str]) -> str | None:
-    """What --config names, so that a changed file is noticed."""
+def _take_config(options: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """The command line without --config, and what is in that file, lest an arm reads it after it was changed."""
     for i, word in enumerate(options):
         name, equals, value = word.partition("=")
-        if name == "--config":
-            return Path(value if equals else options[i + 1]).read_text(encoding="utf-8")
-    return None
+        if name == "--config" and (equals or i + 1 < len(options)):
+            path = value if equals else options[i + 1]
+            return [*options[:i], *options[i + (1 if equals else 2) :]], read_yaml(path)
+    return options, {}
+
+
+def with_config(options: list[str], settings: dict[str, Any], folder: Path) -> list[str]:
+    """The command line that reads `settings` from a file in `folder`."""
+    if not settings:
+        return options
+    (folder / CONFIG).write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
+    return [*options, "--config", str(folder / CONFIG)]
 
 
 def _without(options: list[str], *names: str) -> list[str]:

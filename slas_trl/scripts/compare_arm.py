@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from slas_trl.evaluation.shapes import SCORES
 from slas_trl.objective import gaussian_kl
 from slas_trl.scripts.arguments import parse
-from slas_trl.scripts.compare import BASE, RESULT, SAMPLES, SPEC
+from slas_trl.scripts.compare import BASE, RESULT, SAMPLES, SPEC, with_config
 from slas_trl.scripts.train import held_out_prompts, train_prompts
 from slas_trl.shapes import load_shapes_pipeline
 from slas_trl.shapes.verifier import verify
@@ -144,7 +144,8 @@ def fingerprint(trainer: SLASTrainer) -> str:
 def run_arm(folder: Path) -> None:
     """Do what the folder's `arm.json` says, and write `result.json` into it."""
     spec: Mapping[str, Any] = json.loads((folder / SPEC).read_text(encoding="utf-8"))
-    script, lora, config = parse([*spec["options"], "--output_dir", str(folder)], prog="slas-trl compare")
+    options = with_config(spec["options"], spec["config"], folder)
+    script, lora, config = parse([*options, "--output_dir", str(folder)], "slas-trl compare")
     sys.path.append(str(Path.cwd()))
     embedded = script.model_name_or_path is None
     trainer = SLASTrainer(

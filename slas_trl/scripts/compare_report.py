@@ -21,6 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from slas_trl.evaluation.shapes import SCORES
 from slas_trl.reporting import read_metrics, sample_grid
 from slas_trl.scripts.compare import BASE, RESULT, SAMPLES
 from slas_trl.trainer.callbacks import METRICS_FILE
