@@ -5,7 +5,6 @@ Nothing heavy is imported here: `slas-trl --help` answers at once, and each scri
 """
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -78,9 +77,7 @@ def run_script(command: str, argv: list[str]) -> int:
 
 def call_script(module: str, argv: list[str]) -> int:
     """Import a script and call its `main`, and return the exit status, which is 0 where that returns none."""
-    # transformers advises to install torchvision, which nothing here needs; one that does not fit breaks imports.
-    advice = logging.getLogger("transformers.utils.import_utils")
-    advice.addFilter(lambda record: "Install torchvision" not in record.getMessage())
+    import_module("slas_trl.cli.advice")
     return import_module(module).main(argv) or 0
 
 

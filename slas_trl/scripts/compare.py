@@ -163,7 +163,7 @@ def _run_all(folders: list[Path], processes: int, root: Path) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     # Forked from a process that has imported everything, which takes longer than a small arm's evaluation.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([WORKER])
+    context.set_forkserver_preload(["slas_trl.cli.advice", WORKER])
     gpus = _gpus()
     waiting, places, failed = list(folders), list(range(processes)), []
     running: dict[Any, tuple[Path, int, float]] = {}
@@ -209,7 +209,7 @@ def _work(folder: Path, gpu: str | None) -> None:
 
 
 def _gpus() -> list[str]:
-    """Names of those that may be used; asked of the environment first, for a GPU that is opened cannot be forked."""
+    """Names of those that may be used."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
     return [str(i) for i in range(torch.cuda.device_count())]

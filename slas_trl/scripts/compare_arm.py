@@ -50,13 +50,10 @@ class Evaluator(TrainerCallback):
     ):
         self.trainer, self.data, self.folder, self.every = trainer, data, folder, every
         self.images_per_prompt, self.embedded = images_per_prompt, embedded
-        self.seconds = 0.0
         self.first_rollout: str | None = None
+        self.trained = self.evaluated = 0.0  # seconds
+        self._last = time.perf_counter()
         self.evaluations: dict[str, dict[str, Any]] = {}
-        if (folder / EVALUATIONS).exists():  # of a run that was interrupted
-            saved = json.loads((folder / EVALUATIONS).read_text(encoding="utf-8"))
-            self.evaluations, self.first_rollout = saved["evaluations"], saved["first_rollout"]
-            self.seconds = saved["seconds"]
         self._base: dict[str, torch.nn.Module] | None = None
         if not trainer.has_adapter:
             self._base = {
@@ -64,20 +61,40 @@ class Evaluator(TrainerCallback):
                 for name in trainer.denoiser_names
             }
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step:  # resumed
+            saved = json.loads((self.folder / EVALUATIONS).read_text(encoding="utf-8"))
+            kept = {step: e for step, e in saved["evaluations"].items() if int(step) <= state.global_step}
+            self.evaluations, self.first_rollout = kept, saved["first_rollout"]
+            self.trained, self.evaluated = saved["seconds"], saved["evaluation_seconds"]
+        self._last = time.perf_counter()
+
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 1:
             self.first_rollout = fingerprint(self.trainer)
+            self._write()
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
             self.evaluate(state.global_step)
 
     def evaluate(self, step: int) -> None:
         start = time.perf_counter()
+        self.trained += start - self._last
         self.evaluations[str(step)] = {"scores": self._scores(), "kl": self._kl() if step else 0.0}
-        self.seconds += time.perf_counter() - start
-        write_json(
-            self.folder / EVALUATIONS,
-            {"evaluations": self.evaluations, "first_rollout": self.first_rollout, "seconds": self.seconds},
-        )
+        self._last = time.perf_counter()
+        self.evaluated += self._last - start
+        self._write()
+
+    @property
+    def results(self) -> dict[str, Any]:
+        return {
+            "first_rollout": self.first_rollout,
+            "seconds": self.trained,
+            "evaluation_seconds": self.evaluated,
+            "evaluations": self.evaluations,
+        }
+
+    def _write(self) -> None:
+        write_json(self.folder / EVALUATIONS, self.results)
 
     def _scores(self) -> dict[str, list[float]]:
         """By measure, the mean of each prompt."""
@@ -158,23 +175,20 @@ def run_arm(folder: Path) -> None:
     prompts = held_out_prompts(script, config, "slas-trl compare")
     data = prompts.select([i * len(prompts) // spec["eval_prompts"] for i in range(spec["eval_prompts"])])
     evaluator = Evaluator(trainer, data, folder, spec["eval_every"], spec["eval_images_per_prompt"], embedded)
-    result: dict[str, Any] = dict(spec)
-    start = time.perf_counter()
     if spec["arm"] == BASE:
         evaluator.evaluate(0)
     else:
         trainer.add_callback(evaluator)
         trainer.train(resume_from_checkpoint=checkpoints.last_whole_checkpoint(folder) is not None)
         trainer.save_model()
-    result["seconds"] = time.perf_counter() - start - evaluator.seconds
-    result["evaluation_seconds"] = evaluator.seconds
-    result["first_rollout"] = evaluator.first_rollout
-    result["reward_weights"] = dict(
-        zip(trainer.scorer.names, config.reward_weights or [1.0] * len(trainer.scorer.names), strict=True)
-    )
-    result["prompts"] = list(data["prompt"])
-    result["shown_prompts"] = [data[row]["prompt"] for row in evaluator.shown]
-    result["evaluations"] = evaluator.evaluations
+    names = trainer.scorer.names
+    result = {
+        **spec,
+        **evaluator.results,
+        "reward_weights": dict(zip(names, config.reward_weights or [1.0] * len(names), strict=True)),
+        "prompts": list(data["prompt"]),
+        "shown_prompts": [data[row]["prompt"] for row in evaluator.shown],
+    }
     write_json(folder / RESULT, result)
 
 
