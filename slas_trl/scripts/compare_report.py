@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from slas_trl.evaluation.shapes import SCORES
@@ -29,7 +30,7 @@ from slas_trl.trainer.callbacks import METRICS_FILE
 
 TRAINED = "trained reward"
 DRAWS = 4000
-SHEET_ROWS = 6
+SHEET_COLUMNS = 6
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class Report:
     def __init__(self, runs: dict[str, Runs], base: dict[str, Any], seeds: int):
         self.runs, self.base, self.seeds = runs, base, seeds
         start = base["evaluations"]["0"]["scores"]
-        weights = {name: w for name, w in base["reward_weights"].items() if w}
+        self.weights = weights = {name: w for name, w in base["reward_weights"].items() if w}
         # What has another name already: a reward that is all that is trained on, and those that the verifier is.
         hidden = set(weights) if list(weights.values()) == [1.0] else set()
         hidden |= {"shapes_verifier", "shapes_verifier_strict"} if SCORES[0] in start else set()
@@ -202,10 +203,12 @@ class Report:
             arm: {m: self.bootstrap(values[m] - start[m]) for m in self.measures} for arm, values in self.final.items()
         }
 
-    def hacked(self, arm: str) -> list[str]:
-        """Measures that fell while the trained reward rose, both surely."""
+    def hacked(self, arm: str) -> tuple[list[str], list[str]]:
+        """What is trained on and rose, and what fell, both surely; none where there are not both."""
         changes = self.changes()[arm]
-        return [m for m in self.measures if m != TRAINED and changes[TRAINED].low > 0 and changes[m].high < 0]
+        rose = [m for m in self.measures if m in (TRAINED, *self.weights) and changes[m].low > 0]
+        fell = [m for m in self.measures if changes[m].high < 0]
+        return (rose, fell) if rose and fell else ([], [])
 
     def kl_of(self, arm: str) -> Interval:
         final = self.runs[arm].kl[:, -1]
@@ -260,9 +263,9 @@ class Report:
             "## Change from the base after the last update",
             self._table(self.changes()),
             *(
-                f"* {run.label}: the trained reward rose while {', '.join(self.hacked(arm))} fell: reward hacking."
-                for arm, run in self.runs.items()
-                if self.hacked(arm)
+                f"* {run.label}: {', '.join(rose)} rose while {', '.join(fell)} fell: reward hacking."
+                for run, (rose, fell) in ((run, self.hacked(arm)) for arm, run in self.runs.items())
+                if fell
             ),
             "## Cost",
             *(
@@ -295,8 +298,8 @@ class Report:
 
     def draw(self, path: Path) -> None:
         """Curves of the arms over updates, and below against KL, with the bands of the bootstrap."""
-        shown = self.measures[:4]
-        figure = Figure(figsize=(3.6 * (len(shown) + 1), 7), dpi=120, layout="constrained")
+        shown = self.measures[:5]
+        figure = Figure(figsize=(3.2 * (len(shown) + 1), 6.4), dpi=120, layout="constrained")
         axes = figure.subplots(2, len(shown) + 1)
         for color, run in enumerate(self.runs.values()):
             style = {"color": f"C{color}", "label": run.label}
@@ -315,29 +318,35 @@ class Report:
             updates = sorted(run.rewards)
             axes[1, -1].plot(updates, [np.mean(run.rewards[u]) for u in updates], **style)
         for column, measure in enumerate(shown):
-            kind = self.trained_as if measure == TRAINED else "held out"
-            axes[0, column].set_title(f"{measure}\n({kind})" if len(kind) < 40 else measure, fontsize=10)
+            kind = "part of it" if measure in self.weights else "held out"
+            if measure == TRAINED:
+                kind = self.trained_as.replace(" + ", "\n+ ")
+            axes[0, column].set_title(f"{measure}\n({kind})", fontsize=10)
             axes[0, column].set(xlabel="updates", ylabel="held-out prompts" if column == 0 else "")
             axes[1, column].set(xlabel="KL to the base (nats per element)")
+            # Distances grow with the root of the KL, and arms may differ by orders of magnitude.
+            axes[1, column].set_xscale("function", functions=(np.sqrt, np.square))
+            axes[1, column].xaxis.set_major_locator(MaxNLocator(4))
+            axes[1, column].set_xlim(left=0)
             axes[1, column].axvline(self.target, color="grey", lw=0.8, ls=":")
         axes[0, -1].set_title("KL to the base", fontsize=10)
         axes[0, -1].set(xlabel="updates")
         axes[1, -1].set_title("trained reward of the rollouts", fontsize=10)
         axes[1, -1].set(xlabel="updates")
-        axes[0, 0].legend(frameon=False, fontsize=8)
+        axes[0, -1].legend(frameon=False, fontsize=8)
         for each in axes.flat:
             each.spines[["top", "right"]].set_visible(False)
         figure.savefig(path)
 
 
 def _sheet(root: Path, arms: list[dict[str, Any]], seed: int, prompts: list[str]) -> Image.Image:
-    """Pictures of the base and of each arm side by side: a row has one prompt, and one noise."""
+    """A row of pictures of the base and of each arm: a column has one prompt, and one noise."""
     folders = [(BASE, root / BASE), *((arm["label"], root / arm["name"] / f"seed-{seed}") for arm in arms)]
-    count = min(SHEET_ROWS, len(prompts))
+    count = min(SHEET_COLUMNS, len(prompts))
     images, captions = [], []
-    for row in (i * len(prompts) // count for i in range(count)):
-        for label, folder in folders:
-            with Image.open(folder / SAMPLES / f"{row}.png") as image:
+    for label, folder in folders:
+        for place in (i * len(prompts) // count for i in range(count)):
+            with Image.open(folder / SAMPLES / f"{place}.png") as image:
                 images.append(image.convert("RGB"))
-            captions.append(f"{label}: {prompts[row]}")
-    return sample_grid(images, captions, columns=len(folders))
+            captions.append(f"{label}: {prompts[place]}")
+    return sample_grid(images, captions, columns=count)

@@ -86,7 +86,7 @@ def test_the_report_holds_what_the_runs_measured(compared):
     with Image.open(compared / "comparison.png") as picture:
         assert picture.size[0] > 1000 and len(picture.convert("L").getcolors()) > 20
     with Image.open(compared / "samples.png") as sheet:
-        assert sheet.size[0] > 4 * 160  # base and three arms beside each other
+        assert sheet.size[1] > 4 * 160  # base and three arms, one below the other
     # The picture of the base is the base's.
     with Image.open(compared / "base" / "samples" / "0.png") as picture:
         assert picture.size == (32, 32)

@@ -87,7 +87,8 @@ def test_report_matches_kl_at_what_all_runs_reach_and_names_the_hacked_arm():
     report = Report(arms, base, 3)
     assert report.target == pytest.approx(0.1)
     assert report.measures == [TRAINED, "held"]  # "judge" is the trained reward itself
-    assert report.hacked("grpo") == ["held"] and report.hacked("linear") == report.hacked("slas-1") == []
+    assert report.hacked("grpo") == ([TRAINED], ["held"])
+    assert report.hacked("linear") == report.hacked("slas-1") == ([], [])
     assert report.pairs() == [("linear", "grpo"), ("slas-1", "grpo"), ("slas-1", "linear")]
     difference = report.differences(report.final)["batch std, γ 0 − group std"]
     assert difference["held"].low > 0.35 and difference["held"].high < 0.45
@@ -96,5 +97,5 @@ def test_report_matches_kl_at_what_all_runs_reach_and_names_the_hacked_arm():
     matched = 0.5 - 0.3 * np.mean([1 / 2, 1 / 4, 1 / 6])
     assert report.estimates(report.matched)["grpo"]["held"].mean == pytest.approx(matched, abs=0.01)
     text = report.text("slas-trl compare")
-    assert "group std: the trained reward rose while held fell: reward hacking." in text
+    assert "group std: trained reward rose while held fell: reward hacking." in text
     assert text.count("reward hacking") == 1
