@@ -3,10 +3,11 @@ The share of the training time that `gamma_schedule="trust_region"` takes, on th
 
     python benchmarks/gamma_overhead.py
 
-Trains with the settings of `slas-trl train` and adds up the time that is spent on choosing γ: measuring the Fisher
-matrix, which the first rollout and then one every `fisher_update_steps` updates does, the length and KL of updates, and
-the bounds. The share is that time over all time, both of one run, so that a slow or busy machine disturbs both alike.
-Measurements begin with the eigenvector of the last one. The first has none and takes longer; it is printed by itself.
+Trains as `slas-trl train` does, and adds up the time that goes into γ: measuring the Fisher matrix, which the
+first rollout does and then one every `fisher_update_steps` updates, the length and KL of updates, and the bounds. All
+shares are of the time of the same run, so that a slow or busy machine disturbs both alike. Measurements begin with the
+eigenvector of the last one; the first has none, takes longer, and is printed by itself. With few updates, measure more
+often (`--fisher_update_steps 3`): the share at the default interval follows from the time of one measurement.
 """
 
 import argparse
@@ -23,6 +24,9 @@ from slas_trl.rewards import shapes_clip, shapes_verifier
 from slas_trl.scripts.arguments import parse
 from slas_trl.shapes import load_shapes_pipeline, shapes_prompts
 from slas_trl.trainer import SLASTrainer
+
+
+DEFAULT_INTERVAL = 20
 
 
 class Stopwatch(TrainerCallback):
@@ -78,15 +82,16 @@ def main() -> None:
     whole, gamma = np.array(watch.whole), np.array(watch.gamma)
     measured = np.arange(len(whole)) % (config.fisher_interval or 1) == 0
     plain = np.median((whole - gamma)[1:])
-    later = gamma[measured][1:]
-    print(f"threads {options.threads}, {len(whole)} updates, measured every {config.fisher_interval}")
+    later, others = np.median(gamma[measured][1:]) / plain, np.median(gamma[~measured]) / plain
+    print(f"threads {options.threads}, {len(whole)} updates of {plain:.2f} s, measured every {config.fisher_interval}")
     print(
-        f"an update without that: {plain:.2f} s; the first measurement: {gamma[0]:.2f} s, {gamma[0] / plain:.2f} of it"
+        f"in updates: first measurement {gamma[0] / plain:.3f}, later ones {later:.3f} (median), without {others:.4f}"
     )
-    print(f"later ones: {' '.join(f'{seconds / plain:.2f}' for seconds in later)} of an update")
-    print(f"every other update: {np.median(gamma[~measured]) / plain:.4f} of it")
-    print(f"share of all training time: {gamma.sum() / whole.sum():.4f}; after the first measurement: "
-          f"{gamma[1:].sum() / whole[1:].sum():.4f}")  # fmt: skip
+    print(
+        f"share of all time {gamma.sum() / whole.sum():.4f}, after the first {gamma[1:].sum() / whole[1:].sum():.4f}"
+    )
+    spent = (later + (DEFAULT_INTERVAL - 1) * others) / DEFAULT_INTERVAL
+    print(f"share with a measurement every {DEFAULT_INTERVAL} updates {spent / (1 + spent):.4f}")
 
 
 if __name__ == "__main__":

@@ -94,8 +94,8 @@ class GammaControl(TrainerCallback):
         if self.interval is not None:
             if accelerator.distributed_type == DistributedType.DEEPSPEED:
                 raise ValueError(
-                    "DeepSpeed makes the update within its backward pass, where its length cannot be measured. Use DDP "
-                    "or FSDP2, or another gamma_schedule than 'trust_region' and no fisher_update_steps."
+                    "DeepSpeed makes the update within its backward pass, where its length cannot be measured. Use "
+                    "DDP or FSDP2, or another gamma_schedule than 'trust_region' and no fisher_update_steps."
                 )
             narrow = [p.dtype for p in self.parameters if p.dtype in NARROW]
             if narrow:
