@@ -252,8 +252,7 @@ def test_products_are_those_of_the_dense_matrix():
     assert all(torch.equal(p, old) and p.grad is None for p, old in zip(parameters, before, strict=True))
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("family", ["sd", "sd3", "flux"])
+@pytest.mark.parametrize(("family", "checkpointed"), [("sd", False), ("sd3", True), ("flux", False)])
 def test_of_a_pipeline_through_the_replayer(family, checkpointed):
     """Fused attention, which has no second derivative, guidance, and layers that are computed again."""
     build, call = PIPELINES[family]
@@ -267,14 +266,14 @@ def test_of_a_pipeline_through_the_replayer(family, checkpointed):
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=seeded(i))
     before = [p.detach().clone() for p in parameters]
     replayer = PipelineReplayer(pipe)
-    rollout = replayer.sample(prompt=["a cat", "two dogs"], num_inference_steps=3, generator=seeded(0), **call)
+    rollout = replayer.sample(prompt=["a cat"], num_inference_steps=3, generator=seeded(0), **call)
     policies = [lambda step=step: replayer.replay(rollout, step) for step in rollout.trainable_steps[:2]]
     fisher = dense_fisher([policy() for policy in policies], parameters)
     product = FisherProduct(policies, parameters, curvature=torch.trace(fisher).item())
     start = [torch.randn(p.shape, generator=seeded(9)) for p in parameters]
     random_state = torch.get_rng_state()
-    found = power_iteration(product, start, max_products=60, tolerance=1e-5)
-    assert found.value == pytest.approx(torch.linalg.eigvalsh(fisher)[-1].item(), rel=0.01)
+    found = power_iteration(product, start, max_products=40, tolerance=1e-4)
+    assert found.value == pytest.approx(torch.linalg.eigvalsh(fisher)[-1].item(), rel=0.03)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
 

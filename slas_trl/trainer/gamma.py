@@ -170,7 +170,7 @@ class GammaControl(TrainerCallback):
             case "ess":
                 return largest_gamma_of_share(shaped(0.0).scaled, args.min_effective_share, args.gamma_max)
             case "kl" if state.kls:
-                return kl_feedback(state.gamma, sum(state.kls) / len(state.kls), args.kl_threshold, args.gamma_max)
+                return kl_feedback(state.gamma, sum(state.kls) / len(state.kls), args.allowed_kl, args.gamma_max)
             case "kl":
                 return state.gamma
             case "trust_region":
@@ -186,7 +186,7 @@ class GammaControl(TrainerCallback):
         if not state.updates or not x.any():
             return None
         tau, g_max = max(state.updates, key=lambda each: each[0] ** 2 * each[1])  # the longest step for its M
-        budget = kl_budget(self.args.kl_threshold, tau, state.lambda_max, g_max)
+        budget = kl_budget(self.args.allowed_kl, tau, state.lambda_max, g_max)
         bound = largest_gamma(x, budget, top)
         bounded = gamma_bound_bounded(budget, x.abs().max().item()).high
         sub_gaussian = gamma_bound_sub_gaussian(budget, sub_gaussian_norm(x)).high

@@ -57,8 +57,10 @@ class SLASConfig(TrainingArguments):
             The largest γ of the schedules `"trust_region"`, `"kl"` and `"ess"`.
         gamma_warmup_steps (`int`, *optional*, defaults to `20`):
             Updates after which the schedules `"linear"` and `"cosine"` have reached `gamma`.
-        kl_threshold (`float`, *optional*, defaults to `1e-4`):
-            ζ of Eq. 78, the KL of one update that `"trust_region"` and `"kl"` allow for, in nats per latent element.
+        kl_threshold (`float`, *optional*):
+            ζ of Eq. 78: what the KL of one update, in nats per latent element, is to keep to: a bound on it under
+            `"trust_region"`, its measurement under `"kl"`. By default 3e-4 for the bound, which is far above the KL
+            with AdamW, and 1e-5 for the measurement.
         fisher_update_steps (`int`, *optional*):
             Updates after which the largest eigenvalue of the Fisher matrix is measured anew, by the next rollout. By
             default 20 with `"trust_region"`, and never with another schedule, which then logs the bounds as well.
@@ -178,8 +180,11 @@ class SLASConfig(TrainingArguments):
     )
     gamma_max: float = field(default=1.0, metadata={"help": "Largest gamma of trust_region, kl and ess."})
     gamma_warmup_steps: int = field(default=20, metadata={"help": "Updates until linear and cosine reach gamma."})
-    kl_threshold: float = field(
-        default=1e-4, metadata={"help": "KL of an update that trust_region and kl allow for, per latent element."}
+    kl_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "KL of an update that trust_region and kl keep to, per latent element. Default: 3e-4, 1e-5."
+        },
     )
     fisher_update_steps: int | None = field(
         default=None,
@@ -293,6 +298,12 @@ class SLASConfig(TrainingArguments):
         return default if self.fisher_update_steps is None else self.fisher_update_steps
 
     @property
+    def allowed_kl(self) -> float:
+        """ζ: `kl_threshold`, or what its schedule has by default."""
+        default = 1e-5 if self.gamma_schedule == "kl" else 3e-4
+        return default if self.kl_threshold is None else self.kl_threshold
+
+    @property
     def layout(self) -> dict[str, Any]:
         """What must not change when a run is resumed: how prompts, images and micro-steps follow each other."""
         names = ("seed", "data_seed", "per_device_train_batch_size", "generation_batch_size", "num_generations",
@@ -380,8 +391,8 @@ class SLASConfig(TrainingArguments):
                 f"gamma ({self.gamma}), with which {self.gamma_schedule!r} begins, is above gamma_max "
                 f"({self.gamma_max}); lower it or raise gamma_max."
             )
-        if self.kl_threshold <= 0:
-            raise ValueError(f"kl_threshold must be positive, but it is {self.kl_threshold}; 1e-4 is usual.")
+        if self.allowed_kl <= 0:
+            raise ValueError(f"kl_threshold must be positive, but it is {self.kl_threshold}; leave it out at first.")
         if not 0 < self.min_effective_share <= 1:
             raise ValueError(f"min_effective_share must be in (0, 1], but it is {self.min_effective_share}.")
         if self.fisher_interval is not None and self.shape_order == "shape_then_scale":

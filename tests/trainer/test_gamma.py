@@ -140,7 +140,7 @@ def test_a_rollout_without_any_difference(tmp_path, schedule):
 
 @pytest.mark.parametrize(
     ("family", "settings"),
-    [("sd3", {}), ("sd", {"gradient_accumulation_steps": 3}), ("flux", {"gradient_checkpointing": True})],
+    [("sd3", {"gradient_accumulation_steps": 3}), ("flux", {"gradient_checkpointing": True})],
 )
 def test_lambda_max_is_that_of_the_dense_fisher_matrix(tmp_path, family, settings):
     adapter = lora(r=1, target_modules=["to_q", "to_v"])
@@ -324,6 +324,12 @@ def test_other_schedules_take_any_gamma():
     assert config(gamma=2.0).fisher_interval is None
     assert config(gamma=2.0, gamma_schedule="linear", fisher_update_steps=7).fisher_interval == 7
     assert config(gamma_schedule="trust_region").fisher_interval == 20
+
+
+def test_a_bound_is_allowed_more_than_a_measurement():
+    assert config(gamma_schedule="trust_region").allowed_kl == 3e-4
+    assert config(gamma_schedule="kl").allowed_kl == 1e-5
+    assert config(gamma_schedule="kl", kl_threshold=1e-6).allowed_kl == 1e-6
 
 
 def test_weights_too_coarse_to_be_moved_a_little(tmp_path):
