@@ -25,6 +25,7 @@ DEFAULT_PROMPTS = 16
 SETTINGS = (
     "scale_rewards",
     "gamma",
+    "gamma_schedule",
     "shape_order",
     "batch_std_of",
     "shaping_baseline",

@@ -2,10 +2,11 @@
 What several processes do together. A collective call that one of them leaves out hangs the others, so this is where
 they are made, beside those of the denoiser's own DDP or FSDP form, and what is called here is called by all:
 
-- once a rollout: errors in reading its rows; errors and scores of the rewards (`raise_together`, `gathered`); and the
-  verdict of the pre-flight check
-- once an update: whether one was interrupted; the gradients (`average_gradients`, in place of DDP's own); and, their
-  norm being the same for all then, which images made an update unusable
+- once a rollout: errors in reading its rows; errors and scores of the rewards (`raise_together`, `gathered`); its γ;
+  and the verdict of the pre-flight check
+- once an update: whether one was interrupted; the gradients (`average_gradients`, in place of DDP's own); their norm
+  being the same for all then, which images made an update unusable; and its length and KL, where γ depends on them
+- every so many rollouts, where γ depends on it: the products and inner products of the Fisher matrix (`gamma.py`)
 - once a log: the means of the metrics
 - once a checkpoint: sharded weights (`full_tensor`), and the Trainer's barriers
 

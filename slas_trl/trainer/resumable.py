@@ -21,6 +21,7 @@ from ..policy import PipelineReplayer, Rollout
 from . import checkpoints, lora
 from .callbacks import EMACallback
 from .collectives import gathered, shard_on_cpus
+from .gamma import GammaControl
 from .slas_config import SLASConfig
 
 
@@ -39,7 +40,8 @@ class Buffer:
 class ResumableTrainer(Trainer):
     """
     Saves and restores what [`SLASTrainer`] needs beside the Trainer's own: the adapter in diffusers' format, the
-    moving average, and the rollout under way. The subclass sets the attributes below, and defines `_calls`.
+    moving average, the state of γ, and the rollout under way. The subclass sets the attributes below, and defines
+    `_calls`.
     """
 
     args: SLASConfig
@@ -49,6 +51,7 @@ class ResumableTrainer(Trainer):
     denoiser_names: list[str]
     has_adapter: bool
     _ema: EMACallback | None
+    _gamma: GammaControl
     _writing: Path | None = None  # where the checkpoint under way is written
 
     @property
@@ -197,6 +200,7 @@ class ResumableTrainer(Trainer):
             shutil.copy(self._saved_rollout, folder / checkpoints.rollout_file(rank))
         if self._ema is not None:
             self._ema.save(folder, self.args.should_save)
+        self._gamma.save(folder, self.args.should_save)
         self.accelerator.wait_for_everyone()  # the files of all processes are listed with their sizes
         if self.args.should_save:
             checkpoints.write_state(folder, micro_step=done, midway=midway, layout=self._layout)
@@ -210,6 +214,7 @@ class ResumableTrainer(Trainer):
         self._load_weights(folder)
         if self._ema is not None:
             self._ema.load(folder)
+        self._gamma.load(folder)
         self._micro_step = state["micro_step"]
         if state["midway"]:
             self._saved_rollout = folder / checkpoints.rollout_file(self.accelerator.process_index)

@@ -49,7 +49,23 @@ class SLASConfig(TrainingArguments):
         gamma (`float`, *optional*, defaults to `0.5`):
             γ of A = sign(x)|x|^(1+γ) (Eq. 20). 0 leaves advantages linear.
         gamma_schedule (`str`, *optional*, defaults to `"constant"`):
-            How γ changes during training; only `"constant"`.
+            How γ changes from rollout to rollout: `"constant"`; `"linear"` or `"cosine"`, from 0 to `gamma` in
+            `gamma_warmup_steps`; and, from 0 to `gamma_max`, `"trust_region"`, the largest whose moment is within the
+            budget of Theorem 4, `"kl"`, by feedback of the updates' measured KL, or `"ess"`, the largest with an
+            effective share of `min_effective_share`. The first two of these begin with `gamma`.
+        gamma_max (`float`, *optional*, defaults to `1.0`):
+            The largest γ of the schedules `"trust_region"`, `"kl"` and `"ess"`.
+        gamma_warmup_steps (`int`, *optional*, defaults to `20`):
+            Updates after which the schedules `"linear"` and `"cosine"` have reached `gamma`.
+        kl_threshold (`float`, *optional*):
+            ζ of Eq. 78: what the KL of one update, in nats per latent element, is to keep to: a bound on it under
+            `"trust_region"`, its measurement under `"kl"`. By default 3e-4 for the bound, which is far above the KL
+            with AdamW, and 1e-5 for the measurement.
+        fisher_update_steps (`int`, *optional*):
+            Updates after which the largest eigenvalue of the Fisher matrix is measured anew, by the next rollout. By
+            default 20 with `"trust_region"`, and never with another schedule, which then logs the bounds as well.
+        min_effective_share (`float`, *optional*, defaults to `0.25`):
+            Share of the images that is to carry the update under `"ess"`.
         advantage_clip (`float`, *optional*, defaults to `5.0`):
             Bound on |x| before shaping, in standard deviations.
         shape_order (`str`, *optional*, defaults to `"scale_then_shape"`):
@@ -156,7 +172,26 @@ class SLASConfig(TrainingArguments):
     )
     gamma: float = field(default=0.5, metadata={"help": "Exponent 1 + gamma shapes the advantages."})
     gamma_schedule: str = field(
-        default="constant", metadata={"help": "How gamma changes during training.", "choices": ["constant"]}
+        default="constant",
+        metadata={
+            "help": "How gamma changes from rollout to rollout.",
+            "choices": ["constant", "linear", "cosine", "trust_region", "kl", "ess"],
+        },
+    )
+    gamma_max: float = field(default=1.0, metadata={"help": "Largest gamma of trust_region, kl and ess."})
+    gamma_warmup_steps: int = field(default=20, metadata={"help": "Updates until linear and cosine reach gamma."})
+    kl_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "KL of an update that trust_region and kl keep to, per latent element. Default: 3e-4, 1e-5."
+        },
+    )
+    fisher_update_steps: int | None = field(
+        default=None,
+        metadata={"help": "Updates between measurements of the Fisher matrix. Default: 20 with trust_region."},
+    )
+    min_effective_share: float = field(
+        default=0.25, metadata={"help": "Share of the images that is to carry the update under ess."}
     )
     advantage_clip: float | None = field(
         default=5.0, metadata={"help": "Bound on scaled rewards before shaping, in standard deviations."}
@@ -257,6 +292,18 @@ class SLASConfig(TrainingArguments):
         return cast(int, self.gradient_accumulation_steps)
 
     @property
+    def fisher_interval(self) -> int | None:
+        """Updates between measurements of the Fisher matrix, if it is measured."""
+        default = 20 if self.gamma_schedule == "trust_region" else None
+        return default if self.fisher_update_steps is None else self.fisher_update_steps
+
+    @property
+    def allowed_kl(self) -> float:
+        """ζ: `kl_threshold`, or what its schedule has by default."""
+        default = 1e-5 if self.gamma_schedule == "kl" else 3e-4
+        return default if self.kl_threshold is None else self.kl_threshold
+
+    @property
     def layout(self) -> dict[str, Any]:
         """What must not change when a run is resumed: how prompts, images and micro-steps follow each other."""
         names = ("seed", "data_seed", "per_device_train_batch_size", "generation_batch_size", "num_generations",
@@ -327,7 +374,8 @@ class SLASConfig(TrainingArguments):
             )
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations",
                      "num_inference_steps", "steps_per_generation", "generation_batch_size", "num_generations_eval",
-                     "sde_window_size", "sde_window_slide_every"):  # fmt: skip
+                     "sde_window_size", "sde_window_slide_every", "gamma_warmup_steps",
+                     "fisher_update_steps"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, but it is {value}.")
@@ -335,9 +383,24 @@ class SLASConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, but it is {value}; 1e-4 is usual.")
-        for name in ("gamma", "beta", "min_group_std", "max_skipped_updates", "sde_window_start"):
+        for name in ("gamma", "gamma_max", "beta", "min_group_std", "max_skipped_updates", "sde_window_start"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative, but it is {getattr(self, name)}.")
+        if self.gamma_schedule in ("trust_region", "kl") and self.gamma > self.gamma_max:
+            raise ValueError(
+                f"gamma ({self.gamma}), with which {self.gamma_schedule!r} begins, is above gamma_max "
+                f"({self.gamma_max}); lower it or raise gamma_max."
+            )
+        if self.allowed_kl <= 0:
+            raise ValueError(f"kl_threshold must be positive, but it is {self.kl_threshold}; leave it out at first.")
+        if not 0 < self.min_effective_share <= 1:
+            raise ValueError(f"min_effective_share must be in (0, 1], but it is {self.min_effective_share}.")
+        if self.fisher_interval is not None and self.shape_order == "shape_then_scale":
+            raise ValueError(
+                'shape_order="shape_then_scale" makes the moment of the advantages the same for every gamma, so that '
+                "there is no trust region on it; use scale_then_shape, or another gamma_schedule without "
+                "fisher_update_steps."
+            )
         if not 0 < self.timestep_fraction <= 1:
             raise ValueError(f"timestep_fraction must be in (0, 1], but it is {self.timestep_fraction}.")
         if not 0 <= self.ema_decay < 1:

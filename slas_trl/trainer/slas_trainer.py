@@ -7,6 +7,7 @@ The mathematics is in `advantages.py`, `objective.py`, `schedulers/` and `policy
 """
 
 import copy
+import functools
 import math
 import time
 from collections import defaultdict
@@ -43,6 +44,7 @@ from .calls import PipelineCalls, as_pictures
 from .collectives import average_gradients, gathered, raise_together, reshard
 from .evaluating import EvaluatingTrainer
 from .experts import as_model, calls_of
+from .gamma import GammaControl
 from .metrics import rollout_metrics, warn_of_advantages, warn_of_resolution
 from .precision import autocast_forward, autocast_sharded
 from .prompts import check_prompts, load_prompts
@@ -190,11 +192,15 @@ class SLASTrainer(EvaluatingTrainer):
         if args.use_ema:
             self._ema = EMACallback(cast(torch.nn.Module, self.model), args.ema_decay)
             self.add_callback(self._ema)
+        trained, log = cast(torch.nn.Module, self.model), lambda key, value: self._metrics[key].append(value)
+        self._gamma = GammaControl(args, self.replayer, trained, self.accelerator, log)
+        self.add_callback(self._gamma)
 
         self._reset_progress()
 
     def _reset_progress(self) -> None:
         super()._reset_progress()
+        self._gamma.reset()
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._images_sampled = 0
         self._last_log: tuple[float, int] | None = None  # when, and after which update
@@ -279,11 +285,11 @@ class SLASTrainer(EvaluatingTrainer):
 
         usable = torch.cat([chunk.log_probs[:, steps].isfinite().all(1) for chunk in chunks]).cpu()
         rewards = self._score(self.train_dataset, indices, images, usable)  # (N, K) of all processes
-        result = compute_advantages(
+        shaped = functools.partial(
+            compute_advantages,
             rewards,
             args.num_generations,
             scale_rewards=args.scale_rewards,
-            gamma=args.gamma,
             shape_order=args.shape_order,
             batch_std_of=args.batch_std_of,
             shaping_baseline=args.shaping_baseline,
@@ -292,6 +298,7 @@ class SLASTrainer(EvaluatingTrainer):
             multi_objective_aggregation=args.multi_objective_aggregation,
             min_group_std=args.min_group_std,
         )
+        result = self._gamma.shape(lambda gamma: shaped(gamma=gamma), chunks, steps, self.state.global_step)
         mine = result.advantages[first : first + len(indices)].to(device)
         self._log_rollout(rewards, result)
         self._images_sampled += len(rewards)
@@ -362,6 +369,7 @@ class SLASTrainer(EvaluatingTrainer):
         if args.beta:
             reference = self.replayer.reference(rollout, step, self._reference, lora.ADAPTER_NAME)
         policy = self.replayer.replay(rollout, step)
+        self._gamma.note_micro_step(rollout, step, policy)
         ratio = importance_ratio(policy.log_prob, rollout.log_probs[:, step])
         advantages = inputs["advantages"]
         loss = clipped_surrogate_loss(ratio, advantages, args.epsilon, args.epsilon_high)
@@ -389,6 +397,7 @@ class SLASTrainer(EvaluatingTrainer):
     def _get_grad_norm(self, model, grad_norm=None):
         """The Trainer asks for it before every update, and it is the same on all processes."""
         norm = super()._get_grad_norm(model, grad_norm)
+        self._gamma.note_gradient(norm)
         usable = norm is None or math.isfinite(norm)
         self._metrics["update_skipped"].append(float(not usable))
         if usable:
@@ -416,7 +425,7 @@ class SLASTrainer(EvaluatingTrainer):
     # Logs
 
     def _log_rollout(self, rewards: torch.Tensor, result: Advantages) -> None:
-        for key, value in rollout_metrics(self.scorer.names, rewards, result, self.args.gamma).items():
+        for key, value in rollout_metrics(self.scorer.names, rewards, result, self._gamma.gamma).items():
             self._metrics[key].append(value)
         warn_of_advantages(result, self.state.global_step)
 

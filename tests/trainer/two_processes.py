@@ -10,10 +10,11 @@ from accelerate import PartialState
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from slas_trl.trainer import lora
-from slas_trl.trainer.collectives import full_tensor
+from slas_trl.trainer import lora as adapters
+from slas_trl.trainer.collectives import full_tensor, gathered
 from tests.policy.zoo.all import FAMILIES
-from tests.trainer.tiny_trainers import PROMPTS, Watched, logged, redness, tiny_trainer, trained_weights
+from tests.test_trust_region import dense_fisher
+from tests.trainer.tiny_trainers import PROMPTS, Watched, logged, lora, redness, tiny_trainer, trained_weights
 from tests.trainer.zoo_trainers import zoo_trainer
 
 
@@ -99,7 +100,7 @@ def ddp(folder: Path, state: PartialState) -> dict[str, Any]:
         def save_denoiser(*args: Any) -> None:
             raise PermissionError("the main process writes the weights")
 
-        lora.LoraBaseMixin.write_lora_layers = save_denoiser
+        adapters.LoraBaseMixin.write_lora_layers = save_denoiser
     found = {
         "compared": one_update_for_each_rollout(folder / "compared", state.num_processes),
         # Every group lies half on the one and half on the other.
@@ -144,9 +145,43 @@ def failing(folder: Path, state: PartialState) -> dict[str, Any]:
     return {"error": None, "logged": logged(folder / "run")}
 
 
+def gamma(folder: Path, state: PartialState) -> dict[str, Any]:
+    """A trust region over three rollouts of two updates each, resumed within the second."""
+    settings = {"gamma_schedule": "trust_region", "kl_threshold": 1e-7, "fisher_update_steps": 2,
+                "peft_config": lora(r=1, target_modules=["to_q", "to_v"])}  # fmt: skip
+    settings |= {"gradient_accumulation_steps": 3, "save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    trainer = tiny_trainer(folder / "run", cls=Watched, **settings)
+    trainer.train()
+    resumed = tiny_trainer(folder / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-3"))
+    state.wait_for_everyone()
+    found = {
+        "weights": whole(trainer),
+        "resumed": whole(resumed),
+        "gammas": [line["gamma"] for line in logged(folder / "run", "gamma")],
+        "resumed gammas": [line["gamma"] for line in logged(folder / "resumed", "gamma")],
+        "lambda_max": [line["trust_region/lambda_max"] for line in logged(folder / "run", "trust_region/lambda_max")],
+        "vector": [full_tensor(part) for part in trainer._gamma.state.vector],
+        "sharded": isinstance(trainer.model, FSDPModule),
+    }
+    if found["sharded"]:
+        return found
+    # The dense matrix of the first rollout, before any update.
+    fresh = tiny_trainer(folder / "dense", cls=Watched, **{**settings, "learning_rate": 0.0, "max_steps": 2})
+    fresh.train()
+    outputs = [fresh.replayer.replay(fresh.rollouts[0], step) for step in (0, 1, 2)]
+    mine = dense_fisher(outputs, [p for p in fresh.model.parameters() if p.requires_grad])
+    both = sum(gathered(mine)) / state.num_processes
+    return {**found, "dense": largest(both), "alone": largest(mine)}
+
+
+def largest(matrix: torch.Tensor) -> float:
+    return torch.linalg.eigvalsh(matrix)[-1].item()
+
+
 def main(what: str, folder: Path) -> None:
     state = PartialState(cpu=True)
-    found = {"ddp": ddp, "fsdp": fsdp, "failing": failing}[what](folder, state)
+    found = {"ddp": ddp, "fsdp": fsdp, "failing": failing, "gamma": gamma}[what](folder, state)
     torch.save(found, folder / f"result_{state.process_index}.pt")
     state.destroy_process_group()
 

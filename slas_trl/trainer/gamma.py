@@ -1,0 +1,346 @@
+"""Which γ a rollout is shaped with, and what is measured for that: the mathematics is in `trust_region.py`."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from ..advantages import Advantages
+from ..objective import gaussian_kl
+from ..policy import PipelineReplayer, Rollout
+from ..policy.rollout import StepOutput
+from ..trust_region import (
+    Eigenpair,
+    FisherProduct,
+    Vector,
+    gamma_bound_bounded,
+    gamma_bound_sub_gaussian,
+    kl_budget,
+    kl_feedback,
+    largest_gamma,
+    largest_gamma_of_share,
+    power_iteration,
+    reward_moment,
+    sub_gaussian_norm,
+    warmed_up,
+)
+from .collectives import copy_full_tensor, full_tensor, gathered, reshard, world_size
+from .slas_config import SLASConfig
+
+
+logger = logging.get_logger(__name__)
+
+UPDATES_KEPT = 20  # for G
+STEPS_MEASURED = 4  # of the trained ones, at most
+FIRST_PRODUCTS = 5  # at least, without an eigenvector to start from
+NARROW = (torch.float16, torch.bfloat16)
+SHIFT, NARROW_SHIFT = 0.003, 0.03  # stds by which the mean is moved for a derivative
+
+
+@dataclass(frozen=True)
+class GammaState:
+    """What a checkpoint has to keep. Nothing in it is changed in place, so a reference to it is a copy."""
+
+    gamma: float
+    moment: float = 0.0  # M of the rollout under way
+    kls: tuple[float, ...] = ()  # of the updates since γ was last chosen
+    updates: tuple[tuple[float, float], ...] = ()  # τ and ‖g̃‖²/M of the last ones, the newest last
+    lambda_max: float | None = None
+    vector: tuple[torch.Tensor, ...] = ()  # its eigenvector, sharded as the parameters are
+    measured_at: int | None = None  # number of updates made before that
+    checks_kl: bool = False  # whether the KL of the rollout's updates is measured too
+
+
+class GammaControl(TrainerCallback):
+    """
+    Chooses γ by `args.gamma_schedule`, after the rewards of a rollout are known and before they become advantages.
+
+    Every process makes the same choice: it calls all of this, and collectives are in here. Measurements leave weights,
+    gradients and random numbers as they were.
+
+    Args:
+        args ([`SLASConfig`]): the configuration.
+        replayer ([`~slas_trl.policy.PipelineReplayer`]): what the policy is evaluated with.
+        model (`torch.nn.Module`): what is trained.
+        accelerator ([`~accelerate.Accelerator`]): knows how many processes there are, and how they share the model.
+        log (`Callable`): is called with the name and value of each figure.
+
+    Raises:
+        `ValueError`: when the Fisher matrix is asked for and cannot be measured.
+    """
+
+    FILE = "gamma.pt"
+
+    def __init__(
+        self,
+        args: SLASConfig,
+        replayer: PipelineReplayer,
+        model: torch.nn.Module,
+        accelerator: Accelerator,
+        log: Callable[[str, float], None],
+    ):
+        self.args, self.replayer, self.model, self.accelerator, self.log = args, replayer, model, accelerator, log
+        self.interval = args.fisher_interval
+        if self.interval is not None:
+            if accelerator.distributed_type == DistributedType.DEEPSPEED:
+                raise ValueError(
+                    "DeepSpeed makes the update within its backward pass, where its length cannot be measured. Use "
+                    "DDP or FSDP2, or another gamma_schedule than 'trust_region' and no fisher_update_steps."
+                )
+            narrow = [p.dtype for p in self.parameters if p.dtype in NARROW]
+            if narrow:
+                raise ValueError(
+                    f"The weights that are trained are in {narrow[0]}, too coarse to measure the Fisher matrix. "
+                    "Load the pipeline in float32 and set bf16=True, or train an adapter (peft_config)."
+                )
+        self.reset()
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Asked for anew every time: FSDP puts others in their places."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    @property
+    def gamma(self) -> float:
+        """Of the rollout under way."""
+        return self.state.gamma
+
+    @property
+    def _keeps_state(self) -> bool:
+        """The other schedules follow from the rollout, or the number of the update, alone."""
+        return self.interval is not None or self.args.gamma_schedule == "kl"
+
+    def reset(self) -> None:
+        """As before training."""
+        self.state = GammaState(gamma=self.args.gamma)
+        self._finished = self.state  # as the last update left it, for one under way starts over
+        self._update = 0
+        self._position = 0  # micro-steps of the update so far
+        self._seen: tuple[Rollout, int, torch.Tensor, torch.Tensor] | None = None  # one of them: its mean and std
+        self._norm = math.nan  # of the gradient
+        self._before: list[torch.Tensor] = []  # the weights before the update
+
+    # Choosing
+
+    def shape(
+        self, shaped: Callable[[float], Advantages], chunks: list[Rollout], steps: list[int], update: int
+    ) -> Advantages:
+        """
+        Choose γ.
+
+        Args:
+            shaped (`Callable`): the advantages of the rollout for any γ, which are those of all processes.
+            chunks (`list[Rollout]`): this process's part of the rollout.
+            steps (`list[int]`): the trained timesteps.
+            update (`int`): number of updates made before.
+
+        Returns:
+            [`~slas_trl.advantages.Advantages`]: those for the chosen γ.
+        """
+        if self.interval is not None:
+            last = self.state.measured_at
+            due = last is None or update - last >= self.interval
+            if due:
+                self._measure_fisher(chunks, steps)
+            self.state = replace(self.state, checks_kl=due, measured_at=update if due else last)
+        gamma = gathered(self._choose(shaped, update))[0]
+        result = shaped(gamma)
+        self.state = replace(self.state, gamma=gamma, moment=reward_moment(result.scaled, gamma), kls=())
+        if self.interval is not None:
+            self.log("trust_region/moment", self.state.moment)
+        return result
+
+    def _choose(self, shaped: Callable[[float], Advantages], update: int) -> float:
+        args, state = self.args, self.state
+        # Around the mean, also where the baseline is another one, which depends on γ.
+        bound = None if self.interval is None else self._bound(shaped(0.0).scaled)
+        match args.gamma_schedule:
+            case "linear" | "cosine":
+                return warmed_up(args.gamma, update, args.gamma_warmup_steps, args.gamma_schedule)
+            case "ess":
+                return largest_gamma_of_share(shaped(0.0).scaled, args.min_effective_share, args.gamma_max)
+            case "kl" if state.kls:
+                return kl_feedback(state.gamma, sum(state.kls) / len(state.kls), args.allowed_kl, args.gamma_max)
+            case "kl":
+                return state.gamma
+            case "trust_region":
+                return state.gamma if bound is None else bound
+        return args.gamma
+
+    def _bound(self, x: torch.Tensor) -> float | None:
+        """The largest γ whose moment is within the budget; `None` before the first update, and where all x are 0."""
+        state, top = self.state, self.args.gamma_max
+        if state.lambda_max is None:
+            return None
+        self.log("trust_region/lambda_max", state.lambda_max)
+        if not state.updates or not x.any():
+            return None
+        tau, g_max = max(state.updates, key=lambda each: each[0] ** 2 * each[1])  # the longest step for its M
+        budget = kl_budget(self.args.allowed_kl, tau, state.lambda_max, g_max)
+        bound = largest_gamma(x, budget, top)
+        bounded = gamma_bound_bounded(budget, x.abs().max().item()).high
+        sub_gaussian = gamma_bound_sub_gaussian(budget, sub_gaussian_norm(x)).high
+        for name, value in (("tau", tau), ("g_max", g_max), ("budget", budget), ("gamma_bound", bound)):
+            self.log(f"trust_region/{name}", value)
+        for name, value in (("bounded", bounded), ("sub_gaussian", sub_gaussian)):
+            self.log(f"trust_region/gamma_bound_{name}", max(0.0, min(top, value)))  # 0 where there is none
+        return bound
+
+    # Measuring λ_max
+
+    def _measure_fisher(self, chunks: list[Rollout], steps: list[int]) -> None:
+        """λ_max over the first chunk of each process, at trained steps spread from the first to the last."""
+        finite = [chunk for chunk in chunks if chunk.log_probs[:, steps].isfinite().all()]
+        chunk, ordered = (finite or chunks)[0], sorted(steps)
+        count = min(STEPS_MEASURED, len(ordered))
+        places = [round(i * (len(ordered) - 1) / max(1, count - 1)) for i in range(count)]
+        policies = [partial(self._policy, chunk, ordered[place]) for place in places]
+        if self.accelerator.is_fsdp2:  # within the Trainer's no_sync, but these gradients are to be averaged
+            cast(FSDPModule, self.model).set_requires_gradient_sync(True)
+        try:
+            found = self._largest_eigenvalue(policies, chunk.steps[0].sample.numel())
+        finally:
+            if self.accelerator.is_fsdp2:
+                cast(FSDPModule, self.model).set_requires_gradient_sync(self.accelerator.sync_gradients)
+        if 0 < found.value < math.inf:
+            self.state = replace(self.state, lambda_max=found.value, vector=tuple(found.vector))
+        else:
+            logger.warning("The Fisher matrix of this rollout is 0 or not finite; its last eigenvalue is kept.")
+
+    def _largest_eigenvalue(self, policies: Sequence[Callable[[], StepOutput]], elements: int) -> Eigenpair:
+        # The gradient of the log-probability of what was sampled is random, as its noise was, and in the image of Jᵀ:
+        # a start that needs no random vector. Its square is the trace of H on average.
+        start = [torch.zeros_like(parameter) for parameter in self.parameters]
+        for policy in policies:
+            for part, gradient in zip(start, self._gradients(policy().log_prob.mean()), strict=True):
+                part += gradient
+        trace = self._inner(start, start) * elements * world_size() / len(policies)
+        if not 0 < trace < math.inf:
+            return Eigenpair(trace, start, 0)
+        product = FisherProduct(
+            policies,
+            self.parameters,
+            trace,
+            gradients=self._gradients,
+            inner=self._inner,
+            shift=NARROW_SHIFT if self._is_narrow else SHIFT,
+        )
+        if self.state.vector:
+            return power_iteration(product, list(self.state.vector), inner=self._inner)
+        return power_iteration(product, start, min_products=FIRST_PRODUCTS, inner=self._inner)
+
+    @property
+    def _is_narrow(self) -> bool:
+        """Whether the mean is computed in half precision, so that small differences are lost."""
+        return self.accelerator.mixed_precision != "no" or any(p.dtype in NARROW for p in self.model.parameters())
+
+    def _policy(self, rollout: Rollout, step: int) -> StepOutput:
+        output = self.replayer.replay(rollout, step)
+        if not torch.is_grad_enabled():
+            reshard(self.model)
+        return output
+
+    def _gradients(self, scalar: torch.Tensor) -> Vector:
+        """The mean over the processes. By `backward`, as FSDP has to have it: before an update there are no others."""
+        scalar.backward()
+        found = []
+        for parameter in self.parameters:
+            found.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+            parameter.grad = None
+        if world_size() > 1 and not self.accelerator.is_fsdp2:
+            for gradient in found:
+                dist.all_reduce(gradient)
+                gradient.div_(world_size())
+        return found
+
+    def _inner(self, a: Vector, b: Vector) -> float:
+        """The first process's: what follows from it must not differ in a last bit."""
+        total: Any = sum((x * y).sum(dtype=torch.float64) for x, y in zip(a, b, strict=True))
+        return gathered(full_tensor(total).item())[0]
+
+    # Measuring updates
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._update, self._position, self._seen = state.global_step, 0, None
+
+    def note_micro_step(self, rollout: Rollout, step: int, policy: StepOutput) -> None:
+        """Keep one micro-step of the update, another one each time, to measure the update's KL with."""
+        wanted = (self._update + self.accelerator.process_index) % self.args.micro_steps_per_update
+        if self._position == wanted and (self.args.gamma_schedule == "kl" or self.state.checks_kl):
+            self._seen = rollout, step, policy.mean.detach(), policy.std
+        self._position += 1
+
+    def note_gradient(self, norm: Any) -> None:
+        """‖g̃‖ before clipping; NaN or infinite where the update is skipped."""
+        self._norm = math.nan if norm is None else float(norm)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.interval is not None and 0 < self._norm < math.inf:
+            self._before = [parameter.detach().clone() for parameter in self.parameters]
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if self._before:
+            change = [parameter.detach() - old for parameter, old in zip(self.parameters, self._before, strict=True)]
+            self._note_change(math.sqrt(self._inner(change, change)))
+            self._before = []
+        if self._seen is not None and math.isfinite(self._norm):
+            self._measure_kl(*self._seen)
+        self._seen = None
+
+    def _note_change(self, length: float) -> None:
+        if not 0 < length < math.inf:  # float16 looks for its loss scale
+            return
+        if self.state.moment > 0:
+            tau_and_g = length / self._norm, self._norm**2 / self.state.moment
+            self.state = replace(self.state, updates=(*self.state.updates, tau_and_g)[-UPDATES_KEPT:])
+        if self.state.lambda_max is not None:
+            self.log("trust_region/kl_bound", self.state.lambda_max * length**2 / 2)
+
+    @torch.no_grad()
+    def _measure_kl(self, rollout: Rollout, step: int, mean: torch.Tensor, std: torch.Tensor) -> None:
+        kls = gathered(gaussian_kl(mean, self._policy(rollout, step).mean, std).mean().item())
+        kl = sum(kls) / len(kls)
+        if math.isfinite(kl):
+            self.log("trust_region/kl", kl)
+            self.state = replace(self.state, kls=(*self.state.kls, kl))
+
+    # Resuming
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._finished = self.state
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._finished = self.state
+
+    def save(self, folder: Path, writes: bool) -> None:
+        """Every process calls it, since the eigenvector may be sharded; the one that `writes` writes."""
+        if not self._keeps_state:
+            return
+        vector = [full_tensor(part).cpu() for part in self._finished.vector]
+        if writes:
+            # Not by asdict, which would copy the vector.
+            figures = {field.name: getattr(self._finished, field.name) for field in fields(GammaState)}
+            torch.save({**figures, "vector": vector, "schedule": self.args.gamma_schedule}, folder / self.FILE)
+
+    def load(self, folder: Path) -> None:
+        """Nothing where the run that wrote the checkpoint kept nothing; another schedule starts from `args.gamma`."""
+        if not self._keeps_state or not (folder / self.FILE).exists():
+            return
+        saved = torch.load(folder / self.FILE, map_location="cpu", weights_only=True)
+        if saved.pop("schedule") != self.args.gamma_schedule:
+            saved["gamma"] = self.args.gamma
+        vector = saved.pop("vector")
+        parts = [torch.zeros_like(parameter) for parameter in self.parameters] if vector else []
+        for target, source in zip(parts, vector, strict=True):
+            copy_full_tensor(target, source)
+        self.state = self._finished = GammaState(**saved, vector=tuple(parts))

@@ -1,0 +1,338 @@
+"""Schedules of γ in a training run: what they choose, what they measure, and how they go on."""
+
+import math
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from slas_trl.objective import gaussian_kl
+from slas_trl.trust_region import kl_feedback, largest_gamma
+from tests.test_trust_region import dense_fisher
+from tests.tiny_pipelines import PIPELINES
+from tests.trainer.test_distributed import FSDP2, launch
+from tests.trainer.test_slas_config import config
+from tests.trainer.tiny_trainers import Watched, logged, lora, same, tiny_trainer, trained, trained_weights
+
+
+SGD = {"optim": "sgd", "max_grad_norm": 0.0, "weight_decay": 0.0, "learning_rate": 0.5}
+FISHER = [f"trust_region/{name}" for name in ("lambda_max", "tau", "g_max", "budget", "moment", "gamma_bound")]
+
+
+def column(folder, key: str) -> list[float]:
+    return [line[key] for line in logged(folder, key)]
+
+
+# What the schedules choose
+
+
+@pytest.mark.parametrize(("schedule", "middle"), [("linear", 0.25), ("cosine", 0.25)])
+def test_warm_up(tmp_path, schedule, middle):
+    trained(tmp_path, gamma_schedule=schedule, gamma_warmup_steps=2, max_steps=4)
+    assert column(tmp_path, "gamma") == pytest.approx([0.0, middle, 0.5, 0.5])
+
+
+def test_warm_up_counts_updates(tmp_path):
+    settings = {"gamma_schedule": "linear", "gamma_warmup_steps": 8, "gradient_accumulation_steps": 3}
+    trained(tmp_path, max_steps=4, **settings)  # two updates to a rollout
+    assert column(tmp_path, "gamma") == [0.0, 0.125]
+
+
+def test_the_effective_share(tmp_path):
+    trained(tmp_path, gamma_schedule="ess", min_effective_share=0.45, gamma_max=2.0, max_steps=3)
+    shares, gammas = column(tmp_path, "advantages/effective_share"), column(tmp_path, "gamma")
+    assert len(set(gammas)) == 3 and all(0 < gamma <= 2 for gamma in gammas)
+    for share, gamma in zip(shares, gammas, strict=True):
+        assert share == pytest.approx(0.45, abs=1e-6) or (share > 0.45 and gamma == 2.0)
+
+
+def test_the_kl(tmp_path):
+    settings = {"kl_threshold": 3e-8, "gradient_accumulation_steps": 3, "max_steps": 6}
+    trainer = trained(tmp_path, cls=Watched, gamma_schedule="kl", **settings)
+    kls, gammas = column(tmp_path, "trust_region/kl"), column(tmp_path, "gamma")
+    assert len(kls) == 6 and len(gammas) == 3 and gammas[0] == 0.5
+    for i in (1, 2):  # of the two updates of the rollout before
+        kl = (kls[2 * i - 2] + kls[2 * i - 1]) / 2
+        assert gammas[i] == pytest.approx(kl_feedback(gammas[i - 1], kl, 3e-8, 1.0))
+    assert len(set(gammas)) == 3
+    rewards = trainer.micro_steps[-1]["advantages"]
+    assert rewards.abs().max() > 0
+
+
+def test_the_measured_kl_is_that_between_before_and_after(tmp_path):
+    trainer = tiny_trainer(tmp_path, cls=Watched, gamma_schedule="kl", max_steps=1)
+    before = trained_weights(trainer)
+    trainer.train()
+    inputs = trainer.micro_steps[0]
+    means = []
+    for weights in (trained_weights(trainer), before):
+        for name, parameter in trainer.model.named_parameters():
+            if name in weights:
+                parameter.data.copy_(weights[name])
+        output = trainer.replayer.replay(inputs["rollout"], inputs["step"])
+        means.append(output.mean.detach())
+    assert column(tmp_path, "trust_region/kl") == [gaussian_kl(*means, output.std).mean().item()] != [0.0]
+
+
+def test_the_trust_region(tmp_path):
+    """The γ of each rollout is the largest within its budget, which follows from the updates before."""
+    settings = {"gamma_schedule": "trust_region", "fisher_update_steps": 2, "kl_threshold": 2e-4, "gamma_max": 3.0}
+    kept = []
+
+    class Kept(Watched):
+        def _log_rollout(self, rewards, result):
+            kept.append(result.scaled)
+            super()._log_rollout(rewards, result)
+
+    trained(tmp_path, cls=Kept, full=True, max_steps=4, **settings, **SGD)
+    lines = logged(tmp_path)
+    assert lines[0]["gamma"] == 0.5 and "trust_region/budget" not in lines[0]
+    for line, x in zip(lines[1:], kept[1:], strict=True):
+        assert all(math.isfinite(line[name]) for name in FISHER)
+        assert line["gamma"] == line["trust_region/gamma_bound"]
+        assert line["gamma"] == pytest.approx(largest_gamma(x, line["trust_region/budget"], 3.0), abs=1e-6)
+        assert line["trust_region/moment"] <= line["trust_region/budget"] or line["gamma"] == 0
+        assert line["trust_region/gamma_bound_bounded"] <= line["gamma"] + 1e-6
+        assert line["trust_region/gamma_bound_sub_gaussian"] <= line["gamma"] + 1e-6
+        budget = 2 * 2e-4 / (line["trust_region/tau"] ** 2 * line["trust_region/lambda_max"])
+        assert line["trust_region/budget"] == pytest.approx(budget / line["trust_region/g_max"])
+    assert len({line["gamma"] for line in lines}) > 2
+    # λ_max is measured every other update, and the KL of these updates beside it.
+    eigenvalues = [line["trust_region/lambda_max"] for line in lines]
+    assert eigenvalues[0] == eigenvalues[1] != eigenvalues[2] == eigenvalues[3]
+    assert ["trust_region/kl" in line for line in lines] == [True, False, True, False]
+
+
+def test_of_plain_ascent_tau_is_the_learning_rate_and_g_follows_from_the_gradient(tmp_path):
+    trainer = tiny_trainer(tmp_path, full=True, max_steps=2, gamma_schedule="trust_region", **SGD)
+    before = trained_weights(trainer)
+    trainer.train()
+    first, second = logged(tmp_path)
+    assert second["trust_region/tau"] == pytest.approx(0.5, rel=1e-3)
+    assert second["trust_region/g_max"] == pytest.approx(first["grad_norm"] ** 2 / first["trust_region/moment"])
+    bound = first["trust_region/lambda_max"] * (0.5 * first["grad_norm"]) ** 2 / 2
+    assert first["trust_region/kl_bound"] == pytest.approx(bound, rel=2e-3)
+    assert 0 < first["trust_region/kl"] < first["trust_region/kl_bound"]
+    assert not same(before, trained_weights(trainer))
+
+
+def test_the_longest_of_the_last_updates_counts(tmp_path):
+    trained(tmp_path, max_steps=3, fisher_update_steps=10, learning_rate=1e-3)
+    lines = logged(tmp_path)
+    last = [2 * line["trust_region/kl_bound"] / line["trust_region/lambda_max"] / line["trust_region/moment"]
+            for line in lines]  # τ² G of each update  # fmt: skip
+    for i in (1, 2):
+        assert lines[i]["trust_region/tau"] ** 2 * lines[i]["trust_region/g_max"] == pytest.approx(max(last[:i]))
+
+
+@pytest.mark.parametrize("schedule", ["trust_region", "kl"])
+def test_a_rollout_without_any_difference(tmp_path, schedule):
+    def same_for_all(prompts, images, **columns):
+        return [0.5] * len(images)
+
+    trainer = trained(tmp_path, reward_funcs=same_for_all, gamma_schedule=schedule, gamma=0.3, max_steps=2)
+    assert trainer.state.global_step == 2 and column(tmp_path, "gamma")[0] == 0.3
+    assert all(math.isfinite(value) for line in logged(tmp_path) for value in line.values())
+
+
+# What is measured
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("sd3", {"gradient_accumulation_steps": 3}), ("flux", {"gradient_checkpointing": True})],
+)
+def test_lambda_max_is_that_of_the_dense_fisher_matrix(tmp_path, family, settings):
+    adapter = lora(r=1, target_modules=["to_q", "to_v"])
+    changes = {"learning_rate": 0.0, "max_steps": 1, "per_device_train_batch_size": 2, "num_generations": 2}
+    trainer = tiny_trainer(
+        tmp_path, family, cls=Watched, peft_config=adapter, fisher_update_steps=1, **changes, **settings
+    )
+    trainer.train()
+    chunk = trainer.rollouts[0]
+    outputs = [trainer.replayer.replay(chunk, step) for step in (0, 1, 2)]
+    fisher = dense_fisher(outputs, [p for p in trainer.model.parameters() if p.requires_grad])
+    eigenvalue = torch.linalg.eigvalsh(fisher)[-1].item()
+    found = column(tmp_path, "trust_region/lambda_max")[0]
+    assert 0.85 * eigenvalue < found < 1.01 * eigenvalue
+
+
+def test_in_half_precision_lambda_max_is_nearly_the_same(tmp_path):
+    found = []
+    for bf16 in (False, True):
+        trained(tmp_path / str(bf16), bf16=bf16, fisher_update_steps=1, max_steps=1)
+        found += column(tmp_path / str(bf16), "trust_region/lambda_max")
+    assert found[1] == pytest.approx(found[0], rel=0.1)
+
+
+@pytest.mark.parametrize("settings", [{}, {"full": True, "gradient_accumulation_steps": 3, "beta": 0.1}])
+def test_measuring_changes_nothing(tmp_path, settings):
+    """Weights, moving average, and whatever draws from the global generator."""
+    runs = []
+    for fisher_update_steps in (None, 1):
+        folder = tmp_path / str(fisher_update_steps)
+        trainer = trained(folder, use_ema=True, max_steps=3, fisher_update_steps=fisher_update_steps, **settings)
+        average = [parameter.clone() for parameter in trainer._ema.model.shadow_params]
+        figures = ("step_time", "images_per_second")
+        lines = [{k: v for k, v in line.items() if k not in figures and "trust" not in k} for line in logged(folder)]
+        runs.append((trained_weights(trainer), torch.get_rng_state(), average, lines))
+    (weights, state, average, lines), others = runs
+    assert same(weights, others[0]) and torch.equal(state, others[1]) and lines == others[3]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(average, others[2], strict=True))
+    assert len(column(folder, "trust_region/lambda_max")) > 0
+
+
+def test_a_skipped_update_is_not_measured(tmp_path):
+    trainer = tiny_trainer(tmp_path, gamma_schedule="kl", fisher_update_steps=1, max_steps=3)
+    sample = trainer.replayer.sample
+
+    def poisoned(**call):
+        rollout = sample(**call)
+        if trainer.state.global_step == 1:
+            rollout.log_probs[0] = math.nan
+        return rollout
+
+    trainer.replayer.sample = poisoned
+    trainer.train()
+    lines = logged(tmp_path)
+    assert [line["update_skipped"] for line in lines] == [0.0, 1.0, 0.0]
+    assert ["trust_region/kl" in line for line in lines] == [True, False, True]
+    assert len(trainer._gamma.state.updates) == 2
+    assert all(math.isfinite(line["trust_region/lambda_max"]) for line in lines)
+
+
+# Resuming
+
+
+SCHEDULES = {
+    "trust region": {"gamma_schedule": "trust_region", "fisher_update_steps": 2, "kl_threshold": 1e-6},
+    "within a rollout": {"gamma_schedule": "trust_region", "fisher_update_steps": 2, "kl_threshold": 1e-6,
+                         "gradient_accumulation_steps": 3},
+    "kl": {"gamma_schedule": "kl", "kl_threshold": 3e-8, "gradient_accumulation_steps": 3, "use_ema": True},
+    "cosine": {"gamma_schedule": "cosine", "gamma_warmup_steps": 3},
+    "ess": {"gamma_schedule": "ess", "min_effective_share": 0.4, "full": True},
+    "measured": {"fisher_update_steps": 3, "gradient_accumulation_steps": 2},
+}  # fmt: skip
+
+
+def lines_of(folder) -> list[dict]:
+    timings = ("step_time", "images_per_second")
+    return [{k: v for k, v in line.items() if k not in timings} for line in logged(folder)]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_resumed_run_is_the_uninterrupted_one(tmp_path, name):
+    settings = {"max_steps": 4, **SCHEDULES[name]}
+    whole = trained(tmp_path / "whole", **settings, save_strategy="steps", save_steps=1)
+    assert len(set(column(tmp_path / "whole", "gamma"))) > 1 or name == "measured"
+    for at in (1, 2, 3):
+        folder = tmp_path / f"from-{at}"
+        resumed = tiny_trainer(folder, **settings)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{at}"))
+        assert same(trained_weights(whole), trained_weights(resumed))
+        assert lines_of(tmp_path / "whole")[at:] == lines_of(folder)
+
+
+@pytest.mark.parametrize("name", ["trust region", "kl"])
+def test_interrupted_after_gamma_was_chosen(tmp_path, name):
+    """The update under way starts over, and so does the choice of its γ."""
+
+    class Interrupted(Watched):
+        def compute_loss(self, *args, **kwargs):
+            self._interrupted = self.state.global_step == 2
+            return super().compute_loss(*args, **kwargs)
+
+    settings = {"max_steps": 4, **SCHEDULES[name]}
+    whole = trained(tmp_path / "whole", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "run", cls=Interrupted, **settings)
+    resumed = tiny_trainer(tmp_path / "run", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert same(trained_weights(whole), trained_weights(resumed))
+    assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "run")
+
+
+def test_a_run_may_go_on_with_another_schedule(tmp_path):
+    saved = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "gamma": 0.4}
+    trained(tmp_path / "kl", gamma_schedule="kl", **saved)
+    trained(tmp_path / "constant", **saved)
+    assert (tmp_path / "kl" / "checkpoint-2" / "gamma.pt").is_file()
+    assert not (tmp_path / "constant" / "checkpoint-2" / "gamma.pt").exists()
+    for before, after in (("kl", "trust_region"), ("constant", "trust_region"), ("kl", "constant")):
+        folder = tmp_path / f"{before}-{after}"
+        trainer = tiny_trainer(folder, gamma_schedule=after, max_steps=3, gamma=0.4)
+        trainer.train(resume_from_checkpoint=str(tmp_path / before / "checkpoint-2"))
+        assert column(folder, "gamma") == [0.4]
+
+
+def test_training_again_starts_anew(tmp_path):
+    trainer = trained(tmp_path, gamma_schedule="kl", max_steps=2)
+    assert trainer._gamma.gamma != 0.5
+    trainer.train()
+    assert column(tmp_path, "gamma")[0] == 0.5
+
+
+# Several processes
+
+
+@pytest.mark.distributed
+def test_two_processes_choose_the_same(tmp_path):
+    """And FSDP2, whose parameters are sharded, measures what DDP does."""
+    folders = {"ddp": {}, "fsdp": FSDP2}
+    found = {}
+    for kind, environment in folders.items():
+        (tmp_path / kind).mkdir()
+        found[kind] = one, two = launch("gamma", tmp_path / kind, **environment)
+        assert one["gammas"] == two["gammas"] and len(set(one["gammas"])) == len(one["gammas"]) == 3
+        assert same(one["weights"], two["weights"])
+        assert all(torch.equal(a, b) for a, b in zip(one["vector"], two["vector"], strict=True))
+        for each in (one, two):
+            assert same(each["weights"], each["resumed"]) and each["resumed gammas"] == each["gammas"][-1:]
+    ddp, fsdp = (found[kind][0] for kind in folders)
+    assert fsdp["sharded"] and not ddp["sharded"]
+    assert fsdp["lambda_max"] == pytest.approx(ddp["lambda_max"], rel=1e-3)
+    assert fsdp["gammas"] == pytest.approx(ddp["gammas"], rel=1e-3)
+    # λ_max is that of both processes' samples.
+    assert ddp["lambda_max"][0] == pytest.approx(ddp["dense"], rel=0.1)
+    assert ddp["dense"] not in [pytest.approx(each["alone"], rel=1e-3) for each in found["ddp"]]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"gamma_schedule": "trust_region", "gamma": 1.5}, "gamma .1.5., with which 'trust_region' begins, is above"),
+        ({"gamma_schedule": "kl", "gamma": 0.5, "gamma_max": 0.4}, "lower it or raise gamma_max"),
+        ({"gamma_schedule": "trust_region", "shape_order": "shape_then_scale"}, "shape_then_scale.*no trust region"),
+        ({"fisher_update_steps": 5, "shape_order": "shape_then_scale"}, "shape_then_scale.*no trust region"),
+        ({"fisher_update_steps": 0}, "fisher_update_steps must be at least 1"),
+        ({"gamma_warmup_steps": 0}, "gamma_warmup_steps must be at least 1"),
+        ({"kl_threshold": 0.0}, "kl_threshold must be positive"),
+        ({"min_effective_share": 0.0}, "min_effective_share must be in"),
+        ({"min_effective_share": 1.1}, "min_effective_share must be in"),
+        ({"gamma_max": -1.0}, "gamma_max must not be negative"),
+    ],
+)
+def test_settings_that_cannot_be(given, message):
+    with pytest.raises(ValueError, match=message):
+        config(**given)
+
+
+def test_other_schedules_take_any_gamma():
+    assert config(gamma=2.0).fisher_interval is None
+    assert config(gamma=2.0, gamma_schedule="linear", fisher_update_steps=7).fisher_interval == 7
+    assert config(gamma_schedule="trust_region").fisher_interval == 20
+
+
+def test_a_bound_is_allowed_more_than_a_measurement():
+    assert config(gamma_schedule="trust_region").allowed_kl == 3e-4
+    assert config(gamma_schedule="kl").allowed_kl == 1e-5
+    assert config(gamma_schedule="kl", kl_threshold=1e-6).allowed_kl == 1e-6
+
+
+def test_weights_too_coarse_to_be_moved_a_little(tmp_path):
+    pipe: StableDiffusion3Pipeline = PIPELINES["sd3"][0]().to(torch.bfloat16)
+    with pytest.raises(ValueError, match="bfloat16, too coarse to measure the Fisher matrix"):
+        tiny_trainer(tmp_path, full=True, model=pipe, gamma_schedule="trust_region")
