@@ -70,6 +70,15 @@ def test_no_pictures_if_they_are_not_wanted(tmp_path):
     assert events.Tags()["images"] == [] and events.Scalars("train/reward")
 
 
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
+def test_wandb_shows_pictures(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    tiny_trainer(tmp_path / "run", report_to="wandb", log_completions=True, max_steps=2).train()
+    shown = {path.name.split("_")[0] for path in (tmp_path / "wandb").rglob("media/images/**/*.png")}
+    assert shown == {"calibration", *map(str, range(8))}
+
+
 @pytest.mark.skipif(importlib.util.find_spec("trackio") is None, reason="trackio is not installed")
 def test_trackio_shows_pictures_and_their_prompts(tmp_path):
     """In a process of its own: trackio takes its folder from the environment when it is imported."""
