@@ -41,6 +41,11 @@ class Advantages:
     frac_reward_zero_std: float  # share of the groups without any difference
     frac_groups_filtered: float  # share of the groups below `min_group_std`
 
+    @property
+    def group_abs_advantages(self) -> Tensor:
+        """(N / G,): Σ|A| of each group."""
+        return self.advantages.view(len(self.group_std), -1).abs().sum(dim=1)
+
 
 def compute_advantages(
     rewards: Tensor | Sequence,

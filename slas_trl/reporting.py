@@ -200,6 +200,7 @@ def write_model_card(
         adapter=adapter,
         pictures=[name for name in ("samples/before.png", "samples/after.png") if (run_dir / name).is_file()],
         curves=(run_dir / "training.png").is_file(),
+        calibration=(run_dir / "calibration.png").is_file(),
     )
     path = run_dir / "README.md"
     path.write_text(str(card), encoding="utf-8")

@@ -141,7 +141,9 @@ class TestModelCard:
     def test_shows_the_pictures_there_are(self, tmp_path):
         assert "](samples/" not in self.card(tmp_path).read_text(encoding="utf-8")
         (tmp_path / "samples").mkdir()
-        for name in ("samples/before.png", "samples/after.png", "training.png"):
+        pictures = ("samples/before.png", "samples/after.png", "training.png", "calibration.png")
+        assert "calibration" not in self.card(tmp_path).read_text(encoding="utf-8")
+        for name in pictures:
             (tmp_path / name).write_bytes(b"")
         text = self.card(tmp_path).read_text(encoding="utf-8")
-        assert all(f"]({name})" in text for name in ("samples/before.png", "samples/after.png", "training.png"))
+        assert all(f"]({name})" in text for name in pictures)

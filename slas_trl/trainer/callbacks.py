@@ -1,8 +1,8 @@
 """Callbacks of [`SLASTrainer`]: progress, metrics on disk, pictures in the trackers, prompts by epoch."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
 from PIL.Image import Image
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
 
@@ -53,33 +53,45 @@ class DenoiserTensorBoardCallback(TensorBoardCallback):
         super().on_train_begin(args, state, control, **kwargs)
 
 
-class MetricsFileCallback(TrainerCallback):
-    """One JSON object for each log in `metrics.jsonl`; a resumed run drops the lines that it is about to repeat."""
+class StepFileCallback(TrainerCallback):
+    """A file with a JSON object a line, each with a step; a resumed run drops the lines that it is about to repeat."""
 
+    file: str
     resumed_at: int | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.resumed_at = state.global_step
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or not logs:
-            return
-        path = Path(args.output_dir or ".") / METRICS_FILE
+    def append(self, args: TrainingArguments, record: dict[str, Any]) -> None:
+        path = Path(args.output_dir or ".") / self.file
         if self.resumed_at is not None:  # not before there is something to log: a run that fails at once leaves it
             self._forget_after(path, self.resumed_at)
             self.resumed_at = None
         with path.open("a") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            file.write(json.dumps(record) + "\n")
 
     @staticmethod
     def _forget_after(path: Path, step: int) -> None:
-        """Keep the lines up to `step`, none of an earlier run; the last line of a killed run may not be whole."""
+        """Keep the lines up to this step, without what a killed run left half written."""
         if path.exists():
-            whole = [line for line in path.read_text().splitlines() if line.endswith("}")] if step else []
-            kept = [line for line in map(json.loads, whole) if line["step"] <= step and "train_runtime" not in line]
+            kept = []
+            for text in path.read_text().splitlines() if step else []:
+                with suppress(json.JSONDecodeError):
+                    line = json.loads(text)
+                    kept += [line] if line["step"] <= step and "train_runtime" not in line else []
             shorter = path.with_name(f"_{path.name}")
             shorter.write_text("".join(json.dumps(line) + "\n" for line in kept))
             shorter.replace(path)  # in one step: whoever is killed here has lost no line
+
+
+class MetricsFileCallback(StepFileCallback):
+    """One line for each log in `metrics.jsonl`."""
+
+    file = METRICS_FILE
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs:
+            self.append(args, {"step": state.global_step, **logs})
 
 
 class PromptOrderCallback(TrainerCallback):
@@ -155,19 +167,27 @@ class EMACallback(TrainerCallback):
 
 
 def show_images(
-    report_to: list[str], callbacks: list[TrainerCallback], images: list[Image], captions: list[str], step: int
+    report_to: list[str],
+    callbacks: list[TrainerCallback],
+    images: Mapping[str, Image],
+    captions: list[str],
+    step: int,
+    caption_is: str = "prompt",
 ) -> None:
-    """Pictures with their captions in every tracker of `report_to` that can show them."""
+    """Pictures by name, with their captions, in every tracker of `report_to` that can show them."""
+    pairs = list(zip(images.items(), captions, strict=True))
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-                callback.tb_writer.add_image(f"samples/{i}", np.asarray(image.convert("RGB")), step, dataformats="HWC")
-                callback.tb_writer.add_text(f"samples/{i}/prompt", caption, step)
+            for (name, image), caption in pairs:
+                callback.tb_writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+                callback.tb_writer.add_text(f"{name}/{caption_is}", caption, step)
     if "trackio" in report_to:
         import trackio
 
-        pictures: dict[str, Any] = {
-            f"samples/{i}": trackio.Image(image, caption=caption)
-            for i, (image, caption) in enumerate(zip(images, captions, strict=True))
-        }
-        trackio.log({**pictures, "train/global_step": step})
+        shown: dict[str, Any] = {name: trackio.Image(image, caption=caption) for (name, image), caption in pairs}
+        trackio.log({**shown, "train/global_step": step})
+    if "wandb" in report_to:
+        import wandb  # type: ignore[import-not-found]
+
+        shown = {name: wandb.Image(image, caption=caption) for (name, image), caption in pairs}
+        wandb.log({**shown, "train/global_step": step})

@@ -1,9 +1,12 @@
 """What is logged of a rollout, under TRL's names, and what of it is worth a warning."""
 
+import math
+
 import torch
 from transformers.utils import logging
 
 from ..advantages import Advantages
+from ..calibration import narrow_share
 from .scoring import reward_resolution, typical_group_std
 
 
@@ -12,6 +15,7 @@ logger = logging.get_logger(__name__)
 
 def rollout_metrics(names: list[str], rewards: torch.Tensor, result: Advantages, gamma: float) -> dict[str, float]:
     """Of the rewards `(N, K)` of a rollout and the advantages made of them."""
+    narrow = narrow_share(result.group_std.tolist(), result.group_abs_advantages.tolist())
     return {
         "reward": result.rewards.nanmean().item(),
         "reward_std": result.group_std.nanmean().item(),
@@ -23,6 +27,7 @@ def rollout_metrics(names: list[str], rewards: torch.Tensor, result: Advantages,
         "advantages/effective_share": result.effective_share,
         "advantages/batch_std": result.batch_std,
         "gamma": gamma,
+        **({} if math.isnan(narrow) else {"calibration/narrow_share": narrow}),
         **reward_metrics(names, rewards),
     }
 

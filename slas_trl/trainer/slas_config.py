@@ -115,7 +115,8 @@ class SLASConfig(TrainingArguments):
         ema_decay (`float`, *optional*, defaults to `0.9`):
             Its decay per update.
         log_completions (`bool`, *optional*, defaults to `True`):
-            Whether to show sampled images in the trackers of `report_to` that can, every tenth rollout.
+            Whether to show sampled images in the trackers of `report_to` that can, every tenth rollout; and to record
+            each rollout in `calibration.jsonl` and draw `calibration.png` at checkpoints and when training ends.
         prompt_dataset (`str`, *optional*, defaults to `"shapes"`):
             Prompts for a trainer without `train_dataset`: `"shapes"`, a .txt, .jsonl, .csv, .tsv or .parquet file, or
             a data set on the Hub.
@@ -247,7 +248,9 @@ class SLASConfig(TrainingArguments):
     )
     use_ema: bool = field(default=False, metadata={"help": "Evaluate and save a moving average of the weights."})
     ema_decay: float = field(default=0.9, metadata={"help": "Decay of the moving average per update."})
-    log_completions: bool = field(default=True, metadata={"help": "Show sampled images in the trackers."})
+    log_completions: bool = field(
+        default=True, metadata={"help": "Show sampled images in the trackers, and draw calibration.png."}
+    )
     prompt_dataset: str = field(default="shapes", metadata={"help": "Prompts for a trainer without train_dataset."})
     pipeline_columns: list[str] | None = field(
         default=None,

@@ -32,6 +32,7 @@ from ..policy import PipelineReplayer, Rollout, check_pipeline, measure_ratio
 from ..policy.doctor import denoisers_of, load_pipeline
 from ..schedulers import stochastic_scheduler
 from . import lora, sampling
+from .calibration import CalibrationCallback, rollout_record
 from .callbacks import (
     DenoiserTensorBoardCallback,
     EMACallback,
@@ -195,6 +196,10 @@ class SLASTrainer(EvaluatingTrainer):
         trained, log = cast(torch.nn.Module, self.model), lambda key, value: self._metrics[key].append(value)
         self._gamma = GammaControl(args, self.replayer, trained, self.accelerator, log)
         self.add_callback(self._gamma)
+        self._calibration: CalibrationCallback | None = None
+        if args.log_completions:
+            self._calibration = CalibrationCallback(self.callback_handler)
+            self.callback_handler.callbacks.insert(0, self._calibration)  # before the trackers, to draw while they run
 
         self._reset_progress()
 
@@ -307,7 +312,7 @@ class SLASTrainer(EvaluatingTrainer):
             show_images(
                 cast(list, args.report_to),
                 self.callback_handler.callbacks,
-                images[:8],
+                {f"samples/{i}": image for i, image in enumerate(images[:8])},
                 prompts,
                 self.state.global_step,
             )
@@ -422,11 +427,20 @@ class SLASTrainer(EvaluatingTrainer):
             )
         logger.warning(f"Update {number} is skipped: it had {what}.")
 
+    def _save_unfinished(self, why: str) -> None:
+        super()._save_unfinished(why)
+        if self._calibration is not None:
+            self._calibration.draw(self.args, self.state)
+
     # Logs
 
     def _log_rollout(self, rewards: torch.Tensor, result: Advantages) -> None:
-        for key, value in rollout_metrics(self.scorer.names, rewards, result, self._gamma.gamma).items():
+        metrics = rollout_metrics(self.scorer.names, rewards, result, self._gamma.gamma)
+        for key, value in metrics.items():
             self._metrics[key].append(value)
+        if self._calibration is not None and self.is_world_process_zero():
+            record = rollout_record(self.args, self.scorer.names, result, metrics)
+            self._calibration.append(self.args, {"step": self.state.global_step + 1, **record})
         warn_of_advantages(result, self.state.global_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

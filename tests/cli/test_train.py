@@ -109,6 +109,7 @@ class TestARun:
     def test_leaves_everything(self, finished):
         run = Path("run")
         files = ["pytorch_lora_weights.safetensors", "README.md", "metrics.jsonl", "training.png", "evaluation.json"]
+        files += ["calibration.jsonl", "calibration.png"]
         assert all((run / name).is_file() for name in files)
         assert (run / "checkpoint-2").is_dir()
         for name in ("before", "after"):
@@ -155,6 +156,7 @@ class TestARun:
             and "| `lora_alpha` | 16 |" in card.text
         )
         assert "| darkness |" in card.text
+        assert "](training.png)" in card.text and "](calibration.png)" in card.text
         names = {}
         exec(python_in(Path("run/README.md")), names)
         assert isinstance(names["image"], Image.Image)

@@ -1,5 +1,6 @@
 """Two processes do what one does with the same images, as DDP and as FSDP2, and end together."""
 
+import json
 import os
 import subprocess
 import sys
@@ -118,6 +119,12 @@ def test_each_keeps_its_part_of_the_rollout_and_one_the_weights(two, folder):
     }
     PIPELINES["sd3"][0]().load_lora_weights(folder / "adapter")
     assert [line["step"] for line in logged(folder / "adapter")] == [1]
+
+
+def test_one_records_the_groups_of_both(two, folder):
+    [line] = map(json.loads, (folder / "adapter" / "calibration.jsonl").read_text().splitlines())
+    assert line["step"] == 1 and len(line["group_std"]) == 4  # eight images each
+    assert (folder / "adapter" / "calibration.png").is_file()
 
 
 @pytest.mark.parametrize("name", ["wan2.2", "sd3.5-slg"])

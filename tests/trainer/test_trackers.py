@@ -27,7 +27,7 @@ def recorded(folder: Path) -> EventAccumulator:
 
 
 def test_tensorboard_shows_pictures_and_their_prompts(tmp_path):
-    trainer = tiny_trainer(tmp_path, cls=Watched, report_to="tensorboard", max_steps=2)
+    trainer = tiny_trainer(tmp_path, cls=Watched, report_to="tensorboard", log_completions=True, max_steps=2)
     trainer.train()
     events = recorded(tmp_path)
     names = {f"samples/{i}" for i in range(8)}
@@ -40,11 +40,25 @@ def test_tensorboard_shows_pictures_and_their_prompts(tmp_path):
         [text] = events.Tensors(f"samples/{i}/prompt/text_summary")
         assert text.tensor_proto.string_val[0].decode() == trainer.rollouts[i // 4].call["prompt"][0]
     assert [event.step for event in events.Scalars("train/reward")] == [1, 2]
+    assert len(events.Scalars("train/calibration/narrow_share")) == 2
+    [event] = events.Images("calibration")
+    assert event.step == 2
+    with Image.open(io.BytesIO(event.encoded_image_string)) as shown, Image.open(tmp_path / "calibration.png") as file:
+        np.testing.assert_array_equal(shown, file.convert("RGB"))
+    [text] = events.Tensors("calibration/reading/text_summary")
+    assert text.tensor_proto.string_val[0].decode() == "2 rollouts are too few to tell; it takes 10."
 
 
 def test_every_tenth_rollout_is_shown(tmp_path):
     trainer = tiny_trainer(
-        tmp_path, report_to="tensorboard", max_steps=11, num_inference_steps=2, height=8, width=8, num_generations=2
+        tmp_path,
+        report_to="tensorboard",
+        log_completions=True,
+        max_steps=11,
+        num_inference_steps=2,
+        height=8,
+        width=8,
+        num_generations=2,
     )
     trainer.train()
     assert [event.step for event in recorded(tmp_path).Images("samples/0")] == [0, 10]
@@ -56,13 +70,23 @@ def test_no_pictures_if_they_are_not_wanted(tmp_path):
     assert events.Tags()["images"] == [] and events.Scalars("train/reward")
 
 
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
+def test_wandb_shows_pictures(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    tiny_trainer(tmp_path / "run", report_to="wandb", log_completions=True, max_steps=2).train()
+    shown = {path.name.split("_")[0] for path in (tmp_path / "wandb").rglob("media/images/**/*.png")}
+    assert shown == {"calibration", *map(str, range(8))}
+
+
 @pytest.mark.skipif(importlib.util.find_spec("trackio") is None, reason="trackio is not installed")
 def test_trackio_shows_pictures_and_their_prompts(tmp_path):
     """In a process of its own: trackio takes its folder from the environment when it is imported."""
     script = f"""
         from tests.trainer.tiny_trainers import tiny_trainer
 
-        tiny_trainer({str(tmp_path / "run")!r}, report_to="trackio", project="tiny", max_steps=2).train()
+        settings = {{"report_to": "trackio", "project": "tiny", "log_completions": True}}
+        tiny_trainer({str(tmp_path / "run")!r}, **settings, max_steps=2).train()
         """
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     folder = tmp_path / "trackio"
@@ -86,3 +110,6 @@ def test_trackio_shows_pictures_and_their_prompts(tmp_path):
         assert entry["_type"] == "trackio.image" and entry["caption"] in PROMPTS["prompt"]
         assert Image.open(folder / "media" / entry["file_path"]).size == (16, 16)
     assert [line["train/global_step"] for line in lines if "train/reward" in line] == [1, 2]
+    [panel] = [line for line in lines if "calibration" in line]
+    assert panel["train/global_step"] == 2 and "too few" in panel["calibration"]["caption"]
+    assert Image.open(folder / "media" / panel["calibration"]["file_path"]).size == (1300, 1050)

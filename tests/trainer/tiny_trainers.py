@@ -47,6 +47,7 @@ def tiny_config(output_dir: Path, family: str = "sd3", **changes: Any) -> SLASCo
         "max_steps": 2,
         "learning_rate": 1e-3,
         "save_strategy": "no",
+        "log_completions": False,  # drawing takes a second
         "disable_tqdm": True,
         "use_cpu": True,
     }

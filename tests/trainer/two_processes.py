@@ -62,7 +62,8 @@ def resumed_within_a_rollout(folder: Path, **settings: Any) -> dict[str, Any]:
 
 
 def adapter_saved(folder: Path) -> None:
-    trainer = tiny_trainer(folder, max_steps=1, gradient_accumulation_steps=3, save_strategy="steps", save_steps=1)
+    settings = {"save_strategy": "steps", "save_steps": 1, "log_completions": True}
+    trainer = tiny_trainer(folder, max_steps=1, gradient_accumulation_steps=3, **settings)
     trainer.train()
     trainer.save_model()
 

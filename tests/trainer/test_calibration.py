@@ -1,0 +1,123 @@
+"""The record of every rollout, and the panel that a run leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import TrainerCallback
+
+from slas_trl.advantages import compute_advantages
+from slas_trl.trainer import SLASConfig
+from tests.trainer.tiny_trainers import logged, redness, tiny_trainer, trained
+
+
+def blueness(prompts, images, **columns):
+    """Held out below."""
+    return [float(np.asarray(image)[..., 2].mean()) / 255 for image in images]
+
+
+def one_in_three(prompts, images, **columns):
+    return [None if i % 3 else value for i, value in enumerate(redness(prompts, images))]
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "calibration.jsonl").read_text().splitlines()]
+
+
+def test_it_is_on_by_default():
+    assert SLASConfig(use_cpu=True).log_completions
+
+
+def test_a_line_for_each_rollout_and_a_picture(tmp_path):
+    rewards = []
+
+    def keep(prompts, images, **columns):
+        rewards.append(redness(prompts, images))
+        return rewards[-1]
+
+    settings = {"reward_weights": [2.0, 0.0], "scale_rewards": "batch", "gamma": 1.0, "log_completions": True}
+    trained(tmp_path, reward_funcs=[keep, blueness], **settings, max_steps=3)
+    lines = lines_of(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for line, scores, metrics in zip(lines, rewards, logged(tmp_path), strict=True):
+        result = compute_advantages([2 * score for score in scores], 4, gamma=1.0)
+        assert line["group_std"] == pytest.approx(result.group_std.tolist(), rel=1e-4)
+        groups = result.advantages.view(2, 4).abs().sum(1).tolist()
+        assert line["group_abs_advantage"] == pytest.approx(groups, rel=1e-4)
+        assert line["weights"] == {"keep": 2.0, "blueness": 0.0} and line["scale_rewards"] == "batch"
+        assert line["reward_std_of_images"] == pytest.approx(2 * np.std(scores), rel=1e-4)
+        for key in ("reward", "rewards/blueness/mean", "rewards/blueness/std", "advantages/effective_share", "gamma"):
+            assert line[key] == pytest.approx(metrics[key], rel=1e-4)
+        # Of two groups: 0.3 of the groups is 0.6 of the narrower one.
+        narrow = groups[int(np.argmin(line["group_std"]))]
+        assert metrics["calibration/narrow_share"] == pytest.approx(0.6 * narrow / sum(groups), rel=1e-3)
+    with Image.open(tmp_path / "calibration.png") as picture:
+        assert picture.size == (1300, 1050) and np.asarray(picture.convert("L")).std() > 20
+
+
+def test_not_where_it_is_not_wanted(tmp_path):
+    trained(tmp_path, log_completions=False, max_steps=1)
+    assert not list(tmp_path.glob("*calibration*")) and logged(tmp_path, "calibration/narrow_share")
+
+
+def test_missing_scores(tmp_path):
+    trained(
+        tmp_path, reward_funcs=[redness, one_in_three], reward_weights=[0.0, 1.0], log_completions=True, max_steps=1
+    )
+    [line] = lines_of(tmp_path)
+    assert len(line["group_std"]) == 2 and all(std is None or std >= 0 for std in line["group_std"])
+    assert (tmp_path / "calibration.png").is_file()
+
+
+def test_a_resumed_run_has_a_line_for_each_rollout(tmp_path):
+    """Two updates for each rollout, of which the second begins with the third update."""
+    settings = {"log_completions": True, "gradient_accumulation_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    trained(tmp_path, max_steps=6, **settings)
+    whole = lines_of(tmp_path)
+    assert [line["step"] for line in whole] == [1, 3, 5]
+    for checkpoint in (2, 3):  # between two rollouts, and in the middle of one
+        with (tmp_path / "calibration.jsonl").open("a") as file:
+            file.write('{"step": 7, "weights": {"redness": 1.0}')  # killed while it wrote
+        trainer = tiny_trainer(tmp_path, max_steps=6, **settings)
+        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{checkpoint}"))
+        assert lines_of(tmp_path) == whole
+
+
+def test_a_new_run_starts_a_new_file(tmp_path):
+    trained(tmp_path, log_completions=True, max_steps=2)
+    trained(tmp_path, log_completions=True, max_steps=1)
+    assert [line["step"] for line in lines_of(tmp_path)] == [1]
+
+
+def test_it_is_drawn_at_checkpoints_and_when_a_run_is_interrupted(tmp_path):
+    drawn = []
+
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            drawn.append((tmp_path / "calibration.png").exists())
+            (tmp_path / "calibration.png").unlink(missing_ok=True)
+            if state.global_step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 10}
+    trainer = tiny_trainer(tmp_path, log_completions=True, callbacks=[Interrupt()], **settings)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert drawn == [False, False, True, False]
+    assert (tmp_path / "calibration.png").is_file()
+
+
+def test_a_picture_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
+    (tmp_path / "calibration.png").mkdir()
+    assert trained(tmp_path, log_completions=True, max_steps=1).state.global_step == 1
+    assert "calibration panel could not be drawn" in caplog.text
+
+
+def test_matplotlib_is_not_imported_before_it_is_needed():
+    code = "import sys, slas_trl.trainer; assert 'matplotlib' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
