@@ -30,7 +30,7 @@ from slas_trl.rewards import shapes_clip, shapes_coloured_area, shapes_verifier,
 from slas_trl.shapes import load_shapes_pipeline, shapes_prompts
 
 
-Reward = Callable[[list[str], list[Image]], list[float]]
+Reward = Callable[[list[str], list[Image]], Any]
 ARMS: dict[str, dict[str, Any]] = {
     "group std": {"scale_rewards": "group", "gamma": 0.0},
     **{f"batch std, γ {g:g}": {"scale_rewards": "batch", "gamma": g} for g in (0.0, 0.25, 0.5, 1.0)},
@@ -51,11 +51,15 @@ def _noise(prompts: Sequence[str], images: Sequence[Image], std: float) -> np.nd
     return std * torch.special.ndtri(torch.from_numpy(_random(prompts, images))).numpy()
 
 
+def _scores(reward: Reward, prompts: list[str], images: list[Image]) -> np.ndarray:
+    return np.array(reward(prompts, images), dtype=float)
+
+
 def noisy(std: float) -> Reward:
     """The graded verifier, with noise of `std` within-group standard deviations."""
 
     def reward(prompts: list[str], images: list[Image]) -> list[float]:
-        return (shapes_verifier(prompts, images) + _noise(prompts, images, std * SPREAD)).tolist()
+        return (_scores(shapes_verifier, prompts, images) + _noise(prompts, images, std * SPREAD)).tolist()
 
     return reward
 
@@ -66,7 +70,7 @@ def heavy_tailed(std: float) -> Reward:
     def reward(prompts: list[str], images: list[Image]) -> list[float]:
         normal = [_noise([p + str(i) for p in prompts], images, 1.0) for i in range(4)]
         t = normal[0] / np.sqrt(sum(x**2 for x in normal[1:]) / 3)
-        return (np.array(shapes_verifier(prompts, images)) + std * SPREAD * t / np.sqrt(3)).tolist()
+        return (_scores(shapes_verifier, prompts, images) + std * SPREAD * t / np.sqrt(3)).tolist()
 
     return reward
 
@@ -78,24 +82,24 @@ def narrow_gaps(prompts: list[str], images: list[Image], std: float = 0.1, **col
     of learned rewards do.
     """
     scale = 30.0 ** -_random(prompts)
-    return ((scale * shapes_verifier(prompts, images) + _noise(prompts, images, std * SPREAD)) / 30).tolist()
+    return ((scale * _scores(shapes_verifier, prompts, images) + _noise(prompts, images, std * SPREAD)) / 30).tolist()
 
 
 def unresolved_half(prompts: list[str], images: list[Image], std: float = 0.5, **columns: Any) -> list[float]:
     """The graded verifier for half of the prompts and nothing for the others, with noise for all."""
     resolved = _random(prompts) < 0.5
-    return (resolved * np.array(shapes_verifier(prompts, images)) + _noise(prompts, images, std * SPREAD)).tolist()
+    return (resolved * _scores(shapes_verifier, prompts, images) + _noise(prompts, images, std * SPREAD)).tolist()
 
 
 def rare_success(prompts: list[str], images: list[Image], **columns: Any) -> list[float]:
     """1 for a picture that shows exactly what was asked for, and that large, which few pictures of the base do."""
-    large = np.array(shapes_coloured_area(prompts, images)) > LARGE
-    return (large * np.array(shapes_verifier_strict(prompts, images))).tolist()
+    large = _scores(shapes_coloured_area, prompts, images) > LARGE
+    return (large * _scores(shapes_verifier_strict, prompts, images)).tolist()
 
 
 def rare_success_noisy(prompts: list[str], images: list[Image], std: float = 0.3, **columns: Any) -> list[float]:
     """The same, with Gaussian noise."""
-    return (rare_success(prompts, images) + _noise(prompts, images, std)).tolist()
+    return (_scores(rare_success, prompts, images) + _noise(prompts, images, std)).tolist()
 
 
 # Name, reward, and the truth that it should follow
@@ -111,14 +115,14 @@ REGIMES: list[tuple[str, Reward, Reward]] = [
       for s in (0.0, 0.1, 0.2, 0.3)),
     ("learned `shapes_clip`", shapes_clip, shapes_verifier),
     ("strict verifier + 0.3 × coloured area",
-     lambda p, x: np.add(shapes_verifier_strict(p, x), np.multiply(0.3, shapes_coloured_area(p, x))).tolist(),
+     lambda p, x: _scores(shapes_verifier_strict, p, x) + 0.3 * _scores(shapes_coloured_area, p, x),
      shapes_verifier_strict),
 ]  # fmt: skip
 
 
 def sample(prompts: list[str], images_per_prompt: int) -> tuple[list[str], list[Image]]:
     """Pictures of the base, with seeds of their own, in groups."""
-    pipe = load_shapes_pipeline()
+    pipe: Any = load_shapes_pipeline()
     pipe.set_progress_bar_config(disable=True)
     rows = [prompt for prompt in prompts for _ in range(images_per_prompt)]
     images = []
@@ -149,7 +153,7 @@ def main() -> None:
     rows, images = sample([data[i * len(data) // args.prompts] for i in range(args.prompts)], 16)
     lines = [f"| reward | G | {' | '.join(ARMS)} |", "|---" * (len(ARMS) + 2) + "|"]
     for name, reward, truth in REGIMES:
-        r, t = (np.array(f(rows, images)).reshape(args.prompts, 16) for f in (reward, truth))
+        r, t = (_scores(f, rows, images).reshape(args.prompts, 16) for f in (reward, truth))
         for size in (8, 16):
             cells = [alignment(r[:, :size], t[:, :size], **arm) for arm in ARMS.values()]
             best = max(mean for mean, _, _ in cells)

@@ -1,0 +1,60 @@
+"""`examples/reward_regimes.py`: spoilt rewards, and how well advantages made of them point at the truth."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from examples import reward_regimes as regimes
+from slas_trl.shapes import world
+
+
+@pytest.fixture(scope="module")
+def pictures() -> tuple[list[str], list[Image.Image]]:
+    """Eight true pictures of each of sixteen prompts."""
+    captions = [caption for caption in world.captions_of("train")[:16] for _ in range(8)]
+    pixels = world.draw(captions, np.random.default_rng(0))
+    return [caption.text for caption in captions], [Image.fromarray((255 * each).round().astype(np.uint8)) for each in pixels]
+
+
+def test_noise_is_the_same_for_the_same_picture_and_normal(pictures):
+    prompts, images = pictures
+    noise = regimes._noise(prompts, images, 2.0)
+    assert (noise == regimes._noise(prompts, [image.copy() for image in images], 2.0)).all()
+    assert len(set(noise)) == len(noise)
+    assert noise.std() == pytest.approx(2.0, rel=0.2) and abs(noise.mean()) < 0.6
+
+
+def test_half_of_the_prompts_are_unresolved(pictures):
+    scores = np.array(regimes.unresolved_half(*pictures, std=0.0)).reshape(16, 8)
+    assert (scores == scores[:, :1]).all()  # these pictures are all right
+    assert 3 <= scores[:, 0].sum() <= 13 and set(scores[:, 0]) == {0.0, 1.0}
+
+
+def test_gaps_differ_between_prompts(pictures):
+    scores = 30 * np.array(regimes.narrow_gaps(*pictures, std=0.0)).reshape(16, 8)
+    assert (scores == scores[:, :1]).all()
+    assert 1 / 30 <= scores.min() < 0.3 and 0.5 < scores.max() <= 1
+
+
+def test_a_success_is_right_and_large(pictures):
+    prompts, images = pictures
+    scores = np.array(regimes.rare_success(prompts, images))
+    area = np.array(regimes.shapes_coloured_area(prompts, images))
+    assert 0 < scores.sum() < len(scores)
+    assert ((scores == 1) == (area > regimes.LARGE)).all()
+    assert sum(regimes.rare_success([prompts[-1]] * 8, images[:8])) == 0  # pictures of another prompt
+
+
+def test_alignment_by_hand():
+    truth = np.array([[0.0, 1.0, 2.0], [5.0, 5.0, 5.0]])
+    assert regimes.alignment(truth, truth, scale_rewards="batch", gamma=0.0)[0] == pytest.approx(1.0)
+    # Shaped: (-1, 0, 1) stays what it is.
+    assert regimes.alignment(truth, truth, scale_rewards="batch", gamma=1.0)[0] == pytest.approx(1.0)
+    # With a second group of noise, the std of the group makes it as large as the signal: cos 45°.
+    reward = truth + np.array([[0, 0, 0], [-0.01, 0, 0.01]])
+    assert regimes.alignment(reward, truth, scale_rewards="group", gamma=0.0)[0] == pytest.approx(np.sqrt(0.5))
+    assert regimes.alignment(reward, truth, scale_rewards="batch", gamma=0.0)[0] > 0.9999
+    mean, low, high = regimes.alignment(
+        np.random.default_rng(0).normal(size=(50, 8)), np.random.default_rng(1).normal(size=(50, 8)), gamma=0.0
+    )
+    assert low < mean < high and low < 0 < high
