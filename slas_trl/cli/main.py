@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "fine-tune a text-to-image pipeline; without arguments, the embedded one",
     "doctor": "check that a training could start: takes the options of train, trains and writes nothing",
     "compare": "train several kinds of advantages with the same noise, and compare them",
+    "prompts": "score prompts by how much their rewards differ, and keep those worth training on",
     "generate": "make pictures with a pipeline, with or without a trained adapter",
     "env": "print versions and devices, for a bug report",
 }

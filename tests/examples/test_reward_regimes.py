@@ -13,7 +13,8 @@ def pictures() -> tuple[list[str], list[Image.Image]]:
     """Eight true pictures of each of sixteen prompts."""
     captions = [caption for caption in world.captions_of("train")[:16] for _ in range(8)]
     pixels = world.draw(captions, np.random.default_rng(0))
-    return [caption.text for caption in captions], [Image.fromarray((255 * each).round().astype(np.uint8)) for each in pixels]
+    images = [Image.fromarray((255 * each).round().astype(np.uint8)) for each in pixels]
+    return [caption.text for caption in captions], images
 
 
 def test_noise_is_the_same_for_the_same_picture_and_normal(pictures):
