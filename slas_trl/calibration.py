@@ -117,7 +117,7 @@ class Curve:
         parts, changes = self.parts, self.changes
         means = np.array([changes[part].mean() for part in parts])
         if self.errors is not None:
-            errors, freedom = self.errors[np.concatenate(parts)] / self.unit, 1e9
+            errors, freedom = self.errors[np.concatenate(parts)] / self.unit, 1e9  # known, as good as
         else:
             # Prompts differ from rollout to rollout. What the mean moves within a part counts as scatter too, so this
             # errs towards "no clear change".

@@ -138,12 +138,13 @@ def _header(script: SLASScriptArguments, config: SLASConfig) -> dict[str, Any]:
 
 
 def _only_sample(config: SLASConfig, folder: str, prompts_at_once: int) -> None:
-    """No rollout of training, no files, no trackers, and no second denoiser for the KL divergence."""
+    """Rollouts of some prompts; no files, no trackers, no second denoiser for the KL divergence, no search for γ."""
     images = prompts_at_once * config.num_generations
     config.per_device_train_batch_size = min(config.per_device_train_batch_size, images)
     config.steps_per_generation = -(-images // config.per_device_train_batch_size)
     config.output_dir, config.push_to_hub, config.report_to = folder, False, []
     config.log_completions, config.use_ema, config.beta, config.eval_strategy = False, False, 0.0, "no"
+    config.gamma_schedule = "constant"
 
 
 class ScoringTrainer(SLASTrainer):
