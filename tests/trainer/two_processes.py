@@ -148,7 +148,7 @@ def failing(folder: Path, state: PartialState) -> dict[str, Any]:
 
 def gamma(folder: Path, state: PartialState) -> dict[str, Any]:
     """A trust region over three rollouts of two updates each, resumed within the second."""
-    settings = {"gamma_schedule": "trust_region", "kl_threshold": 1e-7, "fisher_update_steps": 2,
+    settings = {"gamma_schedule": "trust_region", "kl_threshold": 9e-7, "fisher_update_steps": 2,
                 "peft_config": lora(r=1, target_modules=["to_q", "to_v"])}  # fmt: skip
     settings |= {"gradient_accumulation_steps": 3, "save_strategy": "steps", "save_steps": 3, "max_steps": 6}
     trainer = tiny_trainer(folder / "run", cls=Watched, **settings)
