@@ -161,7 +161,8 @@ class Change:
 class Reading:
     """What the rewards of a run say."""
 
-    verdict: str  # "likely hacking", "mixed", "healthy", "overfitting", "unclear", "no held-out reward" or "too short"
+    # "likely hacking", "losing", "mixed", "healthy", "overfitting", "unclear", "no held-out reward" or "too short"
+    verdict: str
     text: str
 
 
@@ -213,9 +214,11 @@ def read_rewards(trained: Curve, held_out: Sequence[Curve], evaluated: Sequence[
     falling = [c for c in others if c.direction == "falls"]
     rising = [c for c in others if c.direction == "rises"]
     shrunk = [c for c in elsewhere if c.direction == "falls"]
+    if change.direction != "rises" and falling and not rising:
+        # Hacking too, as a rule: of one part of the reward, at the cost of the others.
+        return Reading("losing", f"Losing: held-out {_listed(falling)}, and {change}. Look at the samples.")
     if change.direction != "rises":
-        also = f", while held-out {_listed(falling)}" if falling else ""
-        return Reading("unclear", f"No clear gain so far: {change}{also}.")
+        return Reading("unclear", f"No clear gain so far: {change}.")
     if falling and rising:
         text = f"Possible hacking: {change} while held-out {_listed(falling)}, though {_listed(rising)}."
         return Reading("mixed", f"{text} Look at the samples.")

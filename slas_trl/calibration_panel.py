@@ -26,6 +26,7 @@ CALIBRATION_PICTURE = "calibration.png"
 # Of the text on the fourth picture, and the paper behind it.
 COLOURS = {
     "likely hacking": ("#8b1a1a", "#fbe9e7"),
+    "losing": ("#8b1a1a", "#fbe9e7"),
     "overfitting": ("#8b1a1a", "#fbe9e7"),
     "mixed": ("#7a4b00", "#fff4e0"),
     "healthy": ("#1b5e20", "#e8f5e9"),

@@ -121,7 +121,9 @@ class TestReading:
 
     def test_nothing_is_claimed_without_evidence(self):
         assert reading_of(run(up, taste=flat)).verdict == "unclear"
-        assert reading_of(run(flat, taste=down)).verdict == "unclear"
+        losing = reading_of(run(flat, taste=down))
+        assert losing.verdict == "losing" and losing.text.startswith("Losing: held-out taste falls")
+        assert reading_of(run(flat, taste=flat)).verdict == "unclear"
         assert reading_of(run(up, noise=2.0, taste=down)).verdict == "unclear"
         assert reading_of(run(up, noise=0.001, taste=lambda t: -0.05 * t)).verdict == "unclear"  # too small to matter
         assert reading_of(run(up, rollouts=9, taste=down)).text == "9 rollouts are too few to tell; it takes 10."
