@@ -7,8 +7,11 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import shlex
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +27,7 @@ from slas_trl.scripts.train import held_out_prompts
 
 OUTPUT_DIR = "runs/comparison"
 SPEC, CONFIG, LOG, RESULT, SAMPLES = "arm.json", "config.yaml", "log.txt", "result.json", "samples"
+EVALUATIONS = "evaluations.json"
 WORKER = "slas_trl.scripts.compare_arm"
 BASE = "base"  # the arm that is not trained
 # What makes an arm, and what belongs to all of them; an option of these would be silently overridden.
@@ -95,16 +99,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, options = make_parser().parse_known_args(argv)
     arms = arms_of(args.arms, args.gammas)
     given = {word[2:].split("=")[0].replace("-", "_") for word in options if word.startswith("--")}
-    for name in sorted(given & OURS.keys()):
-        raise ValueError(f"--{name} would be one for all arms; use {OURS[name]}.")
     # A file's output_dir holds, that of the embedded pipeline's settings does not.
     options, settings = _take_config(options)
+    # A file that was made for `slas-trl train` names a γ, which the arms replace; it may also ask for an upload.
+    clash = given & OURS.keys() | {name for name in ("resume_from_checkpoint", "push_to_hub") if settings.get(name)}
+    for name in sorted(clash):
+        raise ValueError(f"{name} would be one for all arms; use {OURS[name]}.")
+    # Each arm is for one device, and so is this process, which only reads the options.
+    if gpus := _gpus():
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[0]
     if "output_dir" not in given | settings.keys():
         options += ["--output_dir", OUTPUT_DIR]
     with tempfile.TemporaryDirectory() as folder:
-        script, _, config = parse(
-            [*with_config(options, settings, Path(folder)), *arms[0].options], "slas-trl compare"
-        )
+        shared_options = with_config(options, settings, Path(folder))
+        parsed = [parse([*shared_options, *arm.options], "slas-trl compare") for arm in arms]
+    script, _, config = parsed[-1]
+    if config.gamma_schedule == "ess" and sum(arm.name.startswith("slas") for arm in arms) > 1:
+        raise ValueError("gamma_schedule=ess chooses γ by itself, whatever --gammas say: give one of them.")
     if script.reward_funcs is None:
         raise ValueError(
             "--reward_funcs is missing: name at least one function of slas_trl.rewards, or package.module:function."
@@ -131,12 +142,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if folder in todo:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / SPEC).write_text(json.dumps(spec, indent=2) + "\n", encoding="utf-8")
-    _run_all(todo, args.processes, root)
+    _run_all(todo, args.processes, gpus, root)
 
     from slas_trl.scripts.compare_report import write_report  # now that matplotlib is needed
 
-    command = "slas-trl compare " + " ".join(argv)
-    text = write_report(root, [asdict(arm) for arm in arms], seeds, command.strip())
+    command = shlex.join(["slas-trl", "compare", *argv])
+    text = write_report(root, [asdict(arm) for arm in arms], seeds, command)
     print(f"\n{text}\n\nDone. Look at comparison.md, comparison.png and samples.png in {root}.")
 
 
@@ -150,6 +161,8 @@ def _is_finished(folder: Path, spec: dict[str, Any]) -> bool:
     if not (folder / SPEC).exists():
         return False
     then = json.loads((folder / SPEC).read_text(encoding="utf-8"))
+    if not ((folder / RESULT).exists() or (folder / EVALUATIONS).exists()):  # nothing was computed
+        return False
     if changed := {name: (then.get(name), spec[name]) for name in spec if then.get(name) != spec[name]}:
         raise ValueError(
             f"{folder} was run with other settings (then, now): {changed}. Give those, or another --output_dir."
@@ -157,14 +170,13 @@ def _is_finished(folder: Path, spec: dict[str, Any]) -> bool:
     return (folder / RESULT).exists()
 
 
-def _run_all(folders: list[Path], processes: int, root: Path) -> None:
+def _run_all(folders: list[Path], processes: int, gpus: list[str], root: Path) -> None:
     """One process for each run, `processes` at a time; after one that failed, no other is started."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     # Forked from a process that has imported everything, which takes longer than a small arm's evaluation.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["slas_trl.cli.advice", WORKER])
-    gpus = _gpus()
     waiting, places, failed = list(folders), list(range(processes)), []
     running: dict[Any, tuple[Path, int, float]] = {}
     try:
@@ -205,7 +217,14 @@ def _work(folder: Path, gpu: str | None) -> None:
     log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    threading.Thread(target=_follow, args=(multiprocessing.parent_process(),), daemon=True).start()
     importlib.import_module(WORKER).run_arm(folder)
+
+
+def _follow(parent: Any) -> None:
+    """End with the command that started this, however that ended: the next one goes on in the same folder."""
+    parent.join()
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def _gpus() -> list[str]:

@@ -13,18 +13,19 @@ import numpy as np
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from slas_trl.evaluation.shapes import SCORES
 from slas_trl.objective import gaussian_kl
 from slas_trl.scripts.arguments import parse
-from slas_trl.scripts.compare import BASE, RESULT, SAMPLES, SPEC, with_config
+from slas_trl.scripts.compare import BASE, EVALUATIONS, RESULT, SAMPLES, SPEC, with_config
 from slas_trl.scripts.train import held_out_prompts, train_prompts
-from slas_trl.shapes import load_shapes_pipeline
+from slas_trl.shapes import load_shapes_pipeline, world
 from slas_trl.shapes.verifier import verify
 from slas_trl.trainer import SLASTrainer, checkpoints, sampling
+from slas_trl.trainer.precision import autocast_forward
 
 
-EVALUATIONS = "evaluations.json"
 SHOWN = 12  # pictures that are kept
 KL_ROWS = 48  # trajectories that the KL divergence is measured on
 # Streams of random numbers beside the trainer's: those of evaluation are the same for all arms and seeds.
@@ -54,18 +55,18 @@ class Evaluator(TrainerCallback):
         self.trained = self.evaluated = 0.0  # seconds
         self._last = time.perf_counter()
         self.evaluations: dict[str, dict[str, Any]] = {}
-        self._base: dict[str, torch.nn.Module] | None = None
-        if not trainer.has_adapter:
-            self._base = {
-                name: copy.deepcopy(trainer.pipe.components[name]).requires_grad_(False)
-                for name in trainer.denoiser_names
-            }
+        self._base = trainer._reference
+        if self._base is None and not trainer.has_adapter:
+            self._base = {name: copy.deepcopy(trainer.pipe.components[name]) for name in trainer.denoiser_names}
+            for frozen in self._base.values():
+                autocast_forward(trainer.accelerator, frozen.requires_grad_(False))
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step:  # resumed
             saved = json.loads((self.folder / EVALUATIONS).read_text(encoding="utf-8"))
             kept = {step: e for step, e in saved["evaluations"].items() if int(step) <= state.global_step}
             self.evaluations, self.first_rollout = kept, saved["first_rollout"]
+            # The part of an update or an evaluation that is repeated counts twice: it was paid for twice.
             self.trained, self.evaluated = saved["seconds"], saved["evaluation_seconds"]
         self._last = time.perf_counter()
 
@@ -108,6 +109,8 @@ class Evaluator(TrainerCallback):
         scores = dict(zip(trainer.scorer.names, trainer.scorer.score(prompts, images, columns).T, strict=True))
         if self.embedded:
             verdicts = verify(prompts, images)
+            if clash := scores.keys() & set(SCORES):
+                raise ValueError(f"The verifier has a score {min(clash)!r} too; give that reward another name.")
             scores |= {name: torch.tensor([float(getattr(v, name)) for v in verdicts]) for name in SCORES}
         self._keep(images[::copies])
         return {name: values.double().view(-1, copies).nanmean(1).tolist() for name, values in scores.items()}
@@ -132,6 +135,7 @@ class Evaluator(TrainerCallback):
         noise = sampling.generators([(KL_STEPS, i) for i in range(count)])
         scheduler, values = trainer.replayer.scheduler, []
         scheduler.window = sampling.window_of(trainer.args, 0, np.random.default_rng(KL_STEPS))
+        trainer._place_frozen_components(trainer.accelerator.device)
         with trainer._averaged_weights():
             for part in trainer.calls.chunks(self.data, rows, size):
                 chosen = [rows[i] for i in part]
@@ -145,6 +149,7 @@ class Evaluator(TrainerCallback):
                     base = trainer.replayer.reference(rollout, step, self._base, "slas")
                     values.append(gaussian_kl(policy.mean, base.mean, policy.std))
         scheduler.window = None
+        trainer._place_frozen_components("cpu")
         return torch.cat(values).mean().item()
 
 
@@ -163,6 +168,7 @@ def run_arm(folder: Path) -> None:
     spec: Mapping[str, Any] = json.loads((folder / SPEC).read_text(encoding="utf-8"))
     options = with_config(spec["options"], spec["config"], folder)
     script, lora, config = parse([*options, "--output_dir", str(folder)], "slas-trl compare")
+    config.eval_strategy = IntervalStrategy.NO  # the callback below does that
     sys.path.append(str(Path.cwd()))
     embedded = script.model_name_or_path is None
     trainer = SLASTrainer(
@@ -174,7 +180,8 @@ def run_arm(folder: Path) -> None:
     )
     prompts = held_out_prompts(script, config, "slas-trl compare")
     data = prompts.select([i * len(prompts) // spec["eval_prompts"] for i in range(spec["eval_prompts"])])
-    evaluator = Evaluator(trainer, data, folder, spec["eval_every"], spec["eval_images_per_prompt"], embedded)
+    judged = embedded and world.all_captions().keys() >= set(data["prompt"])  # by the verifier
+    evaluator = Evaluator(trainer, data, folder, spec["eval_every"], spec["eval_images_per_prompt"], judged)
     if spec["arm"] == BASE:
         evaluator.evaluate(0)
     else:

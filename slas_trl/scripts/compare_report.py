@@ -6,8 +6,9 @@ What `slas-trl compare` makes of finished arms: tables, curves and sample sheets
     paired difference       the same of V_arm - V_other: seeds, prompts and noise are the same in both
     matched KL              V at the update where each run is as far from the base as the run that went least far
 
-A bootstrap of n draws has (n - 1) / n of the variance; with 3 or 5 seeds that matters, so the weights that it draws
-are spread by √(n / (n - 1)). With one seed, intervals are over prompts alone.
+A bootstrap of few seeds is too narrow, and one of two factors counts thrice what is due to neither. So its draws give
+the interval's shape, and the two-way standard error with Student's t its width. With one seed, intervals are over
+prompts alone.
 """
 
 import json
@@ -21,6 +22,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
+from scipy import stats
 
 from slas_trl.evaluation.shapes import SCORES
 from slas_trl.reporting import read_metrics, sample_grid
@@ -62,12 +64,16 @@ class Runs:
         return {name: values[:, -1] for name, values in self.scores.items()}
 
     def at_kl(self, target: float) -> dict[str, np.ndarray]:
-        """Scores `(S, P)` where each run first is `target` away from the base, interpolated between evaluations."""
+        """
+        Scores `(S, P)` where each run first is `target` away from the base, interpolated between evaluations: linearly
+        in the distance, which is the root of the KL.
+        """
         places = []
-        for kl in np.maximum.accumulate(self.kl, axis=1):
-            after = max(1, int(np.searchsorted(kl, target)))
-            width = kl[after] - kl[after - 1]
-            places.append(after - 1 + (min(1.0, (target - kl[after - 1]) / width) if width > 0 else 1.0))
+        for distance in np.sqrt(np.maximum.accumulate(self.kl, axis=1)):
+            after = max(1, int(np.searchsorted(distance, math.sqrt(target))))
+            width = distance[after] - distance[after - 1]
+            share = (math.sqrt(target) - distance[after - 1]) / width if width > 0 else 1.0
+            places.append(after - 1 + min(1.0, share))
         result = {}
         for name, values in self.scores.items():
             before = [min(int(place), values.shape[1] - 2) for place in places]
@@ -82,25 +88,48 @@ class Bootstrap:
 
     def __init__(self, seeds: int, prompts: int):
         rng = np.random.default_rng(0)
-        self.of_seeds, self.of_prompts = _weights(rng, seeds), _weights(rng, prompts)
+        self.of_seeds, self.of_prompts = (
+            rng.multinomial(n, np.full(n, 1 / n), size=DRAWS) / n for n in (seeds, prompts)
+        )
 
     def __call__(self, values: np.ndarray) -> Interval:
-        """Of `(S, P)`; prompts without a score are left out."""
-        known = ~np.isnan(values)
-        filled = np.where(known, values, 0.0)
-        if not known.any():
+        """Of `(S, P)`; prompts without a score in some run are left out."""
+        kept = ~np.isnan(values).any(axis=0)
+        values, of_prompts = values[:, kept], self.of_prompts[:, kept]
+        if not kept.any():
             return Interval(math.nan, math.nan, math.nan)
-        total = np.einsum("ds,sp,dp->d", self.of_seeds, filled, self.of_prompts, optimize=True)
-        count = np.einsum("ds,sp,dp->d", self.of_seeds, known.astype(float), self.of_prompts, optimize=True)
-        low, high = np.percentile(total / count, [2.5, 97.5])
-        return Interval(float(filled.sum() / known.sum()), float(low), float(high))
+        drawn = of_prompts.sum(axis=1) > 0
+        means = ((self.of_seeds @ values) * of_prompts).sum(axis=1)[drawn] / of_prompts.sum(axis=1)[drawn]
+        mean, spread = float(values.mean()), float(means.std())
+        error, freedom = standard_error(values)
+        if not (spread > 0 and error > 0):
+            return Interval(mean, mean, mean)
+        wider = error * stats.t.ppf(0.975, freedom) / (spread * stats.norm.ppf(0.975))
+        low, high = mean + wider * (np.percentile(means, [2.5, 97.5]) - mean)
+        return Interval(mean, float(low), float(high))
 
 
-def _weights(rng: np.random.Generator, n: int) -> np.ndarray:
-    if n == 1:
-        return np.ones((DRAWS, 1))
-    drawn = rng.multinomial(n, np.full(n, 1 / n), size=DRAWS) / n
-    return 1 / n + math.sqrt(n / (n - 1)) * (drawn - 1 / n)
+def standard_error(values: np.ndarray) -> tuple[float, float]:
+    """
+    Of the mean of `(S, P)`, for other seeds and other prompts, with its degrees of freedom (Satterthwaite).
+
+    The mean squares of a two-way layout have the expectations E + P V_seed, E + S V_prompt and E, with E the variance
+    of what is left, so that (MS_seed + MS_prompt - MS_rest) / (S P) is the variance of the mean. With one seed, or one
+    prompt, only the others count.
+    """
+    s, p = values.shape
+    of_seeds, of_prompts = values.mean(axis=1, keepdims=True), values.mean(axis=0, keepdims=True)
+    squares, freedoms = [], []
+    for part, times, n in ((of_seeds, p, s), (of_prompts, s, p)):
+        squares.append(times * np.square(part - values.mean()).sum() / max(1, n - 1))
+        freedoms.append(max(1, n - 1))
+    rest = np.square(values - of_seeds - of_prompts + values.mean()).sum() / max(1, (s - 1) * (p - 1))
+    total = max(sum(squares) - rest, rest)
+    if total == 0:
+        return 0.0, 1.0
+    parts = [*zip(squares, freedoms, strict=True), (rest, max(1, (s - 1) * (p - 1)))]
+    freedom = total**2 / sum(square**2 / number for square, number in parts)
+    return math.sqrt(total / (s * p)), max(1.0, freedom)
 
 
 def write_report(root: Path, arms: list[dict[str, Any]], seeds: list[int], command: str) -> str:
@@ -141,7 +170,9 @@ def _read(folder: Path) -> dict[str, Any]:
     weights = result["reward_weights"]
     for evaluation in result["evaluations"].values():
         scores = evaluation["scores"]
-        total = sum(w * np.array(scores[name], dtype=float) for name, w in weights.items() if w)
+        weighted = np.stack([w * np.array(scores[name], dtype=float) for name, w in weights.items() if w])
+        # As in training: a missing score is left out, unless there is no other.
+        total = np.where(np.isnan(weighted).all(axis=0), math.nan, np.nansum(weighted, axis=0))
         evaluation["scores"] = {TRAINED: total, **{name: np.array(v, dtype=float) for name, v in scores.items()}}
     return result
 
@@ -162,16 +193,29 @@ def _runs(folder: Path, label: str, base: dict[str, Any], results: list[dict[str
     return Runs(label, [0, *steps], scores, kl, np.array([r["seconds"] for r in results]), rewards)
 
 
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 class Report:
     """Of the arms `runs`, by name; the first is what the others are compared with."""
 
     def __init__(self, runs: dict[str, Runs], base: dict[str, Any], seeds: int):
         self.runs, self.base, self.seeds = runs, base, seeds
         start = base["evaluations"]["0"]["scores"]
-        self.weights = weights = {name: w for name, w in base["reward_weights"].items() if w}
+        weights = {name: w for name, w in base["reward_weights"].items() if w}
         # What has another name already: a reward that is all that is trained on, and those that the verifier is.
         hidden = set(weights) if list(weights.values()) == [1.0] else set()
-        hidden |= {"shapes_verifier", "shapes_verifier_strict"} if SCORES[0] in start else set()
+        known: dict[str, str] = {}
+        if SCORES[0] in start:
+            known = {"shapes_verifier": "graded", "shapes_verifier_strict": "strict"}
+        hidden |= known.keys()
+        self.parts = {known.get(name, name) for name in weights}  # of the trained reward
         self.measures = [name for name in start if name not in hidden]
         self.trained_as = " + ".join(name if w == 1 else f"{w:g} × {name}" for name, w in weights.items())
         self.bootstrap = Bootstrap(seeds, len(start[TRAINED]))
@@ -206,9 +250,16 @@ class Report:
     def hacked(self, arm: str) -> tuple[list[str], list[str]]:
         """What is trained on and rose, and what fell, both surely; none where there are not both."""
         changes = self.changes()[arm]
-        rose = [m for m in self.measures if m in (TRAINED, *self.weights) and changes[m].low > 0]
+        rose = [m for m in self.measures if m in (TRAINED, *self.parts) and changes[m].low > 0]
         fell = [m for m in self.measures if changes[m].high < 0]
         return (rose, fell) if rose and fell else ([], [])
+
+    def _warning(self, arm: str) -> str | None:
+        rose, fell = self.hacked(arm)
+        if not fell:
+            return None
+        what = "reward hacking" if TRAINED in rose else "a part of the reward was hacked, at the expense of the whole"
+        return f"* {self.runs[arm].label}: {', '.join(rose)} rose while {', '.join(fell)} fell: {what}."
 
     def kl_of(self, arm: str) -> Interval:
         final = self.runs[arm].kl[:, -1]
@@ -218,7 +269,7 @@ class Report:
         def plain(table: dict[str, dict[str, Interval]]) -> dict[str, Any]:
             return {row: {m: [i.mean, i.low, i.high] for m, i in cells.items()} for row, cells in table.items()}
 
-        return {
+        numbers = {
             "command": command,
             "seeds": self.seeds,
             "prompts": self.base["prompts"],
@@ -233,11 +284,12 @@ class Report:
                     "updates": run.steps,
                     "kl": run.kl.tolist(),
                     "seconds": run.seconds.tolist(),
-                    **{m: run.scores[m].mean(axis=2).tolist() for m in self.measures},
+                    **{m: np.nanmean(run.scores[m], axis=2).tolist() for m in self.measures},
                 }
                 for name, run in self.runs.items()
             },
         }
+        return _without_nan(numbers)
 
     def text(self, command: str) -> str:
         start = {m: self.bootstrap(np.tile(self.base["evaluations"]["0"]["scores"][m], (self.seeds, 1)))
@@ -262,11 +314,7 @@ class Report:
             self._table(self.differences(self.matched)),
             "## Change from the base after the last update",
             self._table(self.changes()),
-            *(
-                f"* {run.label}: {', '.join(rose)} rose while {', '.join(fell)} fell: reward hacking."
-                for run, (rose, fell) in ((run, self.hacked(arm)) for arm, run in self.runs.items())
-                if fell
-            ),
+            *(warning for warning in map(self._warning, self.runs) if warning is not None),
             "## Cost",
             *(
                 f"* {run.label}: {run.seconds.mean():.0f} s of training for each seed "
@@ -318,7 +366,9 @@ class Report:
             updates = sorted(run.rewards)
             axes[1, -1].plot(updates, [np.mean(run.rewards[u]) for u in updates], **style)
         for column, measure in enumerate(shown):
-            kind = "part of it" if measure in self.weights else "held out"
+            kind = "held out"
+            if measure in self.parts:
+                kind = "part of it" if len(self.parts) > 1 else "the same"
             if measure == TRAINED:
                 kind = self.trained_as.replace(" + ", "\n+ ")
             axes[0, column].set_title(f"{measure}\n({kind})", fontsize=10)

@@ -92,7 +92,7 @@ def read_scores(path: str | Path) -> tuple[dict[str, Any], dict[int, dict[str, A
     if not Path(path).is_file():
         raise FileNotFoundError(f"there are no scores {path}. Make them with slas-trl prompts score --output {path}.")
     records = []
-    for text in Path(path).read_text(encoding="utf-8").splitlines():
+    for text in Path(path).read_text(encoding="utf-8").split("\n"):  # some prompts hold other ends of lines
         try:
             records.append(json.loads(text))
         except json.JSONDecodeError:

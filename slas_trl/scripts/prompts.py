@@ -38,6 +38,7 @@ DECISIVE = (
     *("seed", "num_generations", "per_device_train_batch_size", "num_inference_steps", "guidance_scale"),
     *("height", "width", "eta", "noise_schedule", "noise_level", "sde_window_size", "sde_window_start"),
     *("sde_window_slide_every", "init_same_noise", "pipeline_columns", "pipeline_kwargs", "reward_weights"),
+    *("model_init_kwargs", "bf16", "fp16"),
 )
 
 
@@ -144,7 +145,7 @@ def _only_sample(config: SLASConfig, folder: str, prompts_at_once: int) -> None:
     config.steps_per_generation = -(-images // config.per_device_train_batch_size)
     config.output_dir, config.push_to_hub, config.report_to = folder, False, []
     config.log_completions, config.use_ema, config.beta, config.eval_strategy = False, False, 0.0, "no"
-    config.gamma_schedule = "constant"
+    config.gamma_schedule, config.fisher_update_steps = "constant", None
 
 
 class ScoringTrainer(SLASTrainer):

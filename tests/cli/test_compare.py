@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from PIL import Image
 
 from slas_trl.cli.main import main
 from slas_trl.scripts.compare import arms_of, make_parser
+from slas_trl.trainer import SLASConfig
 
 
 ROOT = Path(__file__).parents[2]
@@ -110,8 +112,6 @@ def test_other_settings_are_refused(compared, capsys):
 
 
 def test_different_first_rollouts_are_not_compared(compared, tmp_path, capsys):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(compared, copy)
     path = copy / "linear" / "seed-43" / "result.json"
@@ -197,6 +197,8 @@ def test_arms():
         (["--eval_prompts", "1000"], "120 held-out prompts"),
         (["--reward_funcs", "no_such_reward"], "no_such_reward"),
         (["--model_name_or_path", "somewhere"], "--reward_funcs is missing"),
+        (["--gamma_schedule", "ess", "--gammas", "0.5,1"], "give one of them"),
+        (["--gamma_schedule", "kl", "--gammas", "0.5,2"], "gamma_max"),
     ],
 )
 def test_bad_input(argv, said, capsys, tmp_path):
@@ -210,3 +212,20 @@ def test_values_that_do_not_fit(argv, capsys):
     with pytest.raises(SystemExit):
         make_parser().parse_args(argv)
     assert argv[0] in capsys.readouterr().err
+
+
+def test_a_file_for_training_may_not_upload(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("push_to_hub: true\ngamma: 0.7\n")
+    assert main(["compare", "--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "out")]) == 2
+    assert "push_to_hub would be one for all arms" in capsys.readouterr().err
+
+
+def test_several_gpus_are_no_obstacle(monkeypatch, capsys, tmp_path):
+    """The options are read as an arm reads them, which sees one."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    seen = SLASConfig.n_gpu
+    monkeypatch.setattr(
+        SLASConfig, "n_gpu", property(lambda args: seen.fget(args) + os.environ["CUDA_VISIBLE_DEVICES"].count(","))
+    )
+    assert main(["compare", "--eval_prompts", "1000", "--output_dir", str(tmp_path)]) == 2
+    assert "120 held-out prompts" in capsys.readouterr().err

@@ -287,3 +287,10 @@ def test_without_a_command_it_prints_its_help(capsys):
         assert "--output" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         main(["prompts", "socre"])
+
+
+def test_prompts_may_hold_other_ends_of_lines(tmp_path):
+    lines = [{"fingerprint": "x"}, {"row": 0, "prompt": "one\u2028two\x85three"}, {"row": 1, "prompt": "four"}]
+    path = tmp_path / "scores.jsonl"
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    assert read_scores(path)[1] == {0: lines[1], 1: lines[2]}
