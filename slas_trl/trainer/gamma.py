@@ -41,8 +41,9 @@ from .slas_config import SLASConfig
 logger = logging.get_logger(__name__)
 
 UPDATES_KEPT = 20  # for G
-STEPS_MEASURED = 4  # of the trained ones, at most
-FIRST_PRODUCTS = 5  # at least, without an eigenvector to start from
+# At least and at most: without an eigenvector to start from, and with one, which the next measurement goes on from.
+FIRST_PRODUCTS, LATER_PRODUCTS = (5, 20), (2, 6)
+TOLERANCE = 0.05  # between rollouts, λ_max differs by more
 NARROW = (torch.float16, torch.bfloat16)
 SHIFT, NARROW_SHIFT = 0.003, 0.03  # stds by which the mean is moved for a derivative
 
@@ -199,12 +200,10 @@ class GammaControl(TrainerCallback):
     # Measuring λ_max
 
     def _measure_fisher(self, chunks: list[Rollout], steps: list[int]) -> None:
-        """λ_max over the first chunk of each process, at trained steps spread from the first to the last."""
+        """λ_max over the first chunk of each process, at the first and the last of the trained steps."""
         finite = [chunk for chunk in chunks if chunk.log_probs[:, steps].isfinite().all()]
-        chunk, ordered = (finite or chunks)[0], sorted(steps)
-        count = min(STEPS_MEASURED, len(ordered))
-        places = [round(i * (len(ordered) - 1) / max(1, count - 1)) for i in range(count)]
-        policies = [partial(self._policy, chunk, ordered[place]) for place in places]
+        chunk = (finite or chunks)[0]
+        policies = [partial(self._policy, chunk, step) for step in sorted({min(steps), max(steps)})]
         if self.accelerator.is_fsdp2:  # within the Trainer's no_sync, but these gradients are to be averaged
             cast(FSDPModule, self.model).set_requires_gradient_sync(True)
         try:
@@ -218,26 +217,29 @@ class GammaControl(TrainerCallback):
             logger.warning("The Fisher matrix of this rollout is 0 or not finite; its last eigenvalue is kept.")
 
     def _largest_eigenvalue(self, policies: Sequence[Callable[[], StepOutput]], elements: int) -> Eigenpair:
-        # The gradient of the log-probability of what was sampled is random, as its noise was, and in the image of Jᵀ:
-        # a start that needs no random vector. Its square is the trace of H on average.
-        start = [torch.zeros_like(parameter) for parameter in self.parameters]
-        for policy in policies:
-            for part, gradient in zip(start, self._gradients(policy().log_prob.mean()), strict=True):
-                part += gradient
-        trace = self._inner(start, start) * elements * world_size() / len(policies)
-        if not 0 < trace < math.inf:
-            return Eigenpair(trace, start, 0)
+        start, curvature, (least, most) = list(self.state.vector), self.state.lambda_max or 0.0, LATER_PRODUCTS
+        if not start:
+            # The gradient of the log-probability of what was sampled is random, as its noise was, and in the image of
+            # Jᵀ: a start that needs no random vector. Its square is the trace of H on average.
+            start = [torch.zeros_like(parameter) for parameter in self.parameters]
+            for policy in policies:
+                for part, gradient in zip(start, self._gradients(policy().log_prob.mean()), strict=True):
+                    part += gradient
+            curvature = self._inner(start, start) * elements * world_size() / len(policies)
+            least, most = FIRST_PRODUCTS
+        if not 0 < curvature < math.inf:
+            return Eigenpair(curvature, start, 0)
         product = FisherProduct(
             policies,
             self.parameters,
-            trace,
+            curvature,
             gradients=self._gradients,
             inner=self._inner,
             shift=NARROW_SHIFT if self._is_narrow else SHIFT,
         )
-        if self.state.vector:
-            return power_iteration(product, list(self.state.vector), inner=self._inner)
-        return power_iteration(product, start, min_products=FIRST_PRODUCTS, inner=self._inner)
+        return power_iteration(
+            product, start, min_products=least, max_products=most, tolerance=TOLERANCE, inner=self._inner
+        )
 
     @property
     def _is_narrow(self) -> bool:
