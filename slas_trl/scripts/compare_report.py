@@ -208,15 +208,15 @@ class Report:
     def __init__(self, runs: dict[str, Runs], base: dict[str, Any], seeds: int):
         self.runs, self.base, self.seeds = runs, base, seeds
         start = base["evaluations"]["0"]["scores"]
-        weights = {name: w for name, w in base["reward_weights"].items() if w}
+        weights: dict[str, float] = {name: w for name, w in base["reward_weights"].items() if w}
         # What has another name already: a reward that is all that is trained on, and those that the verifier is.
-        hidden = set(weights) if list(weights.values()) == [1.0] else set()
+        hidden: set[str] = set(weights) if list(weights.values()) == [1.0] else set()
         known: dict[str, str] = {}
         if SCORES[0] in start:
             known = {"shapes_verifier": "graded", "shapes_verifier_strict": "strict"}
         hidden |= known.keys()
         self.parts = {known.get(name, name) for name in weights}  # of the trained reward
-        self.measures = [name for name in start if name not in hidden]
+        self.measures: list[str] = [name for name in start if name not in hidden]
         self.trained_as = " + ".join(name if w == 1 else f"{w:g} × {name}" for name, w in weights.items())
         self.bootstrap = Bootstrap(seeds, len(start[TRAINED]))
         self.target = float(min(run.kl.max(axis=1).min() for run in runs.values()))
