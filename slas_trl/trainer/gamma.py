@@ -54,7 +54,7 @@ class GammaState:
 
     gamma: float
     moment: float = 0.0  # M of the rollout under way
-    kls: tuple[float, ...] = ()  # of the updates since γ was last chosen
+    kls: tuple[tuple[int, float], ...] = ()  # timestep and KL of the last updates, as many as there are timesteps
     updates: tuple[tuple[float, float], ...] = ()  # τ and ‖g̃‖²/M of the last ones, the newest last
     lambda_max: float | None = None
     vector: tuple[torch.Tensor, ...] = ()  # its eigenvector, sharded as the parameters are
@@ -125,9 +125,7 @@ class GammaControl(TrainerCallback):
         """As before training."""
         self.state = GammaState(gamma=self.args.gamma)
         self._finished = self.state  # as the last update left it, for one under way starts over
-        self._update = 0
-        self._position = 0  # micro-steps of the update so far
-        self._seen: tuple[Rollout, int, torch.Tensor, torch.Tensor] | None = None  # one of them: its mean and std
+        self._seen: tuple[Rollout, int, torch.Tensor, torch.Tensor] | None = None  # a micro-step: its mean and std
         self._norm = math.nan  # of the gradient
         self._before: list[torch.Tensor] = []  # the weights before the update
 
@@ -156,7 +154,7 @@ class GammaControl(TrainerCallback):
             self.state = replace(self.state, checks_kl=due, measured_at=update if due else last)
         gamma = gathered(self._choose(shaped, update))[0]
         result = shaped(gamma)
-        self.state = replace(self.state, gamma=gamma, moment=reward_moment(result.scaled, gamma), kls=())
+        self.state = replace(self.state, gamma=gamma, moment=reward_moment(result.scaled, gamma))
         if self.interval is not None:
             self.log("trust_region/moment", self.state.moment)
         return result
@@ -171,7 +169,8 @@ class GammaControl(TrainerCallback):
             case "ess":
                 return largest_gamma_of_share(shaped(0.0).scaled, args.min_effective_share, args.gamma_max)
             case "kl" if state.kls:
-                return kl_feedback(state.gamma, sum(state.kls) / len(state.kls), args.allowed_kl, args.gamma_max)
+                kl = sum(kl for _, kl in state.kls) / len(state.kls)
+                return kl_feedback(state.gamma, kl, args.allowed_kl, args.gamma_max)
             case "kl":
                 return state.gamma
             case "trust_region":
@@ -273,14 +272,18 @@ class GammaControl(TrainerCallback):
     # Measuring updates
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self._update, self._position, self._seen = state.global_step, 0, None
+        self._seen = None
 
     def note_micro_step(self, rollout: Rollout, step: int, policy: StepOutput) -> None:
-        """Keep one micro-step of the update, another one each time, to measure the update's KL with."""
-        wanted = (self._update + self.accelerator.process_index) % self.args.micro_steps_per_update
-        if self._position == wanted and (self.args.gamma_schedule == "kl" or self.state.checks_kl):
+        """
+        Keep one micro-step of the update, to measure the update's KL with: at the timestep that was measured the
+        longest ago, since they differ by much.
+        """
+        if self.args.gamma_schedule != "kl" and not self.state.checks_kl:
+            return
+        last = {measured: i for i, (measured, _) in enumerate(self.state.kls)}
+        if self._seen is None or last.get(step, -1) < last.get(self._seen[1], -1):
             self._seen = rollout, step, policy.mean.detach(), policy.std
-        self._position += 1
 
     def note_gradient(self, norm: Any) -> None:
         """‖g̃‖ before clipping; NaN or infinite where the update is skipped."""
@@ -314,7 +317,7 @@ class GammaControl(TrainerCallback):
         kl = sum(kls) / len(kls)
         if math.isfinite(kl):
             self.log("trust_region/kl", kl)
-            self.state = replace(self.state, kls=(*self.state.kls, kl))
+            self.state = replace(self.state, kls=(*self.state.kls, (step, kl))[-self.args.num_trained_timesteps :])
 
     # Resuming
 
