@@ -305,7 +305,6 @@ class SLASTrainer(EvaluatingTrainer):
         )
         result = self._gamma.shape(lambda gamma: shaped(gamma=gamma), chunks, steps, self.state.global_step)
         mine = result.advantages[first : first + len(indices)].to(device)
-        self._log_rollout(rewards, result)
         self._images_sampled += len(rewards)
         if args.log_completions and rollout_index % 10 == 0 and self.is_world_process_zero():
             prompts = [self.train_dataset[i]["prompt"] for i in indices[:8]]
@@ -318,6 +317,7 @@ class SLASTrainer(EvaluatingTrainer):
             )
         if not self._checked:
             self._check_before_training(chunks, steps, rewards)
+        self._log_rollout(rewards, result)
         return Buffer(chunks, list(mine.split(size)), steps)
 
     def _choose_steps(self, rollout: Rollout, rng: np.random.Generator) -> list[int]:
