@@ -354,7 +354,7 @@ class Report:
             for column, measure in enumerate(shown):
                 values = run.scores[measure]
                 bands = [self.bootstrap(values[:, t]) for t in range(values.shape[1])]
-                mean, low, high = (np.array([getattr(b, n) for b in bands]) for n in ("mean", "low", "high"))
+                mean, low, high = np.array([(band.mean, band.low, band.high) for band in bands]).T
                 axes[0, column].plot(run.steps, mean, **style)
                 axes[0, column].fill_between(run.steps, low, high, color=f"C{color}", alpha=0.12, lw=0)
                 axes[1, column].plot(run.kl.mean(0), mean, marker=".", **style)
