@@ -302,8 +302,8 @@ class Report:
             f"Trained on {self.trained_as}. {self.seeds} seed{'s' * (self.seeds > 1)}, {len(self.base['prompts'])} "
             f"held-out prompts with {self.base['eval_images_per_prompt']} images each, drawn by the pipeline's own "
             "sampler with the same noise for all. The arms of a seed began with the same rollout, to the last bit. "
-            f"Brackets are 95% intervals of a bootstrap over {over}, widened to Student's t. KL is to the base, in nats per "
-            "latent element, mean over the trained steps.",
+            f"Brackets are 95% intervals of a bootstrap over {over}, widened to Student's t. KL is to the base, in "
+            "nats per latent element, mean over the trained steps.",
             f"## At equal learning rate: after update {first.steps[-1]}",
             self._table(self.estimates(self.final), start, kl=True),
             "### Paired differences",
