@@ -24,7 +24,21 @@ ALLOWED = {
 }
 UPPER = {"trainer", "scripts", "cli"}
 MAY_IMPORT_UPPER = {"__init__": {"trainer"}, "trainer": {"trainer"}, "scripts": UPPER, "cli": UPPER}
-NOT_CORE = {"torchvision", "timm", "open_clip", "rapidocr", "onnxruntime", "hpsv2", "trackio", "tensorboard"}
+NOT_CORE = {
+    *(
+        "torchvision",
+        "timm",
+        "open_clip",
+        "rapidocr",
+        "rapidfuzz",
+        "onnxruntime",
+        "cv2",
+        "hpsv2",
+        "fastapi",
+        "uvicorn",
+    ),
+    *("trackio", "tensorboard"),
+}
 
 
 def imported(path: Path, top_level_only: bool = False) -> set[str]:

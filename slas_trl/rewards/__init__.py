@@ -1,33 +1,34 @@
 """
-Rewards: plain functions of prompts and images.
+Rewards: plain callables of prompts and images.
 
     def reward(prompts: list[str], images: list[PIL.Image.Image], **columns) -> list[float | None]
 
-`columns` are the other columns of the data set, and whatever else the trainer passes; `None` means "no score".
+`columns` are the other columns of the data set, and whatever else the trainer passes; `None` means "no score". A
+dictionary of such lists has named components, each of which is logged.
+
+`clip_score` and its like are such callables, with their default options; `ClipScore(model=...)` has others.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import Any
 
 
-if TYPE_CHECKING:
-    from slas_trl.rewards.shapes import shapes_clip, shapes_coloured_area, shapes_verifier, shapes_verifier_strict
-
-__all__ = ["shapes_clip", "shapes_coloured_area", "shapes_verifier", "shapes_verifier_strict"]
-
+# Where each is. Its libraries are imported when it is asked for, and not because of another one.
 _HOMES = {
-    "shapes_clip": "slas_trl.rewards.shapes",
-    "shapes_coloured_area": "slas_trl.rewards.shapes",
-    "shapes_verifier": "slas_trl.rewards.shapes",
-    "shapes_verifier_strict": "slas_trl.rewards.shapes",
+    "shapes_clip": "shapes",
+    "shapes_coloured_area": "shapes",
+    "shapes_verifier": "shapes",
+    "shapes_verifier_strict": "shapes",
 }
+__all__ = sorted(_HOMES)  # type: ignore[reportUnsupportedDunderAll]
+
+NAMES = [name for name in __all__ if name.islower()]  # those that `reward_funcs` takes as strings
 
 
-def __getattr__(name: str) -> object:
-    # A reward's libraries are imported when that reward is asked for, and not because of another one.
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; its rewards are {', '.join(__all__)}")
-    return getattr(import_module(_HOMES[name]), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; its rewards are {', '.join(NAMES)}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

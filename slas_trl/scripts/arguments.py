@@ -113,10 +113,10 @@ class SLASScriptArguments:
             self.reward_funcs = [self.reward_funcs]
         # Before all else that may be wrong: without the reward, the rest of a configuration is of no use.
         for name in self.reward_funcs or []:
-            if ":" not in name and name not in rewards.__all__:
+            if not {":", "."} & set(name) and name not in rewards.NAMES:
                 raise ValueError(
-                    f"there is no reward {name!r}: expected one of {', '.join(rewards.__all__)}, or "
-                    "package.module:function for one of your own."
+                    f"there is no reward {name!r}: expected one of {', '.join(rewards.NAMES)}, or "
+                    "package.module:function or file.py:function for one of your own."
                 )
         if self.report_prompts is not None and self.report_prompts < 0:
             raise ValueError(f"report_prompts must be at least 0, got {self.report_prompts}.")

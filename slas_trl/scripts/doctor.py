@@ -15,6 +15,7 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 
 from slas_trl.policy.doctor import denoisers_of, load_pipeline, pipeline_problems
+from slas_trl.rewards.by_name import RewardFunc, resolve_reward, reward_name
 from slas_trl.schedulers import stochastic_scheduler
 from slas_trl.scripts.arguments import LoraArguments, SLASScriptArguments, parse
 from slas_trl.scripts.doctor_report import DoctorReport, print_findings, print_pipeline, print_row, print_weights
@@ -24,7 +25,7 @@ from slas_trl.shapes import load_shapes_pipeline
 from slas_trl.trainer import SLASConfig
 from slas_trl.trainer.checkpoints import last_whole_checkpoint
 from slas_trl.trainer.prompts import load_prompts
-from slas_trl.trainer.scoring import RewardFunc, RewardScorer, resolve_reward, reward_name
+from slas_trl.trainer.scoring import RewardScorer
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,11 +1,9 @@
 """Calling reward functions, and saying clearly what is wrong with what they return."""
 
 import asyncio
-import functools
-import importlib
 import inspect
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Real
 from typing import Any
@@ -14,34 +12,7 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
-
-# (prompts, images, **columns) -> a score for each image, or None; sync or async
-RewardFunc = Callable[..., Any]
-
-
-def resolve_reward(reward: RewardFunc | str) -> RewardFunc:
-    """A reward function by itself, by its name in `slas_trl.rewards`, or as "package.module:function"."""
-    if callable(reward):
-        return reward
-    if not isinstance(reward, str):
-        raise TypeError(f"A reward must be a callable or a string, but got a {type(reward).__name__}: {reward!r}.")
-    module_name, _, function_name = reward.rpartition(":")
-    try:
-        function = getattr(importlib.import_module(module_name or "slas_trl.rewards"), function_name)
-    except Exception as error:  # whatever the user's module raises
-        raise ValueError(
-            f"There is no reward {reward!r} ({error}). Use a name from slas_trl.rewards, or 'package.module:function'."
-        ) from error
-    if not callable(function):
-        raise TypeError(f"The reward {reward!r} is a {type(function).__name__}, not a function.")
-    return function
-
-
-def reward_name(reward: RewardFunc) -> str:
-    """The name in the logs: the function's, or that of the callable's class."""
-    if isinstance(reward, functools.partial):
-        return reward_name(reward.func)
-    return reward.__name__ if inspect.isroutine(reward) else type(reward).__name__
+from ..rewards.by_name import RewardFunc, resolve_reward, reward_name
 
 
 class RewardScorer:

@@ -30,6 +30,7 @@ from ..advantages import Advantages, compute_advantages
 from ..objective import clip_indicators, clipped_surrogate_loss, gaussian_kl, importance_ratio
 from ..policy import PipelineReplayer, Rollout, check_pipeline, measure_ratio
 from ..policy.doctor import denoisers_of, load_pipeline
+from ..rewards.by_name import RewardFunc
 from ..schedulers import stochastic_scheduler
 from . import lora, sampling
 from .calibration import CalibrationCallback, rollout_record
@@ -50,7 +51,7 @@ from .metrics import rollout_metrics, warn_of_advantages, warn_of_resolution
 from .precision import autocast_forward, autocast_sharded
 from .prompts import check_prompts, load_prompts
 from .resumable import Buffer
-from .scoring import RewardFunc, RewardScorer
+from .scoring import RewardScorer
 from .slas_config import SLASConfig
 
 
@@ -66,7 +67,7 @@ class SLASTrainer(EvaluatingTrainer):
             A text-to-image pipeline, or a path or Hub id, loaded with `args.model_init_kwargs`.
         reward_funcs (`Callable`, `str` or a list of them):
             `reward(prompts, images, **columns) -> list[float | None]`, sync or async; or names, see
-            [`~slas_trl.trainer.scoring.resolve_reward`].
+            [`~slas_trl.rewards.by_name.resolve_reward`].
         args ([`SLASConfig`], *optional*): the configuration.
         train_dataset (`Dataset`, *optional*):
             Has a column "prompt"; the others reach the rewards. By default `args.prompt_dataset`.

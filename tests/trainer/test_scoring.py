@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from slas_trl.trainer.scoring import RewardScorer, resolve_reward, reward_name, reward_resolution, typical_group_std
+from slas_trl.trainer.scoring import RewardScorer, reward_resolution, typical_group_std
 
 
 PROMPTS = ["a cat", "a cat", "two dogs"]
@@ -24,14 +24,6 @@ def length(prompts, images, **columns):
     return [len(prompt) for prompt in prompts]
 
 
-class Sharpness:
-    def __call__(self, prompts, images, **columns):
-        return [0.5] * len(images)
-
-    def method(self, prompts, images, **columns):
-        return [0.5] * len(images)
-
-
 def score(*rewards, **columns) -> torch.Tensor:
     return RewardScorer(list(rewards)).score(PROMPTS, IMAGES, columns)
 
@@ -44,21 +36,6 @@ def returning(values):
 
 
 # Which rewards
-
-
-@pytest.mark.parametrize(
-    ("reward", "name"),
-    [
-        (red, "red"),
-        (functools.partial(red, scale=2), "red"),
-        (Sharpness(), "Sharpness"),
-        (Sharpness().method, "method"),
-        ("tests.trainer.tiny_trainers:redness", "redness"),
-        ("shapes_verifier", "shapes_verifier"),
-    ],
-)
-def test_a_reward_has_a_name(reward, name):
-    assert reward_name(resolve_reward(reward)) == name
 
 
 @pytest.mark.parametrize("rewards", [red, [red], (red,)])
@@ -80,20 +57,6 @@ def test_two_equal_names_are_refused():
 def test_no_reward_is_refused():
     with pytest.raises(ValueError, match="at least one"):
         RewardScorer([])
-
-
-@pytest.mark.parametrize(
-    "name", ["hpsv9", "no_such_module:red", "tests.trainer.tiny_trainers:blueness", "tests.trainer.tiny_trainers:"]
-)
-def test_an_unknown_name_is_refused(name):
-    with pytest.raises(ValueError, match=f"There is no reward '{name}'.*package.module:function"):
-        RewardScorer(name)
-
-
-@pytest.mark.parametrize("reward", [3, None, "math:pi"])
-def test_what_cannot_be_called_is_refused(reward):
-    with pytest.raises(TypeError, match="reward"):
-        RewardScorer([reward])
 
 
 # What it is given

@@ -1,0 +1,130 @@
+"""Rewards by name: `"hpsv2"`, `"hpsv2:version=v2.0"`, `"package.module:function"`, `"my_rewards.py:sharpness"`."""
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+
+from slas_trl import rewards
+
+
+# (prompts, images, **columns) -> a score for each image, or None; or a dictionary of such lists; sync or async
+RewardFunc = Callable[..., Any]
+
+EXPECTED = (
+    'Use a name from slas_trl.rewards, with options as in "hpsv2:version=v2.0", or a function of your own as '
+    "package.module:function or file.py:function."
+)
+
+
+def resolve_reward(reward: RewardFunc | str) -> RewardFunc:
+    """
+    A reward function from a string, or the function itself.
+
+    Args:
+        reward (`Callable` or `str`):
+            A callable; a name in `slas_trl.rewards`; "package.module:function", "package.module.function" or
+            "folder/file.py:function". Options follow after a colon, as in "hpsv2:version=v2.0,device=cuda:1"; they
+            are fields of a reward like [`~slas_trl.rewards.HPSv2`], or keyword arguments of a function or class.
+
+    Raises:
+        `ValueError`: for a reward that there is not, and options that do not fit.
+        `TypeError`: for what cannot be called.
+    """
+    if callable(reward):
+        return reward
+    if not isinstance(reward, str):
+        raise TypeError(f"A reward must be a callable or a string, but got a {type(reward).__name__}: {reward!r}.")
+    place, name, text = split_name(reward)
+    try:
+        found = getattr(_module(place), name)
+    except Exception as error:  # whatever the user's module raises
+        near = difflib.get_close_matches(reward.split(":")[0], rewards.NAMES, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"There is no reward {reward!r} ({error}).{hint} {EXPECTED}") from error
+    if not callable(found):
+        raise TypeError(f"The reward {reward!r} is a {type(found).__name__}, not a function.")
+    return _with_options(reward, found, text)
+
+
+def split_name(reward: str) -> tuple[str, str, str]:
+    """Module or file, function in it, and options, of the string for a reward."""
+    first, _, rest = reward.partition(":")
+    if first in rewards.NAMES:
+        return "slas_trl.rewards", first, rest
+    if ":" not in reward:
+        place, _, name = first.rpartition(".")
+        return place or "slas_trl.rewards", name, ""
+    name, _, options = rest.partition(":")
+    return first, name, options
+
+
+def reward_name(reward: RewardFunc) -> str:
+    """The name in the logs: the function's, or that of the callable's class."""
+    if isinstance(reward, functools.partial):
+        return reward_name(reward.func)
+    return getattr(reward, "__name__", type(reward).__name__)
+
+
+def _module(place: str) -> ModuleType:
+    return _load_file(str(Path(place).resolve())) if place.endswith(".py") else importlib.import_module(place)
+
+
+@functools.cache
+def _load_file(path: str) -> ModuleType:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None and spec.loader is not None  # it ends in .py
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _with_options(reward: str, found: Any, text: str) -> RewardFunc:
+    given = {}
+    for part in text.split(",") if text else []:
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip().isidentifier():
+            raise ValueError(
+                f"The options of the reward {reward!r} hold {part!r}; expected option=value,option=value."
+            )
+        given[key.strip()] = value.strip()
+    is_reward = dataclasses.is_dataclass(found) and not isinstance(found, type)
+    target = type(found) if is_reward else found
+    known = _options_of(target)
+    for key in given:
+        if key not in known:
+            raise ValueError(f"The reward {reward!r} has no option {key!r}; it has {', '.join(known) or 'none'}.")
+    options = {key: _value(value, known[key]) for key, value in given.items()}
+    try:
+        if is_reward:
+            return dataclasses.replace(found, **options)
+        if isinstance(found, type):
+            return found(**options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The reward {reward!r} cannot be made: {error}") from error
+    return functools.partial(found, **options) if options else found
+
+
+def _options_of(target: Callable) -> Mapping[str, Any]:
+    """Keyword arguments and their annotations."""
+    given_by_us = {"prompts", "images", "completions"} if not isinstance(target, type) else set()
+    return {
+        name: parameter.annotation
+        for name, parameter in inspect.signature(target).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name not in given_by_us
+    }
+
+
+def _value(text: str, annotation: Any) -> Any:
+    """Text where text is meant; otherwise what YAML reads in it."""
+    return text if "str" in str(annotation) else yaml.safe_load(text)

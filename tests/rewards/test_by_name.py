@@ -1,0 +1,130 @@
+"""Which rewards there are by name, with which options, and what is said of one that there is not."""
+
+import functools
+from dataclasses import dataclass
+
+import pytest
+
+from slas_trl import rewards
+from slas_trl.rewards.base import Reward
+from slas_trl.rewards.by_name import resolve_reward, reward_name
+
+
+HERE = "tests.rewards.test_by_name"
+PROMPTS, IMAGES = ["a cat"], [None]
+
+
+def red(prompts, images, scale=1, **columns):
+    return [scale] * len(images)
+
+
+class Sharpness:
+    def __init__(self, level: float = 0.5):
+        self.level = level
+
+    def __call__(self, prompts, images, **columns):
+        return [self.level] * len(images)
+
+    def method(self, prompts, images, **columns):
+        return [self.level] * len(images)
+
+
+@dataclass(frozen=True)
+class Versioned(Reward):
+    default_name = "versioned"
+    version: str = "2"
+    size: int | None = None
+
+    def __call__(self, prompts, images, **columns):
+        return [f"{self.version!r} {self.size!r}"]
+
+
+versioned = Versioned()
+
+
+@pytest.mark.parametrize(
+    ("reward", "name"),
+    [
+        (red, "red"),
+        (functools.partial(red, scale=2), "red"),
+        (Sharpness(), "Sharpness"),
+        (Sharpness().method, "method"),
+        (versioned, "versioned"),
+        (Versioned(name="other"), "other"),
+        (f"{HERE}:red", "red"),
+        (f"{HERE}.red", "red"),
+        ("shapes_verifier", "shapes_verifier"),
+    ],
+)
+def test_a_reward_has_a_name(reward, name):
+    assert reward_name(resolve_reward(reward)) == name
+
+
+@pytest.mark.parametrize(
+    ("reward", "name", "score"),
+    [
+        (f"{HERE}:red:scale=3", "red", 3),
+        (f"{HERE}:Sharpness:level=2", "Sharpness", 2),
+        (f"{HERE}:versioned", "versioned", "'2' None"),
+        (f"{HERE}:versioned:version=2.10,size=7", "versioned", "'2.10' 7"),  # a version is text, a size a number
+        (f"{HERE}:versioned:name=other,version=cuda:1", "other", "'cuda:1' None"),
+    ],
+)
+def test_a_reward_has_options(reward, name, score):
+    function = resolve_reward(reward)
+    assert reward_name(function) == name
+    assert function(prompts=PROMPTS, images=IMAGES) == [score]
+
+
+def test_options_leave_the_reward_itself_as_it_is():
+    resolve_reward(f"{HERE}:versioned:size=7")
+    assert versioned.size is None
+
+
+def test_a_function_of_a_file(tmp_path):
+    file = tmp_path / "my_rewards.py"
+    file.write_text("def sharpness(prompts, images, level=1, **columns):\n    return [level] * len(images)\n")
+    assert resolve_reward(f"{file}:sharpness")(PROMPTS, IMAGES) == [1]
+    assert resolve_reward(f"{file}:sharpness:level=2.5")(PROMPTS, IMAGES) == [2.5]
+    assert resolve_reward(f"{file}:sharpness") is resolve_reward(f"{file}:sharpness")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["hpsv9", "no_such_module:red", f"{HERE}:blueness", f"{HERE}:", f"{HERE}.blueness", "no_such_file.py:red", ""],
+)
+def test_an_unknown_name_is_refused(name):
+    with pytest.raises(ValueError, match=f"There is no reward '{name}'.*package.module:function"):
+        resolve_reward(name)
+
+
+def test_the_nearest_name_is_offered():
+    with pytest.raises(ValueError, match="Did you mean 'shapes_clip'"):
+        resolve_reward("shape_clip")
+
+
+@pytest.mark.parametrize("reward", [3, None, "math:pi"])
+def test_what_cannot_be_called_is_refused(reward):
+    with pytest.raises(TypeError, match="reward"):
+        resolve_reward(reward)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("red:scale", "hold 'scale'; expected option=value"),
+        ("red:colour=1", "no option 'colour'; it has scale"),
+        ("versioned:versoin=1", "no option 'versoin'; it has .*version"),
+        ("Sharpness:blur=1", "no option 'blur'; it has level"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_reward(f"{HERE}:{options}")
+
+
+def test_every_name_is_a_reward():
+    for name in rewards.NAMES:
+        assert callable(getattr(rewards, name))
+    with pytest.raises(AttributeError, match="shapes_clip"):
+        rewards.no_such_reward  # noqa: B018
