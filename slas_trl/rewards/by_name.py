@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from slas_trl import rewards
+from slas_trl.rewards.base import Reward
 
 
 # (prompts, images, **columns) -> a score for each image, or None; or a dictionary of such lists; sync or async
@@ -98,15 +99,14 @@ def _with_options(reward: str, found: Any, text: str) -> RewardFunc:
                 f"The options of the reward {reward!r} hold {part!r}; expected option=value,option=value."
             )
         given[key.strip()] = value.strip()
-    is_reward = dataclasses.is_dataclass(found) and not isinstance(found, type)
-    target = type(found) if is_reward else found
+    target = type(found) if isinstance(found, Reward) else found
     known = _options_of(target)
     for key in given:
         if key not in known:
             raise ValueError(f"The reward {reward!r} has no option {key!r}; it has {', '.join(known) or 'none'}.")
     options = {key: _value(value, known[key]) for key, value in given.items()}
     try:
-        if is_reward:
+        if isinstance(found, Reward):
             return dataclasses.replace(found, **options)
         if isinstance(found, type):
             return found(**options)
