@@ -178,12 +178,13 @@ def reward_curves(
         metrics (`Mapping[int, Mapping[str, float]]`): Metrics by step, from [`~slas_trl.reporting.read_metrics`].
     """
     trained = _curve_of_rollouts("trained reward", rollouts, "reward", "reward_std_of_images")
-    names = [name for name, weight in rollouts[-1]["weights"].items() if not weight]
+    weights = rollouts[-1]["weights"]
+    names = [name for name, weight in weights.items() if not weight]
     held_out = [_curve_of_rollouts(name, rollouts, f"rewards/{name}/mean", f"rewards/{name}/std") for name in names]
     evaluated = []
     for key in dict.fromkeys(key for record in metrics.values() for key in record):
-        if match := re.fullmatch(r"eval_(?:(.+)_)?rewards/(.+)/mean", key):
-            if match[2] in names:
+        if match := re.fullmatch(r"eval_(?:(.+)_)?rewards/([^/]+)/mean", key):
+            if not weights.get(match[2]):
                 held_out.append(_curve_of_evaluations(f"{match[2]} in evaluation", match[1], metrics, key))
         elif match := re.fullmatch(r"eval_(?:(.+)_)?reward", key):
             evaluated.append(_curve_of_evaluations("trained reward in evaluation", match[1], metrics, key))

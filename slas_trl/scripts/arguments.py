@@ -64,7 +64,10 @@ class SLASScriptArguments:
         model_name_or_path (`str`, *optional*):
             Folder or Hub id of a diffusers pipeline. `None` is the embedded pipeline, with settings of its own.
         reward_funcs (`list[str]`, *optional*):
-            Functions of `slas_trl.rewards` by name, or any others as `package.module:function`.
+            Functions of `slas_trl.rewards` by name, or any others as `package.module:function` or `file.py:function`.
+            Options follow: `hpsv2:version=v2.0`.
+        eval_reward_funcs (`list[str]`, *optional*):
+            Rewards that are held out: scored in evaluation, and never trained on.
         dataset_name (`str`, *optional*):
             Prompts: a file (txt, jsonl, csv, tsv, parquet), `"shapes"`, or a Hub id. `None` leaves it to
             `prompt_dataset`.
@@ -89,6 +92,9 @@ class SLASScriptArguments:
         default=None,
         metadata={"help": "Names of functions of slas_trl.rewards, or package.module:function. May be several."},
     )
+    eval_reward_funcs: list[str] | None = field(
+        default=None, metadata={"help": "Held-out rewards: scored in evaluation, never trained on."}
+    )
     dataset_name: str | None = field(
         default=None,
         metadata={"help": "Prompts: a file (txt, jsonl, csv, tsv, parquet), 'shapes', or a Hub id."},
@@ -111,8 +117,10 @@ class SLASScriptArguments:
     def __post_init__(self):
         if isinstance(self.reward_funcs, str):  # `reward_funcs: clip_score` in YAML
             self.reward_funcs = [self.reward_funcs]
+        if isinstance(self.eval_reward_funcs, str):
+            self.eval_reward_funcs = [self.eval_reward_funcs]
         # Before all else that may be wrong: without the reward, the rest of a configuration is of no use.
-        for name in self.reward_funcs or []:
+        for name in [*(self.reward_funcs or []), *(self.eval_reward_funcs or [])]:
             if not {":", "."} & set(name) and name not in rewards.NAMES:
                 raise ValueError(
                     f"there is no reward {name!r}: expected one of {', '.join(rewards.NAMES)}, or "

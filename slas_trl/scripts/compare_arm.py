@@ -188,11 +188,10 @@ def run_arm(folder: Path) -> None:
         trainer.add_callback(evaluator)
         trainer.train(resume_from_checkpoint=checkpoints.last_whole_checkpoint(folder) is not None)
         trainer.save_model()
-    names = trainer.scorer.names
     result = {
         **spec,
         **evaluator.results,
-        "reward_weights": dict(zip(names, config.reward_weights or [1.0] * len(names), strict=True)),
+        "reward_weights": dict(zip(trainer.scorer.names, trainer.trained_weights, strict=True)),
         "prompts": list(data["prompt"]),
         "shown_prompts": [data[row]["prompt"] for row in evaluator.shown],
     }

@@ -73,6 +73,7 @@ class Doctor:
         self._put_right(scheduler)
         weights = config.reward_weights
         functions, all_rewards = self._rewards()
+        self.held_out = self._usable(self.script.eval_reward_funcs or [])
         data, eval_data = self._prompts()
         trainer = None
         if data is not None and not list(pipeline_problems(self.pipe)):
@@ -130,12 +131,7 @@ class Doctor:
                 "No reward is named: rewards not checked. Give --reward_funcs: functions of slas_trl.rewards, or "
                 "package.module:function."
             )
-        functions = []
-        for reward in named:
-            try:
-                functions.append(resolve_reward(reward))
-            except (ValueError, TypeError) as error:
-                self.findings.refuse(error)
+        functions = self._usable(named)
         usable = list({reward_name(function): function for function in functions}.values())
         if len(usable) < len(functions):
             try:
@@ -145,6 +141,15 @@ class Doctor:
         if len(usable) < len(named):
             self.config.reward_weights = None  # they were for all of them
         return usable, len(usable) == len(named)
+
+    def _usable(self, named: list[str]) -> list[RewardFunc]:
+        functions = []
+        for reward in named:
+            try:
+                functions.append(resolve_reward(reward))
+            except (ValueError, TypeError, OSError, ImportError) as error:
+                self.findings.refuse(error)
+        return functions
 
     def _prompts(self) -> tuple[Dataset | None, Dataset | None]:
         """To train and to evaluate on."""
@@ -170,13 +175,21 @@ class Doctor:
         while True:
             try:
                 trainer = ExaminedTrainer(
-                    self.pipe, functions, config, data, eval_data, peft_config=self.lora.peft_config()
+                    self.pipe,
+                    functions,
+                    config,
+                    data,
+                    eval_data,
+                    peft_config=self.lora.peft_config(),
+                    eval_reward_funcs=self.held_out,
                 )
                 break
             except Exception as error:
                 self.findings.refuse(error)
             if config.reward_weights is not None and len(config.reward_weights) != len(functions):
                 config.reward_weights = None
+            elif self.held_out:
+                self.held_out = []
             elif len(data) < prompts:
                 data = data.select([i % len(data) for i in range(prompts)])
             else:

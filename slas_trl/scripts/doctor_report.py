@@ -117,11 +117,14 @@ class DoctorReport:
         config, trainer, names = self.config, self.trainer, self.trainer.scorer.names
         size = config.num_generations
         print_row("rewards", f"on {len(rewards)} images, {len(rewards) // size} group(s) of {size}")
-        weights = config.reward_weights or [1.0] * len(names)
+        weights = trainer.trained_weights
         rows: list[tuple[str, ...]] = [
             ("reward", "mean", "min", "max", "resolution", "group std", "no score", "weight")
         ]
-        for name, column, weight in zip(names, rewards.T, weights, strict=True):
+        held_out = [] if trainer.held_out is None else trainer.held_out.T
+        listed = [*zip(names, rewards.T, weights, strict=True)]
+        listed += [*zip(trainer.eval_scorer.names[len(names) :], held_out, [None] * len(held_out), strict=True)]
+        for name, column, weight in listed:
             scored = column[~column.isnan()]
             missing = "raised" if name in trainer.failed else f"{1 - len(scored) / len(column):.0%}"
             numbers = ["-"] * 5
@@ -135,7 +138,7 @@ class DoctorReport:
                         f"spread by only {spread:.3g}: much of the advantage is rounding. Score in float32, or return "
                         "finer values."
                     )
-            rows.append((name, *numbers, missing, f"{weight:g}"))
+            rows.append((name, *numbers, missing, "held out" if weight is None else f"{weight:g}"))
         _print_table(rows)
         trained = [i for i, weight in enumerate(weights) if weight]
         if trainer.failed & {names[i] for i in trained}:

@@ -1,10 +1,10 @@
 """The start of a training run, taken apart for `slas-trl doctor`: one rollout and one micro-step, and no update."""
 
-import math
 import os
 import time
 import traceback
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -15,7 +15,7 @@ from slas_trl.advantages import Advantages
 from slas_trl.policy import RatioReport, Rollout, measure_ratio
 from slas_trl.policy.doctor import counting_activations
 from slas_trl.trainer import SLASTrainer
-from slas_trl.trainer.scoring import RewardScorer
+from slas_trl.trainer.scoring import RewardScorer, Scores, Scoring
 
 
 @dataclass
@@ -47,7 +47,7 @@ class ExaminedTrainer(SLASTrainer):
     Attributes:
         rollout (`Rollout` or `None`): the first chunk; `None` if it could not be sampled.
         images (`list[PIL.Image.Image]`): of all chunks.
-        rewards (`torch.Tensor` or `None`): `(N, K)`, NaN for no score.
+        rewards, held_out (`torch.Tensor` or `None`): `(N, K)` each, NaN for no score.
         failed (`set[str]`): rewards that raised.
         trained_steps (`list[int]`): those of this rollout.
         ratio (`RatioReport` or `None`): of the trained steps.
@@ -60,7 +60,9 @@ class ExaminedTrainer(SLASTrainer):
         self.findings = findings
         self.rollout: Rollout | None = None
         self.images: list[Any] = []
+        self._to_score: list[tuple[Sequence[int], list[Any]]] = []
         self.rewards: torch.Tensor | None = None
+        self.held_out: torch.Tensor | None = None
         self.failed: set[str] = set()
         self.trained_steps: list[int] = []
         self.ratio: RatioReport | None = None
@@ -128,25 +130,27 @@ class ExaminedTrainer(SLASTrainer):
             return [0]  # so that the rewards are examined all the same
         return self.trained_steps
 
-    def _score(
-        self, dataset: Dataset, indices: list[int], images: list[Any], usable: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        self.images = images
-        scorer, columns = self.scorer, []
-        for name, function in zip(scorer.names, scorer.functions, strict=True):
-            self.scorer = RewardScorer(function)  # one by one: a failing one does not hide the others
-            try:
-                columns.append(super()._score(dataset, indices, images))
-            except (ValueError, TypeError) as error:
-                self.findings.refuse(error)
-                self.failed.add(name)
-                columns.append(torch.full((len(images), 1), math.nan, dtype=torch.float64))
-        self.scorer = scorer
-        self.rewards = torch.cat(columns, dim=1)
-        self._stop("scoring")
-        return self.rewards
+    def _start_scoring(self, scorer: RewardScorer) -> Scoring:
+        return super()._start_scoring(self.eval_scorer)  # the held-out ones too: not hours later
 
-    def _log_rollout(self, rewards: torch.Tensor, result: Advantages) -> None:
+    def _add_images(self, scoring: Scoring, dataset: Dataset, indices: Sequence[int], images: list[Any]) -> None:
+        self.images += images
+        self._to_score.append((indices, images))  # after sampling, to tell the times apart
+
+    def _gather_scores(self, scoring: Scoring, usable: torch.Tensor | None = None) -> Scores:
+        for indices, images in self._to_score:
+            super()._add_images(scoring, self.train_dataset, indices, images)
+        scores, trained = super()._gather_scores(scoring), len(self.scorer.names)
+        self.rewards, self.held_out = scores.rewards[:, :trained], scores.rewards[:, trained:]
+        self._stop("scoring")
+        return replace(scores, rewards=self.rewards)
+
+    def _raise_reward_errors(self, errors: dict[str, Exception]) -> None:
+        for error in errors.values():  # a failing one does not hide the others
+            self.findings.refuse(error)
+        self.failed |= errors.keys()
+
+    def _log_rollout(self, scores: Scores, result: Advantages) -> None:
         pass
 
     def _check_before_training(self, chunks: list[Rollout], steps: list[int], rewards: torch.Tensor) -> None:

@@ -31,6 +31,7 @@ from slas_trl.shapes import load_shapes_pipeline
 from slas_trl.trainer import SLASConfig, SLASTrainer
 from slas_trl.trainer.experts import calls_of
 from slas_trl.trainer.prompts import load_prompts
+from slas_trl.trainer.scoring import Scores
 
 
 # Settings that the scores depend on, beside the prompts, the model and the rewards.
@@ -180,8 +181,8 @@ class ScoringTrainer(SLASTrainer):
 
     # What the trainer calls on the way
 
-    def _log_rollout(self, rewards: torch.Tensor, result: Advantages) -> None:
-        self._scored = rewards, result
+    def _log_rollout(self, scores: Scores, result: Advantages) -> None:
+        self._scored = scores.rewards, result
 
     def _check_before_training(self, chunks: list[Rollout], steps: list[int], rewards: torch.Tensor) -> None:
         self._checked = True

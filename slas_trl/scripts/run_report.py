@@ -140,7 +140,7 @@ class RunReport:
         rows = [row for row in self.rows for _ in range(self.images_per_prompt)]
         read = self.trainer.calls.rows(self.data, rows)
         columns = {name: [row[name] for row in read] for name in self.data.column_names if name != "prompt"}
-        scorer = self.trainer.scorer
+        scorer = self.trainer.eval_scorer
         scores = scorer.score(
             [row["prompt"] for row in read], self._draw(rows), columns
         )  # (prompts * images, rewards)
@@ -150,7 +150,6 @@ class RunReport:
     def _write_card(self, run_dir: Path, evaluation: str) -> None:
         trainer = self.trainer
         args = trainer.args
-        weights = args.reward_weights or [1.0] * len(trainer.scorer.names)
         settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
         # The one kind of noise that the pipeline's scheduler takes.
         kinds = (
@@ -168,7 +167,8 @@ class RunReport:
             else f"`{self.base_model}`",
             base_model_id=None if is_folder else self.base_model,
             load_code=self._load_code(run_dir),
-            rewards=dict(zip(trainer.scorer.names, weights, strict=True)),
+            rewards=dict.fromkeys(trainer.eval_scorer.names, 0.0)
+            | dict(zip(trainer.scorer.names, trainer.trained_weights, strict=True)),
             settings={**settings, "updates": trainer.state.global_step},
             evaluation=evaluation,
             adapter=trainer.has_adapter,

@@ -1,7 +1,7 @@
 """The part of the trainer that draws and judges: pictures of prompts, their scores, and `evaluate`."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,10 +10,10 @@ from datasets import Dataset
 from . import sampling
 from .calls import PipelineCalls, as_pictures
 from .collectives import gathered, raise_together, reshard
-from .metrics import reward_metrics
+from .metrics import reward_metrics, reward_times
 from .prompts import check_prompts
 from .resumable import ResumableTrainer
-from .scoring import RewardScorer
+from .scoring import RewardScorer, Scores, Scoring
 
 
 class EvaluatingTrainer(ResumableTrainer):
@@ -21,24 +21,47 @@ class EvaluatingTrainer(ResumableTrainer):
 
     calls: PipelineCalls
     scorer: RewardScorer
+    eval_scorer: RewardScorer  # those of `scorer`, and then the ones that are held out
 
-    def _score(
-        self, dataset: Dataset, indices: list[int], images: list[Any], usable: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Rewards `(N, K)` of all processes, in the order of their ranks; NaN where an image is not `usable`."""
-        rows = self.calls.rows(dataset, indices)
+    @property
+    def trained_weights(self) -> list[float]:
+        """Of the rewards of `scorer`."""
+        return self.args.reward_weights or [1.0] * len(self.scorer.names)
+
+    @property
+    def held_out_rewards(self) -> list[str]:
+        """Names of those that are scored in evaluation and never trained on."""
+        trained = [n for n, weight in zip(self.scorer.names, self.trained_weights, strict=True) if weight]
+        return [name for name in self.eval_scorer.names if name not in trained]
+
+    def _start_scoring(self, scorer: RewardScorer) -> Scoring:
+        device, concurrent = self.accelerator.device, self.args.concurrent_rewards
+        # Two that compute on the same cores are slower at once than one after the other.
+        return Scoring(scorer, device, device.type != "cpu" if concurrent is None else concurrent)
+
+    def _add_images(self, scoring: Scoring, dataset: Dataset, indices: Sequence[int], images: list[Any]) -> None:
+        rows = self.calls.rows(dataset, list(indices))
         columns = {key: [row[key] for row in rows] for key in dataset.column_names if key != "prompt"}
-        rewards, error = None, None
-        try:
-            rewards = self.scorer.score([row["prompt"] for row in rows], images, columns)
-        except (ValueError, TypeError) as raised:
-            error = raised
-        save = (lambda: self._save_unfinished("A reward failed")) if self.is_in_train else None
-        raise_together(error, save)
-        assert rewards is not None  # or there was an error
+        scoring.add([row["prompt"] for row in rows], images, columns)
+
+    def _gather_scores(self, scoring: Scoring, usable: torch.Tensor | None = None) -> Scores:
+        """Scores of all processes, in the order of their ranks; NaN where an image is not `usable`."""
+        scores, errors = scoring.result()
+        self._raise_reward_errors(errors)
         if usable is not None:
-            rewards[~usable] = torch.nan
-        return torch.tensor([row for part in gathered(rewards.tolist()) for row in part], dtype=torch.float64)
+            for values in (scores.rewards, *scores.components.values()):
+                values[~usable] = torch.nan
+        parts = gathered((scores.rewards, scores.components))
+        names = dict.fromkeys(name for _, components in parts for name in components)
+        components = {}
+        for name in names:  # one that a process has not got is NaN there
+            columns = [own.get(name, torch.full_like(rewards[:, 0], torch.nan)) for rewards, own in parts]
+            components[name] = torch.cat(columns)
+        return Scores(torch.cat([rewards for rewards, _ in parts]), components, scores.seconds)
+
+    def _raise_reward_errors(self, errors: dict[str, Exception]) -> None:
+        save = (lambda: self._save_unfinished("A reward failed")) if self.is_in_train else None
+        raise_together(next(iter(errors.values()), None), save)
 
     def evaluate(
         self,
@@ -51,8 +74,8 @@ class EvaluatingTrainer(ResumableTrainer):
         time, and score them.
 
         Returns:
-            `dict[str, float]`: `eval_reward`, `eval_reward_std` (between images), `eval_rewards/{name}/mean` and
-            `/std`.
+            `dict[str, float]`: `eval_reward`, `eval_reward_std` (between images) of the rewards that are trained on;
+            `eval_rewards/{name}/mean`, `/std`, `/nan_share` and `/time` of these and of the held-out ones.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
@@ -65,19 +88,20 @@ class EvaluatingTrainer(ResumableTrainer):
         check_prompts(dataset, "eval_dataset")  # type: ignore[arg-type]
         self.calls.check(dataset, like=self.train_dataset)  # type: ignore[arg-type]
         start = time.perf_counter()
-        rewards = self._sample_and_score(dataset)  # type: ignore[arg-type]
-        weights = torch.tensor(self.args.reward_weights or [1.0] * rewards.shape[1], dtype=torch.float64)
+        scores = self._sample_and_score(dataset)  # type: ignore[arg-type]
+        weights = torch.tensor(self.trained_weights, dtype=torch.float64)
+        rewards = scores.rewards[:, : len(weights)]
         total = (rewards.nan_to_num() * weights).sum(1)
         total[(rewards.isnan() | (weights == 0)).all(1)] = torch.nan
         metrics = {"reward": total.nanmean().item(), "reward_std": total[~total.isnan()].std(correction=0).item()}
-        metrics |= reward_metrics(self.scorer.names, rewards)
+        metrics |= reward_metrics(self.eval_scorer.names, scores) | reward_times(self.eval_scorer.names, scores)
         metrics |= {"runtime": time.perf_counter() - start, "samples": len(rewards)}
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _sample_and_score(self, dataset: Dataset) -> torch.Tensor:
+    def _sample_and_score(self, dataset: Dataset) -> Scores:
         args, world = self.args, self.accelerator.num_processes
         copies = args.num_generations_eval or args.num_generations
         jobs = [(i, j) for i in range(len(dataset)) for j in range(copies)]
@@ -91,15 +115,25 @@ class EvaluatingTrainer(ResumableTrainer):
         mine = [jobs[k] for at in range(first, first + share) for k in chunks[at % len(chunks)]]
         indices = [i for i, _ in mine]
         seeds = sampling.generators([(args.seed, sampling.EVALUATION, i, j) for i, j in mine])
-        return self._score(dataset, indices, self.draw(dataset, indices, seeds, size))[: len(jobs)]
+        with self._start_scoring(self.eval_scorer) as scoring:
+            self.draw(dataset, indices, seeds, size, lambda rows, made: self._add_images(scoring, dataset, rows, made))
+            scores = self._gather_scores(scoring)
+        components = {name: values[: len(jobs)] for name, values in scores.components.items()}
+        return Scores(scores.rewards[: len(jobs)], components, scores.seconds)
 
     @torch.no_grad()
     def draw(
-        self, dataset: Dataset, indices: Sequence[int], generators: list[torch.Generator], size: int
+        self,
+        dataset: Dataset,
+        indices: Sequence[int],
+        generators: list[torch.Generator],
+        size: int,
+        on_chunk: Callable[[list[int], list[Any]], None] = lambda rows, images: None,
     ) -> list[Any]:
         """
-        Pictures of the rows at `indices`, one each, by the pipeline's own scheduler, at most `size` in a call; with
-        the moving average where there is one. Every process of a sharded model has to call it with as many.
+        Pictures of the rows at `indices`, one each, by the pipeline's own scheduler, at most `size` in a call, after
+        which `on_chunk` gets its rows and pictures; with the moving average where there is one. Every process of a
+        sharded model has to call it with as many.
         """
         modes = {name: self.pipe.components[name].training for name in self.denoiser_names}
         for name in modes:
@@ -109,7 +143,9 @@ class EvaluatingTrainer(ResumableTrainer):
         with self._averaged_weights():
             for chunk in self.calls.chunks(dataset, indices, size):
                 rows = [indices[i] for i in chunk]
-                images += as_pictures(self.pipe(**self.calls.call(dataset, rows, [generators[i] for i in chunk]))[0])
+                made = as_pictures(self.pipe(**self.calls.call(dataset, rows, [generators[i] for i in chunk]))[0])
+                on_chunk(rows, made)
+                images += made
         reshard(cast(torch.nn.Module, self.model))
         if self.is_in_train:
             self._place_frozen_components("cpu")

@@ -7,14 +7,14 @@ from transformers.utils import logging
 
 from ..advantages import Advantages
 from ..calibration import narrow_share
-from .scoring import reward_resolution, typical_group_std
+from .scoring import Scores, reward_resolution, typical_group_std
 
 
 logger = logging.get_logger(__name__)
 
 
-def rollout_metrics(names: list[str], rewards: torch.Tensor, result: Advantages, gamma: float) -> dict[str, float]:
-    """Of the rewards `(N, K)` of a rollout and the advantages made of them."""
+def rollout_metrics(names: list[str], scores: Scores, result: Advantages, gamma: float) -> dict[str, float]:
+    """Of the scores of a rollout and the advantages made of them."""
     narrow = narrow_share(result.group_std.tolist(), result.group_abs_advantages.tolist())
     return {
         "reward": result.rewards.nanmean().item(),
@@ -28,18 +28,26 @@ def rollout_metrics(names: list[str], rewards: torch.Tensor, result: Advantages,
         "advantages/batch_std": result.batch_std,
         "gamma": gamma,
         **({} if math.isnan(narrow) else {"calibration/narrow_share": narrow}),
-        **reward_metrics(names, rewards),
+        **reward_metrics(names, scores),
     }
 
 
-def reward_metrics(names: list[str], rewards: torch.Tensor) -> dict[str, float]:
-    """Mean and std of each reward `(N, K)` over the images that it scored."""
+def reward_metrics(names: list[str], scores: Scores) -> dict[str, float]:
+    """Mean and std of each reward, and of its components, over the images that it scored; the share of the others."""
     metrics = {}
-    for name, column in zip(names, rewards.T, strict=True):
+    columns = dict(zip(names, scores.rewards.T, strict=True)) | scores.components
+    for name, column in columns.items():
         scored = column[~column.isnan()]
         metrics[f"rewards/{name}/mean"] = scored.mean().item()
         metrics[f"rewards/{name}/std"] = scored.std(correction=0).item() if len(scored) else float("nan")
+    for name, column in zip(names, scores.rewards.T, strict=True):
+        metrics[f"rewards/{name}/nan_share"] = column.isnan().double().mean().item()
     return metrics
+
+
+def reward_times(names: list[str], scores: Scores) -> dict[str, float]:
+    """Seconds of each reward."""
+    return {f"rewards/{name}/time": seconds for name, seconds in zip(names, scores.seconds, strict=True)}
 
 
 def warn_of_advantages(result: Advantages, update: int) -> None:

@@ -3,8 +3,10 @@
 import asyncio
 import inspect
 import math
-from collections.abc import Awaitable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Awaitable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -12,7 +14,25 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
+from ..rewards.base import RewardUnavailableError
 from ..rewards.by_name import RewardFunc, resolve_reward, reward_name
+
+
+@dataclass(frozen=True)
+class Scores:
+    """
+    What N images got from K rewards.
+
+    Args:
+        rewards (`torch.Tensor`): `(N, K)`, float64; NaN where there is no score.
+        components (`dict[str, torch.Tensor]`):
+            `(N,)` each, of the rewards that return a dictionary, by "{reward}/{component}".
+        seconds (`list[float]`): That each reward took, on this process.
+    """
+
+    rewards: torch.Tensor
+    components: dict[str, torch.Tensor]
+    seconds: list[float]
 
 
 class RewardScorer:
@@ -20,7 +40,7 @@ class RewardScorer:
     Scores images with every reward function.
 
     Args:
-        reward_funcs: callable, string, or a list of them; see [`resolve_reward`].
+        reward_funcs: callable, string, or a list of them; see [`~slas_trl.rewards.by_name.resolve_reward`].
 
     Raises:
         `ValueError`: when two rewards have the same name.
@@ -35,8 +55,11 @@ class RewardScorer:
         twice = sorted({name for name in self.names if self.names.count(name) > 1})
         if twice:
             raise ValueError(
-                f"Two rewards have the name {twice[0]!r}, under which both would be logged. Rename one of them."
+                f"Two rewards have the name {twice[0]!r}, under which both would be logged. Rename one of them; "
+                f'those of slas_trl.rewards have an option for it, as in "{twice[0]}:name=another".'
             )
+        if slashed := [name for name in self.names if "/" in name]:
+            raise ValueError(f"The reward's name {slashed[0]!r} has a slash, which parts it from its components.")
 
     def score(self, prompts: list[str], images: list[Image], columns: dict[str, list[Any]]) -> torch.Tensor:
         """
@@ -46,74 +69,165 @@ class RewardScorer:
             `ValueError`, `TypeError`: when a reward raises, or returns the wrong number or kind of values; the message
                 names the reward, and the prompt.
         """
-        scores = [
-            self._checked(name, function, self._call(name, function, prompts, images, columns), prompts)
-            for name, function in zip(self.names, self.functions, strict=True)
-        ]
-        return torch.tensor(scores, dtype=torch.float64).T
+        with Scoring(self) as scoring:
+            scoring.add(prompts, images, columns)
+            scores, errors = scoring.result()
+        for error in errors.values():
+            raise error
+        return scores.rewards
 
-    def _call(
-        self, name: str, function: RewardFunc, prompts: list[str], images: list[Image], columns: dict[str, list[Any]]
-    ) -> Any:
-        def call(rows: slice) -> Any:
-            given = {key: values[rows] for key, values in columns.items()}
-            result = function(prompts=prompts[rows], images=images[rows], completions=images[rows], **given)
-            return _wait_for(result) if inspect.isawaitable(result) else result
 
-        try:
-            return call(slice(None))
-        except Exception as error:
-            # Which image was it? The ones that score by themselves are not to blame.
-            for i, prompt in enumerate(prompts):
+class Scoring:
+    """
+    The scores of images that come in chunks. Each reward has a thread, in which it scores one chunk after the other,
+    while other rewards score theirs, and the next chunk is made. A context manager: leaving it drops what has not
+    begun.
+
+    Args:
+        scorer ([`RewardScorer`]): The rewards.
+        device (`torch.device`, *optional*): The current one, in the rewards' threads.
+        concurrent (`bool`, *optional*, defaults to `True`):
+            `False` waits for every reward at every chunk. The calls are the same, and so are the scores.
+    """
+
+    def __init__(self, scorer: RewardScorer, device: torch.device | None = None, concurrent: bool = True):
+        self.scorer, self.concurrent = scorer, concurrent
+        self._threads = [ThreadPoolExecutor(1, initializer=_use_device, initargs=(device,)) for _ in scorer.names]
+        self._chunks: list[list[Future[_ChunkScores]]] = [[] for _ in scorer.names]
+        self._sizes: list[int] = []
+
+    def __enter__(self) -> "Scoring":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for thread in self._threads:
+            thread.shutdown(wait=False, cancel_futures=True)
+
+    def add(self, prompts: list[str], images: list[Image], columns: dict[str, list[Any]]) -> None:
+        """Have these images scored, N of each."""
+        self._sizes.append(len(images))
+        names, functions = self.scorer.names, self.scorer.functions
+        for name, function, thread, chunks in zip(names, functions, self._threads, self._chunks, strict=True):
+            chunks.append(thread.submit(_score_chunk, name, function, prompts, images, columns))
+            if not self.concurrent:
+                wait(chunks)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is known that a reward cannot score what it was given."""
+        return any(chunk.done() and chunk.exception() is not None for chunks in self._chunks for chunk in chunks)
+
+    def result(self) -> tuple[Scores, dict[str, Exception]]:
+        """Wait for the scores; and the first error of each reward that raised one, whose scores are NaN."""
+        columns, components, seconds, errors = [], {}, [], {}
+        for name, chunks in zip(self.scorer.names, self._chunks, strict=True):
+            values, parts, taken = [], [], 0.0
+            for chunk, size in zip(chunks, self._sizes, strict=True):
                 try:
-                    call(slice(i, i + 1))
-                except Exception as single:
-                    raise ValueError(
-                        f"Reward {name!r} raised {type(single).__name__}: {single} on image {i} of {len(images)}, "
-                        f"prompt {prompt!r}. Return None for an image that cannot be scored."
-                    ) from single
-            raise ValueError(
-                f"Reward {name!r} raised {type(error).__name__}: {error} on a batch of {len(images)} images, though "
-                f"each alone can be scored. The first prompt is {prompts[0]!r}."
-            ) from error
+                    scored = chunk.result()
+                except (ValueError, TypeError) as error:
+                    errors.setdefault(name, error)
+                    scored = _ChunkScores([math.nan] * size, {}, 0.0)
+                values += scored.rewards
+                parts.append(scored.components)
+                taken += scored.seconds
+            columns.append(values)
+            seconds.append(taken)
+            for part in dict.fromkeys(key for chunk in parts for key in chunk):
+                rows = [chunk.get(part, [math.nan] * size) for chunk, size in zip(parts, self._sizes, strict=True)]
+                components[f"{name}/{part}"] = torch.tensor([v for row in rows for v in row], dtype=torch.float64)
+        return Scores(torch.tensor(columns, dtype=torch.float64).T, components, seconds), errors
 
-    @staticmethod
-    def _checked(name: str, function: RewardFunc, values: Any, prompts: list[str]) -> list[float]:
-        if isinstance(values, (torch.Tensor, np.ndarray)):
-            values = values.tolist()
-        if not isinstance(values, (list, tuple)):
-            raise TypeError(
-                f"Reward {name!r} returned a {type(values).__name__}; expected a list of {len(prompts)} numbers."
-            )
-        if len(values) != len(prompts):
-            raise ValueError(
-                f"Reward {name!r} returned {len(values)} values for {len(prompts)} images; expected one for each "
-                "image."
-            )
-        for i, value in enumerate(values):
-            if value is not None and (not isinstance(value, Real) or isinstance(value, str)):
-                raise TypeError(
-                    f"Reward {name!r} returned {value!r} ({type(value).__name__}) for image {i}, prompt "
-                    f"{prompts[i]!r}; expected a number, or None for no score."
-                )
-        numbers = [math.nan if value is None else float(value) for value in values]
-        for i, number in enumerate(numbers):
-            if math.isinf(number):
+
+@dataclass(frozen=True)
+class _ChunkScores:
+    """Of one reward."""
+
+    rewards: list[float]
+    components: dict[str, list[float]]
+    seconds: float
+
+
+def _use_device(device: torch.device | None) -> None:
+    """Which GPU is "cuda" is a matter of the thread."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+@torch.no_grad()  # of the thread as well
+def _score_chunk(
+    name: str, function: RewardFunc, prompts: list[str], images: list[Image], columns: dict[str, list[Any]]
+) -> _ChunkScores:
+    start = time.perf_counter()
+    result = _call(name, function, prompts, images, columns)
+    if not isinstance(result, Mapping):
+        rewards, components = _checked(name, result, prompts), {}
+    elif not result:
+        raise ValueError(
+            f"Reward {name!r} returned an empty dictionary; expected a list of scores for each component."
+        )
+    else:
+        components = {str(part): _checked(f"{name}/{part}", values, prompts) for part, values in result.items()}
+        rewards = components.pop("reward", None) or [sum(parts) for parts in zip(*components.values(), strict=True)]
+    return _ChunkScores(rewards, components, time.perf_counter() - start)
+
+
+def _call(
+    name: str, function: RewardFunc, prompts: list[str], images: list[Image], columns: dict[str, list[Any]]
+) -> Any:
+    def call(rows: slice) -> Any:
+        given = {key: values[rows] for key, values in columns.items()}
+        result = function(prompts=prompts[rows], images=images[rows], completions=images[rows], **given)
+        return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+
+    try:
+        return call(slice(None))
+    except RewardUnavailableError as error:  # no image is to blame
+        raise ValueError(f"Reward {name!r} is not available: {error}") from error
+    except Exception as error:
+        # Which image was it? The ones that score by themselves are not to blame.
+        for i, prompt in enumerate(prompts):
+            try:
+                call(slice(i, i + 1))
+            except Exception as single:
                 raise ValueError(
-                    f"Reward {name!r} returned {number} for image {i}, prompt {prompts[i]!r}; expected a finite "
-                    "number."
-                )
-        return numbers
+                    f"Reward {name!r} raised {type(single).__name__}: {single} on image {i} of {len(images)}, "
+                    f"prompt {prompt!r}. Return None for an image that cannot be scored."
+                ) from single
+        raise ValueError(
+            f"Reward {name!r} raised {type(error).__name__}: {error} on a batch of {len(images)} images, though "
+            f"each alone can be scored. The first prompt is {prompts[0]!r}."
+        ) from error
 
 
-def _wait_for(result: Awaitable) -> Any:
-    """In a thread of its own: in the caller's a loop may be running already, as in a notebook."""
+async def _awaited(result: Awaitable) -> Any:
+    return await result
 
-    async def awaited() -> Any:
-        return await result
 
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, awaited()).result()
+def _checked(name: str, values: Any, prompts: list[str]) -> list[float]:
+    if isinstance(values, (torch.Tensor, np.ndarray)):
+        values = values.tolist()
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(
+            f"Reward {name!r} returned a {type(values).__name__}; expected a list of {len(prompts)} numbers."
+        )
+    if len(values) != len(prompts):
+        raise ValueError(
+            f"Reward {name!r} returned {len(values)} values for {len(prompts)} images; expected one for each image."
+        )
+    for i, value in enumerate(values):
+        if value is not None and (not isinstance(value, Real) or isinstance(value, str)):
+            raise TypeError(
+                f"Reward {name!r} returned {value!r} ({type(value).__name__}) for image {i}, prompt "
+                f"{prompts[i]!r}; expected a number, or None for no score."
+            )
+    numbers = [math.nan if value is None else float(value) for value in values]
+    for i, number in enumerate(numbers):
+        if math.isinf(number):
+            raise ValueError(
+                f"Reward {name!r} returned {number} for image {i}, prompt {prompts[i]!r}; expected a finite number."
+            )
+    return numbers
 
 
 def reward_resolution(rewards: torch.Tensor) -> float:

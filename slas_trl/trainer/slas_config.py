@@ -80,6 +80,15 @@ class SLASConfig(TrainingArguments):
             One weight for each reward; by default 1. A reward of weight 0 is logged and not trained on.
         multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
             Or `"normalize_then_sum"`, as DanceGRPO does.
+        concurrent_rewards (`bool`, *optional*):
+            Whether each reward scores in a thread of its own while others do and the next chunk is sampled. By default
+            on an accelerator; on a CPU, where sampling and most rewards want the same cores, it is for rewards that
+            wait for somebody else. The scores are the same.
+        hacking_patience (`int`, *optional*, defaults to `3`):
+            Evaluations in a row in which the trained reward rises and a held-out one falls before `hacking_action`
+            is taken. Held out are `eval_reward_funcs` and rewards of weight 0.
+        hacking_action (`str`, *optional*, defaults to `"warn"`):
+            Or `"stop"`, which ends training.
         num_inference_steps (`int`, *optional*, defaults to `10`):
             Denoising steps while sampling for training and in evaluation.
         guidance_scale (`float`, *optional*):
@@ -213,6 +222,13 @@ class SLASConfig(TrainingArguments):
         default="sum_then_normalize",
         metadata={"help": "How several rewards meet.", "choices": ["sum_then_normalize", "normalize_then_sum"]},
     )
+    concurrent_rewards: bool | None = field(
+        default=None, metadata={"help": "Score while the next chunk is sampled. Default: on an accelerator."}
+    )
+    hacking_patience: int = field(
+        default=3, metadata={"help": "Evaluations with the reward rising and a held-out one falling before an action."}
+    )
+    hacking_action: str = field(default="warn", metadata={"help": "What that leads to.", "choices": ["warn", "stop"]})
 
     # Sampling
     num_inference_steps: int = field(default=10, metadata={"help": "Denoising steps."})
@@ -377,7 +393,7 @@ class SLASConfig(TrainingArguments):
             )
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations",
                      "num_inference_steps", "steps_per_generation", "generation_batch_size", "num_generations_eval",
-                     "sde_window_size", "sde_window_slide_every", "gamma_warmup_steps",
+                     "sde_window_size", "sde_window_slide_every", "gamma_warmup_steps", "hacking_patience",
                      "fisher_update_steps"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -47,11 +47,12 @@ from .collectives import average_gradients, gathered, raise_together, reshard
 from .evaluating import EvaluatingTrainer
 from .experts import as_model, calls_of
 from .gamma import GammaControl
-from .metrics import rollout_metrics, warn_of_advantages, warn_of_resolution
+from .hacking import RewardHackingCallback
+from .metrics import reward_times, rollout_metrics, warn_of_advantages, warn_of_resolution
 from .precision import autocast_forward, autocast_sharded
 from .prompts import check_prompts, load_prompts
 from .resumable import Buffer
-from .scoring import RewardScorer
+from .scoring import RewardScorer, Scores
 from .slas_config import SLASConfig
 
 
@@ -75,6 +76,9 @@ class SLASTrainer(EvaluatingTrainer):
         callbacks (`list[TrainerCallback]`, *optional*): further callbacks.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`): optimizer and learning-rate scheduler.
         peft_config (`LoraConfig`, *optional*): trains an adapter; without it, the whole denoiser is trained.
+        eval_reward_funcs (`Callable`, `str` or a list of them, *optional*):
+            Held-out rewards: scored and logged in evaluation, never trained on. See `hacking_patience` of
+            [`SLASConfig`].
 
     Raises:
         `ValueError`, `TypeError`: when something does not fit; the message says what was expected, what came and what
@@ -93,9 +97,17 @@ class SLASTrainer(EvaluatingTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: PeftConfig | None = None,
+        eval_reward_funcs: RewardFunc | str | Sequence[RewardFunc | str] | None = None,
     ):
         args = SLASConfig() if args is None else args
-        self.scorer = RewardScorer(reward_funcs)
+        self.scorer = self.eval_scorer = RewardScorer(reward_funcs)
+        if eval_reward_funcs:
+            self.eval_scorer = RewardScorer([*self.scorer.functions, *RewardScorer(eval_reward_funcs).functions])
+            if eval_dataset is None:
+                raise ValueError(
+                    "eval_reward_funcs are scored in evaluation, for which there are no prompts; pass eval_dataset. A "
+                    "reward of weight 0 (reward_weights) is scored on every rollout, and not trained on either."
+                )
         if args.reward_weights is not None and len(args.reward_weights) != len(self.scorer.names):
             raise ValueError(
                 f"reward_weights has {len(args.reward_weights)} entries for {len(self.scorer.names)} rewards "
@@ -194,6 +206,8 @@ class SLASTrainer(EvaluatingTrainer):
         if args.use_ema:
             self._ema = EMACallback(cast(torch.nn.Module, self.model), args.ema_decay)
             self.add_callback(self._ema)
+        if self.held_out_rewards:
+            self.add_callback(RewardHackingCallback(self.held_out_rewards, args.hacking_patience, args.hacking_action))
         trained, log = cast(torch.nn.Module, self.model), lambda key, value: self._metrics[key].append(value)
         self._gamma = GammaControl(args, self.replayer, trained, self.accelerator, log)
         self.add_callback(self._gamma)
@@ -273,24 +287,29 @@ class SLASTrainer(EvaluatingTrainer):
             error = raised
         raise_together(error, lambda: self._save_unfinished("The data set failed"))
         chunks, images = [], []
-        for i, call in enumerate(calls):
-            if self.accelerator.num_processes == 1:
-                self._stop_if_interrupted()
-            try:
-                rollout = self.replayer.sample(noise_generator=noise[i * size : (i + 1) * size], **call)
-            except (ValueError, RuntimeError) as error:
-                self.calls.explain(error, call)
-                raise
-            images += as_pictures(rollout.images)
-            rollout.images = None  # the replay does not need them
-            chunks.append(rollout)
-        self.replayer.scheduler.window = None
-        reshard(cast(torch.nn.Module, self.model_wrapped))
-        self._place_frozen_components("cpu")
-        steps = self._choose_steps(chunks[0], rng)
-
-        usable = torch.cat([chunk.log_probs[:, steps].isfinite().all(1) for chunk in chunks]).cpu()
-        rewards = self._score(self.train_dataset, indices, images, usable)  # (N, K) of all processes
+        with self._start_scoring(self.scorer) as scoring:
+            for i, call in enumerate(calls):
+                if self.accelerator.num_processes == 1:
+                    self._stop_if_interrupted()
+                    if scoring.failed:  # why sample the rest?
+                        self._gather_scores(scoring)
+                try:
+                    rollout = self.replayer.sample(noise_generator=noise[i * size : (i + 1) * size], **call)
+                except (ValueError, RuntimeError) as error:
+                    self.calls.explain(error, call)
+                    raise
+                made = as_pictures(rollout.images)
+                self._add_images(scoring, self.train_dataset, indices[len(images) : len(images) + len(made)], made)
+                images += made
+                rollout.images = None  # the replay does not need them
+                chunks.append(rollout)
+            self.replayer.scheduler.window = None
+            reshard(cast(torch.nn.Module, self.model_wrapped))
+            self._place_frozen_components("cpu")
+            steps = self._choose_steps(chunks[0], rng)
+            usable = torch.cat([chunk.log_probs[:, steps].isfinite().all(1) for chunk in chunks]).cpu()
+            scores = self._gather_scores(scoring, usable)
+        rewards = scores.rewards  # (N, K) of all processes
         shaped = functools.partial(
             compute_advantages,
             rewards,
@@ -318,7 +337,7 @@ class SLASTrainer(EvaluatingTrainer):
             )
         if not self._checked:
             self._check_before_training(chunks, steps, rewards)
-        self._log_rollout(rewards, result)
+        self._log_rollout(scores, result)
         return Buffer(chunks, list(mine.split(size)), steps)
 
     def _choose_steps(self, rollout: Rollout, rng: np.random.Generator) -> list[int]:
@@ -344,8 +363,7 @@ class SLASTrainer(EvaluatingTrainer):
     def _check_before_training(self, chunks: list[Rollout], steps: list[int], rewards: torch.Tensor) -> None:
         """Once for each call of `train`: the ratio is 1 before any update, and the reward can show a difference."""
         self._checked = True
-        weights = self.args.reward_weights or [1.0] * len(self.scorer.names)
-        trained = [i for i, weight in enumerate(weights) if weight]
+        trained = [i for i, weight in enumerate(self.trained_weights) if weight]
         finite = [chunk.log_probs[:, steps].isfinite().all(1).any().item() for chunk in chunks]
         chunk = chunks[finite.index(True) if any(finite) else 0]
         # With gradients, as in training. But DDP would wait for the backward pass, and so would FSDP, whose `no_sync`
@@ -435,9 +453,9 @@ class SLASTrainer(EvaluatingTrainer):
 
     # Logs
 
-    def _log_rollout(self, rewards: torch.Tensor, result: Advantages) -> None:
-        metrics = rollout_metrics(self.scorer.names, rewards, result, self._gamma.gamma)
-        for key, value in metrics.items():
+    def _log_rollout(self, scores: Scores, result: Advantages) -> None:
+        metrics = rollout_metrics(self.scorer.names, scores, result, self._gamma.gamma)
+        for key, value in (metrics | reward_times(self.scorer.names, scores)).items():
             self._metrics[key].append(value)
         if self._calibration is not None and self.is_world_process_zero():
             record = rollout_record(self.args, self.scorer.names, result, metrics)

@@ -25,11 +25,12 @@ from tests.tiny_pipelines import flux_pipeline, sd_pipeline
 
 PROMPTS = ["a dot", "a box", "dots", "a bar"]
 REWARDS = """
-scores = []  # of the last call of `darkness`
+scores = []  # of all calls of `darkness`
 
 def darkness(prompts, images, **columns):
-    scores[:] = [1 - sum(image.convert("L").tobytes()) / (255 * image.width * image.height) for image in images]
-    return list(scores)
+    new = [1 - sum(image.convert("L").tobytes()) / (255 * image.width * image.height) for image in images]
+    scores.extend(new)
+    return new
 
 def coarse(prompts, images, **columns):
     return [1000 + image.getpixel((0, 0))[0] // 64 for image in images]
@@ -226,6 +227,7 @@ class TestATrainingThatCanStart:
     @pytest.mark.parametrize(("chunk", "images"), [(8, 8), (2, 4)])
     def test_rewards(self, doctor, chunk, images):
         """On one chunk, or as many as hold a group."""
+        getattr(sys.modules.get("doctor_rewards"), "scores", []).clear()
         report = doctor("--per_device_train_batch_size", str(chunk), "--steps_per_generation", "4")
         assert report["rewards"] == f"on {images} images, {images // 4} group(s) of 4"
         scores = sys.modules["doctor_rewards"].scores
@@ -241,6 +243,11 @@ class TestATrainingThatCanStart:
             size = slas_advantages(scores, 4, gamma=gamma).abs()
             share = (size.sum() ** 2 / (images * size.square().sum())).item()
             assert float(part.split()[0]) == pytest.approx(share, abs=6e-4) and part.endswith(f"gamma {gamma:g}")
+
+    def test_held_out_rewards_are_scored_too(self, doctor):
+        held_out = ["--eval_reward_funcs", "doctor_rewards:never", "--eval_strategy", "steps"]
+        report = doctor(*held_out, "--eval_dataset_name", "shapes")
+        assert report.status == 0 and report.cells("never")[-2:] == ["100%", "held out"]
 
     def test_weights_decide_what_is_trained(self, doctor):
         """A reward of weight 0 may be without any score."""

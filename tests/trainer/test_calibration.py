@@ -44,7 +44,8 @@ def test_a_line_for_each_rollout_and_a_picture(tmp_path):
     trained(tmp_path, reward_funcs=[keep, blueness], **settings, max_steps=3)
     lines = lines_of(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3]
-    for line, scores, metrics in zip(lines, rewards, logged(tmp_path), strict=True):
+    rollouts = [rewards[i] + rewards[i + 1] for i in range(0, len(rewards), 2)]  # of two chunks each
+    for line, scores, metrics in zip(lines, rollouts, logged(tmp_path), strict=True):
         result = compute_advantages([2 * score for score in scores], 4, gamma=1.0)
         assert line["group_std"] == pytest.approx(result.group_std.tolist(), rel=1e-4)
         groups = result.advantages.view(2, 4).abs().sum(1).tolist()

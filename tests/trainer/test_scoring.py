@@ -3,13 +3,16 @@
 import asyncio
 import functools
 import math
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from slas_trl.trainer.scoring import RewardScorer, reward_resolution, typical_group_std
+from slas_trl.rewards.base import RewardUnavailableError
+from slas_trl.trainer.scoring import RewardScorer, Scoring, reward_resolution, typical_group_std
 
 
 PROMPTS = ["a cat", "a cat", "two dogs"]
@@ -54,6 +57,15 @@ def test_two_equal_names_are_refused():
         RewardScorer([red, length, functools.partial(red, scale=2)])
 
 
+def test_a_slash_in_a_name_is_refused():
+    def reward(prompts, images, **columns):
+        return [0.0] * len(images)
+
+    reward.__name__ = "a/b"
+    with pytest.raises(ValueError, match="'a/b' has a slash"):
+        RewardScorer(reward)
+
+
 def test_no_reward_is_refused():
     with pytest.raises(ValueError, match="at least one"):
         RewardScorer([])
@@ -74,7 +86,134 @@ def test_a_reward_gets_prompts_images_and_columns():
     assert seen["number"] == [1, 1, 2] and seen["tag"] == ["x", "x", "y"]
 
 
+# When it is called
+
+
+@pytest.mark.parametrize("concurrent", [True, False])
+def test_each_reward_scores_one_chunk_after_the_other(concurrent):
+    seen = []
+
+    def reward(prompts, images, number, **columns):
+        seen.append((prompts, number))
+        return number
+
+    with Scoring(RewardScorer([reward, red]), concurrent=concurrent) as scoring:
+        scoring.add(PROMPTS, IMAGES, {"number": [1, 2, 3]})
+        scoring.add(PROMPTS[:1], IMAGES[:1], {"number": [4]})
+        scores, errors = scoring.result()
+    assert seen == [(PROMPTS, [1, 2, 3]), (PROMPTS[:1], [4])] and not errors
+    assert scores.rewards.tolist() == [[1.0, 0.0], [2.0, 1.0], [3.0, 2.0], [4.0, 0.0]]
+    assert len(scores.seconds) == 2 and min(scores.seconds) > 0
+
+
+def test_rewards_score_while_others_do_and_the_next_chunk_is_made():
+    """Each waits for the other, and both for what comes after they were asked."""
+    here, there, later = threading.Event(), threading.Event(), threading.Event()
+
+    def first(prompts, images, **columns):
+        here.set()
+        return [float(there.wait(20) and later.wait(20))] * len(images)
+
+    def second(prompts, images, **columns):
+        there.set()
+        return [float(here.wait(20) and later.wait(20))] * len(images)
+
+    with Scoring(RewardScorer([first, second])) as scoring:
+        scoring.add(PROMPTS, IMAGES, {})
+        later.set()
+        assert scoring.result()[0].rewards.tolist() == [[1.0, 1.0]] * 3
+
+
+def test_what_has_not_begun_is_dropped_when_sampling_fails():
+    calls, leave = [], threading.Event()
+
+    def slow(prompts, images, **columns):
+        calls.append(len(images))
+        leave.wait(20)
+        return [0.0] * len(images)
+
+    with pytest.raises(RuntimeError, match="no memory"), Scoring(RewardScorer(slow)) as scoring:
+        scoring.add(PROMPTS, IMAGES, {})
+        scoring.add(PROMPTS, IMAGES, {})
+        while not calls:
+            time.sleep(0.001)
+        raise RuntimeError("no memory")
+    leave.set()
+    time.sleep(0.05)
+    assert calls == [3]
+
+
+def test_the_errors_of_all_rewards_are_told_and_the_others_have_scores():
+    def picky(prompts, images, **columns):
+        return [0.0] if len(images) == 3 else [1.0]
+
+    with Scoring(RewardScorer([picky, red])) as scoring:
+        scoring.add(PROMPTS[:1], IMAGES[:1], {})
+        scoring.add(PROMPTS, IMAGES, {})
+        scores, errors = scoring.result()
+        assert scoring.failed
+    assert scores.rewards[:, 1].tolist() == [0.0, 0.0, 1.0, 2.0]
+    assert list(errors) == ["picky"] and "returned 1 values for 3 images" in str(errors["picky"])
+
+
+def test_no_gradients_are_kept():
+    weight = torch.ones(1, requires_grad=True)
+
+    def reward(prompts, images, **columns):
+        assert not (weight * 2).requires_grad
+        return [1.0] * len(images)
+
+    assert score(reward).tolist() == [[1.0]] * 3
+
+
+def test_a_reward_that_is_away_is_not_asked_image_by_image():
+    calls = []
+
+    def away(prompts, images, **columns):
+        calls.append(len(images))
+        raise RewardUnavailableError("nobody answers at http://127.0.0.1:1")
+
+    with pytest.raises(ValueError, match="Reward 'away' is not available: nobody answers"):
+        score(away)
+    assert calls == [3]
+
+
 # What it returns
+
+
+@pytest.mark.parametrize(
+    ("values", "rewards"),
+    [
+        ({"colour": [1.0, 2.0, None], "count": [0.5, 0, 1]}, [1.5, 2.0, None]),
+        ({"reward": [1, 2, 3], "strict": torch.tensor([0.0, 1.0, 1.0])}, [1.0, 2.0, 3.0]),
+        ({"strict": [0.0, 1.0, 1.0], "reward": [None, 2, 3]}, [None, 2.0, 3.0]),
+    ],
+    ids=["sum", "reward", "order"],
+)
+def test_named_components(values, rewards):
+    with Scoring(RewardScorer(returning(values))) as scoring:
+        scoring.add(PROMPTS, IMAGES, {})
+        scores, _ = scoring.result()
+    assert [None if math.isnan(value) else value for [value] in scores.rewards.tolist()] == rewards
+    assert list(scores.components) == [f"strange/{name}" for name in values if name != "reward"]
+    for name, values in scores.components.items():
+        assert values.shape == (3,) and name.startswith("strange/")
+
+
+def test_a_component_that_a_chunk_has_not_got_is_no_score_there():
+    def reward(prompts, images, **columns):
+        return {"reward": [1.0] * len(images), **({"colour": [0.5] * len(images)} if len(images) == 3 else {})}
+
+    with Scoring(RewardScorer(reward)) as scoring:
+        scoring.add(PROMPTS[:1], IMAGES[:1], {})
+        scoring.add(PROMPTS, IMAGES, {})
+        scores, _ = scoring.result()
+    assert scores.components["reward/colour"].nan_to_num(-1).tolist() == [-1.0, 0.5, 0.5, 0.5]
+
+
+def test_a_component_is_checked_and_named():
+    with pytest.raises(ValueError, match="Reward 'strange/colour' returned 1 values for 3 images"):
+        score(returning({"reward": [1.0, 2.0, 3.0], "colour": [1.0]}))
 
 
 @pytest.mark.parametrize(
@@ -130,7 +269,7 @@ def test_an_async_reward_is_awaited_in_a_notebook_too():
         (torch.tensor(0.5), TypeError, "returned a float; expected a list of 3 numbers"),
         (None, TypeError, "returned a NoneType; expected a list of 3 numbers"),
         ("good", TypeError, "returned a str; expected a list of 3 numbers"),
-        ({"score": [1, 2, 3]}, TypeError, "returned a dict"),
+        ({}, ValueError, "returned an empty dictionary"),
         ([0.5, "good", 1.0], TypeError, r"returned 'good' \(str\) for image 1, prompt 'a cat'"),
         ([0.5, 1.0, "0.5"], TypeError, r"returned '0.5' \(str\) for image 2, prompt 'two dogs'"),
         (torch.ones(3, 1), TypeError, r"returned \[1.0\] \(list\) for image 0"),

@@ -451,7 +451,7 @@ def test_a_reward_that_fails_is_named_and_nothing_is_half_written(tmp_path):
     def short(prompts, images, **columns):
         return [0.5]
 
-    with pytest.raises(ValueError, match="Reward 'short' returned 1 values for 8 images"):
+    with pytest.raises(ValueError, match="Reward 'short' returned 1 values for 4 images"):
         tiny_trainer(tmp_path, reward_funcs=short, save_strategy="steps", save_steps=1).train()
     assert not list(tmp_path.glob("checkpoint-*"))
 

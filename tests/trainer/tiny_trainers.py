@@ -64,7 +64,7 @@ def tiny_trainer(
     **changes: Any,
 ) -> SLASTrainer:
     """A trainer of a fresh pipeline; `changes` are the trainer's arguments, or else the configuration's."""
-    names = ("train_dataset", "eval_dataset", "callbacks", "optimizers")
+    names = ("train_dataset", "eval_dataset", "eval_reward_funcs", "callbacks", "optimizers")
     arguments = {"train_dataset": PROMPTS} | {name: changes.pop(name) for name in names if name in changes}
     adapter = changes.pop("peft_config", None if full else lora())
     return cls(

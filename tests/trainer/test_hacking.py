@@ -1,0 +1,118 @@
+"""Held-out rewards: scored in evaluation, never trained on, and watched."""
+
+import pytest
+from transformers import TrainerControl, TrainerState
+
+from slas_trl.trainer.hacking import RewardHackingCallback
+from tests.trainer.test_evaluate import EVERY_UPDATE, HELD_OUT
+from tests.trainer.tiny_trainers import logged, redness, same, tiny_trainer, trained, trained_weights
+
+
+def blueness(prompts, images, **columns):
+    return [image.convert("RGB").resize((1, 1)).getpixel((0, 0))[2] / 255 for image in images]
+
+
+def falling(prompts, images, number=None, **columns):
+    """Falls with every call: each evaluation has three."""
+    falling.calls += 1
+    return [-float(falling.calls)] * len(images)
+
+
+def rising(prompts, images, **columns):
+    """Rises with every call; the images decide about the rest."""
+    rising.calls += 1
+    return [rising.calls + value for value in redness(prompts, images)]
+
+
+@pytest.fixture(autouse=True)
+def from_the_start():
+    rising.calls = falling.calls = 0
+
+
+def test_a_held_out_reward_is_logged_in_evaluation_and_changes_nothing(tmp_path):
+    settings = {"eval_dataset": HELD_OUT, "eval_strategy": "steps", "eval_steps": 1}
+    plain = trained(tmp_path / "plain", **settings)
+    watched = trained(tmp_path / "watched", eval_reward_funcs=[blueness], **settings)
+    assert same(trained_weights(plain), trained_weights(watched))
+    for before, after in zip(
+        logged(tmp_path / "plain", "eval_reward"), logged(tmp_path / "watched", "eval_reward"), strict=True
+    ):
+        assert after["eval_reward"] == before["eval_reward"] and after["eval_reward_std"] == before["eval_reward_std"]
+        assert 0 < after["eval_rewards/blueness/mean"] < 1 and after["eval_rewards/blueness/nan_share"] == 0
+    for line in logged(tmp_path / "watched", "rewards/redness/mean"):
+        assert not [key for key in line if "blueness" in key]
+
+
+def test_it_needs_prompts_and_a_name_of_its_own(tmp_path):
+    with pytest.raises(ValueError, match="no prompts; pass eval_dataset"):
+        tiny_trainer(tmp_path, eval_reward_funcs=blueness)
+    with pytest.raises(ValueError, match="Two rewards have the name 'redness'"):
+        tiny_trainer(tmp_path, eval_reward_funcs=redness, eval_dataset=HELD_OUT)
+
+
+@pytest.mark.parametrize(("action", "steps"), [("warn", 5), ("stop", 3)])
+def test_training_ends_where_it_is_asked_to(tmp_path, caplog, action, steps):
+    trainer = trained(
+        tmp_path,
+        reward_funcs=rising,
+        eval_reward_funcs=falling,
+        eval_dataset=HELD_OUT,
+        **EVERY_UPDATE,
+        max_steps=5,
+        hacking_patience=2,
+        hacking_action=action,
+    )
+    assert trainer.state.global_step == steps  # the third evaluation is the second that moved
+    warned = [record.getMessage() for record in caplog.records if "likely reward hacking" in record.getMessage()]
+    assert len(warned) == steps - 2 and "the held-out 'falling' fell (-1.333 to -5.333)" in warned[0]
+
+
+def test_a_resumed_run_sees_what_was_before_it(tmp_path):
+    settings = {
+        "reward_funcs": rising,
+        "eval_reward_funcs": falling,
+        "eval_dataset": HELD_OUT,
+        **EVERY_UPDATE,
+        "hacking_patience": 2,
+        "hacking_action": "stop",
+    }
+    trained(tmp_path, **settings, max_steps=2)
+    trainer = tiny_trainer(tmp_path, **settings, max_steps=5)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3
+
+
+def test_a_reward_of_weight_0_is_held_out_too(tmp_path):
+    trainer = tiny_trainer(tmp_path, reward_funcs=[redness, blueness], reward_weights=[1.0, 0.0])
+    assert trainer.held_out_rewards == ["blueness"]
+    assert any(isinstance(c, RewardHackingCallback) for c in trainer.callback_handler.callbacks)
+    assert tiny_trainer(tmp_path, reward_funcs=[redness, blueness]).held_out_rewards == []
+
+
+def verdict(trained_reward, held_out, patience=2, prefix="eval"):
+    """Whether training is stopped after these evaluations."""
+    callback, control, state = RewardHackingCallback(["other"], patience, "stop"), TrainerControl(), TrainerState()
+    for reward, other in zip(trained_reward, held_out, strict=True):
+        state.log_history.append({"loss": 0.1})
+        metrics = {f"{prefix}_reward": reward, f"{prefix}_rewards/other/mean": other}
+        state.log_history.append(metrics)
+        callback.on_evaluate(None, state, control, metrics=metrics)
+    return control.should_training_stop
+
+
+@pytest.mark.parametrize(
+    ("trained_reward", "held_out", "stops"),
+    [
+        ([1, 2, 3], [3, 2, 1], True),
+        ([1, 2], [2, 1], False),  # not long enough
+        ([1, 2, 3], [1, 2, 3], False),  # a real gain
+        ([3, 2, 1], [3, 2, 1], False),  # a loss, but no hacking
+        ([1, 2, 2], [3, 2, 1], False),  # the reward stopped rising
+        ([1, 2, 3], [3, 3, 1], False),  # the other did not fall every time
+        ([1, 3, 2, 3, 4], [5, 4, 4, 3, 2], True),  # the last ones count
+        ([1, 2, 3], [3, float("nan"), 1], False),
+    ],
+)
+def test_what_counts_as_hacking(trained_reward, held_out, stops):
+    assert verdict(trained_reward, held_out) == stops
+    assert verdict(trained_reward, held_out, prefix="eval_hard") == stops
