@@ -77,6 +77,13 @@ def test_each_samples_its_share_of_the_images(one, two):
     torch.testing.assert_close(images, of_the_first_rollout(one, "images", 1), rtol=1e-5, atol=1e-6)
 
 
+def test_components_and_held_out_rewards_are_those_of_all_images(two):
+    for found in two:
+        line = found["components"]
+        assert line["rewards/reward/rank/mean"] == 0.5 and line["rewards/reward/second/mean"] == 1.0
+        assert line["held_out"] == pytest.approx(1.0)
+
+
 def test_the_advantages_are_those_of_one_process(one, two):
     advantages = torch.cat([of_the_first_rollout(found, "advantages", 2) for found in two])
     torch.testing.assert_close(advantages, of_the_first_rollout(one, "advantages", 1), rtol=1e-5, atol=1e-5)

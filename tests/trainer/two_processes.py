@@ -95,6 +95,27 @@ def nan_on_one_process(folder: Path, rank: int) -> list[float]:
     return [log["update_skipped"] for log in trainer.state.log_history if "loss" in log]
 
 
+def components_of_one_process(folder: Path, rank: int) -> dict[str, float]:
+    """A component that only the second process returns; held-out rewards in evaluation."""
+
+    def reward(prompts, images, **columns):
+        own = {"second": [float(rank)] * len(images)} if rank else {}
+        return {"reward": redness(prompts, images), "rank": [float(rank)] * len(images), **own}
+
+    def held_out(prompts, images, **columns):
+        return [float(len(prompt)) for prompt in prompts]
+
+    data = PROMPTS.select(range(3))
+    trainer = tiny_trainer(
+        folder, "sd3", reward, max_steps=1, eval_dataset=data, eval_reward_funcs=held_out, concurrent_rewards=True
+    )
+    trainer.train()
+    [line] = [log for log in trainer.state.log_history if "loss" in log]
+    expected = sum(len(prompt) for prompt in data["prompt"]) / 3
+    evaluated = trainer.evaluate()
+    return {**line, "held_out": evaluated["eval_rewards/held_out/mean"] / expected}
+
+
 def ddp(folder: Path, state: PartialState) -> dict[str, Any]:
     if not state.is_main_process:
 
@@ -110,6 +131,7 @@ def ddp(folder: Path, state: PartialState) -> dict[str, Any]:
         "wan2.2": one_of_the_zoo("wan2.2", folder / "experts", 2),
         "sd3.5-slg": one_of_the_zoo("sd3.5-slg", folder / "skipping", 2),
         "skipped": nan_on_one_process(folder / "skipped", state.process_index),
+        "components": components_of_one_process(folder / "components", state.process_index),
     }
     uneven = tiny_trainer(folder / "uneven", train_dataset=PROMPTS.select(range(5)), num_train_epochs=2, max_steps=-1)
     uneven.train()
@@ -134,7 +156,7 @@ def failing(folder: Path, state: PartialState) -> dict[str, Any]:
 
     def moody(prompts, images, **columns):
         calls.append(len(images))
-        if state.process_index == 1 and len(calls) > 1:
+        if state.process_index == 1 and len(calls) > 2:  # of two chunks in a rollout
             raise RuntimeError("out of paint")
         return redness(prompts, images)
 
