@@ -49,6 +49,9 @@ def fails_on_dots(prompts, images, **columns):
 
 def never(prompts, images, **columns):
     return [math.nan for _ in images]
+
+def greenness(prompts, images, **columns):
+    return [image.convert("RGB").resize((1, 1)).getpixel((0, 0))[1] / 255 for image in images]
 """
 SETTINGS = {
     "model_name_or_path": "model",
@@ -214,9 +217,11 @@ def test_evaluation_prompts_are_used_for_the_report(capsys):
         "--eval_strategy",
         "steps",
     ]
-    assert main([*argv, "--eval_steps", "1", "--eval_dataset_name", "held_out.txt"]) == 0
+    argv += ["--eval_steps", "1", "--eval_dataset_name", "held_out.txt"]
+    assert main([*argv, "--eval_reward_funcs", "tiny_rewards.py:greenness"]) == 0
     assert "on 2 evaluation prompts" in capsys.readouterr().out
-    assert "eval_reward" in Path("held_out/metrics.jsonl").read_text()
+    assert "eval_rewards/greenness/mean" in Path("held_out/metrics.jsonl").read_text()
+    assert "| `greenness` | logged only |" in Path("held_out/README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -239,6 +244,8 @@ def test_evaluation_prompts_are_used_for_the_report(capsys):
         (["--dataset_name", "nowhere.txt"], ["nowhere.txt"]),
         (["--eval_strategy", "steps", "--eval_steps", "1"], ["--eval_dataset_name"]),
         (["--reward_funcs", "tiny_rewards:brightnes"], ["tiny_rewards:brightnes"]),
+        (["--reward_funcs", "tiny_rewards.py:darkness:depth=3"], ["no option 'depth'"]),
+        (["--eval_reward_funcs", "tiny_rewards:redness"], ["set eval_strategy"]),
         (["--reward_weights", "1.0"], ["reward_weights", "darkness"]),
         (
             ["--reward_funcs", "tiny_rewards:too_short", "--reward_weights", "1"],

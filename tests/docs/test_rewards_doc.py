@@ -1,0 +1,77 @@
+"""The examples of docs/source/rewards.md, run as they are printed."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from slas_trl.rewards.by_name import resolve_reward
+from slas_trl.trainer.scoring import RewardScorer
+from tests.trainer.tiny_trainers import logged, trained
+
+
+TEXT = (Path(__file__).parents[2] / "docs" / "source" / "rewards.md").read_text(encoding="utf-8")
+OWN = TEXT[TEXT.index("## Your own") : TEXT.index("## While training samples")]
+EXAMPLES = re.findall(r"```python\n(.*?)```", OWN, re.DOTALL)[1:]  # the first is the signature
+PROMPTS, COLOURS = ["a red car", "the sky", "grass", "a"], ["red", "blue", "green", "pink"]
+DATA = Dataset.from_dict({"prompt": PROMPTS, "colour": COLOURS})
+
+
+@pytest.fixture(scope="module")
+def names() -> dict:
+    """What the examples define, one after the other, as in a notebook."""
+    namespace: dict = {}
+    for block in EXAMPLES:
+        exec(compile(block, "rewards.md", "exec"), namespace)
+    return namespace
+
+
+@pytest.fixture(scope="module")
+def rewards(names):
+    torch.manual_seed(0)
+    network = torch.nn.Conv2d(3, 4, 8, stride=8)
+    closeness = names["Closeness"](network, Image.new("RGB", (8, 8), "red"))
+    return [names[name] for name in ("sharpness", "wanted_colour", "exposure", "asked_elsewhere")] + [closeness]
+
+
+def test_there_are_five():
+    assert len(EXAMPLES) == 5
+
+
+def test_their_scores(rewards):
+    images = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "white", "black")]
+    stripes = Image.new("L", (8, 8))
+    stripes.putdata([255 * (x % 2) for _ in range(8) for x in range(8)])
+    scores = RewardScorer(rewards).score(PROMPTS, images, {"colour": COLOURS})
+    sharp, colour, exposed, elsewhere, close = scores.T.tolist()
+    assert sharp == [0, 0, 0, 0] and rewards[0](["x"], [stripes]) == [1.0]
+    assert colour[:2] == [0, 0] and colour[2] == pytest.approx(-(2**0.5)) and colour[3] != colour[3]  # NaN: no pink
+    assert exposed == [1, 1, 0, 0] and elsewhere == [17, 15, 13, 9]
+    assert close[0] == pytest.approx(1) and max(close[1:]) < 1
+
+
+def test_they_train(tmp_path, rewards):
+    trained(tmp_path, reward_funcs=rewards, train_dataset=DATA, max_steps=1)
+    [line] = logged(tmp_path)
+    assert line["rewards/exposure/burnt/mean"] >= 0 and line["rewards/Closeness/std"] > 0
+    assert 0 <= line["rewards/wanted_colour/nan_share"] < 1 and line["rewards/asked_elsewhere/mean"] > 0
+
+
+def test_one_of_them_in_a_file(tmp_path):
+    file = tmp_path / "my_rewards.py"
+    file.write_text(EXAMPLES[0])
+    wide = resolve_reward(f"{file}:sharpness:radius=2")
+    stripes = Image.new("L", (8, 8))
+    stripes.putdata([255 * (x % 2) for _ in range(8) for x in range(8)])
+    assert wide(prompts=["x"], images=[stripes]) == [0.0]
+
+
+def test_every_reward_of_the_package_is_in_the_table():
+    from slas_trl import rewards
+
+    table = TEXT[: TEXT.index("## Your own")]
+    missing = [name for name in rewards.NAMES if f"`{name}`" not in table]
+    assert not missing
