@@ -106,7 +106,8 @@ class Evaluator(TrainerCallback):
         read = trainer.calls.rows(self.data, rows)
         columns = {name: [row[name] for row in read] for name in self.data.column_names if name != "prompt"}
         prompts = [row["prompt"] for row in read]
-        scores = dict(zip(trainer.scorer.names, trainer.scorer.score(prompts, images, columns).T, strict=True))
+        scorer = trainer.eval_scorer
+        scores = dict(zip(scorer.names, scorer.score(prompts, images, columns).T, strict=True))
         if self.embedded:
             verdicts = verify(prompts, images)
             if clash := scores.keys() & set(SCORES):
@@ -171,15 +172,17 @@ def run_arm(folder: Path) -> None:
     config.eval_strategy = IntervalStrategy.NO  # the callback below does that
     sys.path.append(str(Path.cwd()))
     embedded = script.model_name_or_path is None
+    prompts = held_out_prompts(script, config, "slas-trl compare")
+    data = prompts.select([i * len(prompts) // spec["eval_prompts"] for i in range(spec["eval_prompts"])])
     trainer = SLASTrainer(
         model=load_shapes_pipeline() if embedded else cast(str, script.model_name_or_path),
         reward_funcs=cast(list, script.reward_funcs),
         args=config,
         train_dataset=train_prompts(script),
+        eval_dataset=data,
         peft_config=lora.peft_config(),
+        eval_reward_funcs=script.eval_reward_funcs,
     )
-    prompts = held_out_prompts(script, config, "slas-trl compare")
-    data = prompts.select([i * len(prompts) // spec["eval_prompts"] for i in range(spec["eval_prompts"])])
     judged = embedded and world.all_captions().keys() >= set(data["prompt"])  # by the verifier
     evaluator = Evaluator(trainer, data, folder, spec["eval_every"], spec["eval_images_per_prompt"], judged)
     if spec["arm"] == BASE:
@@ -191,7 +194,7 @@ def run_arm(folder: Path) -> None:
     result = {
         **spec,
         **evaluator.results,
-        "reward_weights": dict(zip(trainer.scorer.names, trainer.trained_weights, strict=True)),
+        "reward_weights": trainer.weight_of,
         "prompts": list(data["prompt"]),
         "shown_prompts": [data[row]["prompt"] for row in evaluator.shown],
     }

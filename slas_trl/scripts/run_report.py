@@ -167,8 +167,7 @@ class RunReport:
             else f"`{self.base_model}`",
             base_model_id=None if is_folder else self.base_model,
             load_code=self._load_code(run_dir),
-            rewards=dict.fromkeys(trainer.eval_scorer.names, 0.0)
-            | dict(zip(trainer.scorer.names, trainer.trained_weights, strict=True)),
+            rewards=trainer.weight_of,
             settings={**settings, "updates": trainer.state.global_step},
             evaluation=evaluation,
             adapter=trainer.has_adapter,

@@ -29,10 +29,10 @@ class EvaluatingTrainer(ResumableTrainer):
         return self.args.reward_weights or [1.0] * len(self.scorer.names)
 
     @property
-    def held_out_rewards(self) -> list[str]:
-        """Names of those that are scored in evaluation and never trained on."""
-        trained = [n for n, weight in zip(self.scorer.names, self.trained_weights, strict=True) if weight]
-        return [name for name in self.eval_scorer.names if name not in trained]
+    def weight_of(self) -> dict[str, float]:
+        """Weights by name of all rewards that are scored in evaluation: 0 for those that are never trained on."""
+        own = zip(self.scorer.names, self.trained_weights, strict=True)
+        return dict.fromkeys(self.eval_scorer.names, 0.0) | dict(own)
 
     def _start_scoring(self, scorer: RewardScorer) -> Scoring:
         device, concurrent = self.accelerator.device, self.args.concurrent_rewards

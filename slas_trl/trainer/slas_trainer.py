@@ -206,8 +206,8 @@ class SLASTrainer(EvaluatingTrainer):
         if args.use_ema:
             self._ema = EMACallback(cast(torch.nn.Module, self.model), args.ema_decay)
             self.add_callback(self._ema)
-        if self.held_out_rewards:
-            self.add_callback(RewardHackingCallback(self.held_out_rewards, args.hacking_patience, args.hacking_action))
+        if held_out := [name for name, weight in self.weight_of.items() if not weight]:
+            self.add_callback(RewardHackingCallback(held_out, args.hacking_patience, args.hacking_action))
         trained, log = cast(torch.nn.Module, self.model), lambda key, value: self._metrics[key].append(value)
         self._gamma = GammaControl(args, self.replayer, trained, self.accelerator, log)
         self.add_callback(self._gamma)

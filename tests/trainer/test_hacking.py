@@ -84,9 +84,10 @@ def test_a_resumed_run_sees_what_was_before_it(tmp_path):
 
 def test_a_reward_of_weight_0_is_held_out_too(tmp_path):
     trainer = tiny_trainer(tmp_path, reward_funcs=[redness, blueness], reward_weights=[1.0, 0.0])
-    assert trainer.held_out_rewards == ["blueness"]
+    assert trainer.weight_of == {"redness": 1.0, "blueness": 0.0}
     assert any(isinstance(c, RewardHackingCallback) for c in trainer.callback_handler.callbacks)
-    assert tiny_trainer(tmp_path, reward_funcs=[redness, blueness]).held_out_rewards == []
+    callbacks = tiny_trainer(tmp_path, reward_funcs=[redness, blueness]).callback_handler.callbacks
+    assert not any(isinstance(callback, RewardHackingCallback) for callback in callbacks)
 
 
 def verdict(trained_reward, held_out, patience=2, prefix="eval"):
