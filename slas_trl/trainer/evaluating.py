@@ -35,9 +35,7 @@ class EvaluatingTrainer(ResumableTrainer):
         return dict.fromkeys(self.eval_scorer.names, 0.0) | dict(own)
 
     def _start_scoring(self, scorer: RewardScorer) -> Scoring:
-        device, concurrent = self.accelerator.device, self.args.concurrent_rewards
-        # Two that compute on the same cores are slower at once than one after the other.
-        return Scoring(scorer, device, device.type != "cpu" if concurrent is None else concurrent)
+        return Scoring(scorer, self.accelerator.device, self.args.concurrent_rewards)
 
     def _add_images(self, scoring: Scoring, dataset: Dataset, indices: Sequence[int], images: list[Any]) -> None:
         rows = self.calls.rows(dataset, list(indices))

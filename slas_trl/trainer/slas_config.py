@@ -80,10 +80,9 @@ class SLASConfig(TrainingArguments):
             One weight for each reward; by default 1. A reward of weight 0 is logged and not trained on.
         multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
             Or `"normalize_then_sum"`, as DanceGRPO does.
-        concurrent_rewards (`bool`, *optional*):
-            Whether each reward scores in a thread of its own while others do and the next chunk is sampled. By default
-            on an accelerator; on a CPU, where sampling and most rewards want the same cores, it is for rewards that
-            wait for somebody else. The scores are the same.
+        concurrent_rewards (`bool`, *optional*, defaults to `True`):
+            Whether each reward scores in a thread of its own while others do and the next chunk is sampled, or all
+            wait for each other. The scores are the same.
         hacking_patience (`int`, *optional*, defaults to `3`):
             Evaluations in a row in which the trained reward rises and a held-out one falls before `hacking_action`
             is taken. Held out are `eval_reward_funcs` and rewards of weight 0.
@@ -222,9 +221,7 @@ class SLASConfig(TrainingArguments):
         default="sum_then_normalize",
         metadata={"help": "How several rewards meet.", "choices": ["sum_then_normalize", "normalize_then_sum"]},
     )
-    concurrent_rewards: bool | None = field(
-        default=None, metadata={"help": "Score while the next chunk is sampled. Default: on an accelerator."}
-    )
+    concurrent_rewards: bool = field(default=True, metadata={"help": "Score while the next chunk is sampled."})
     hacking_patience: int = field(
         default=3, metadata={"help": "Evaluations with the reward rising and a held-out one falling before an action."}
     )
