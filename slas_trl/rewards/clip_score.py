@@ -152,8 +152,13 @@ def load_clip(
         processor (`str`, *optional*): For transformers: where tokenizer and preprocessing are, if not with the model.
         needed_by (`str`, *optional*, defaults to `"clip_score"`): The reward, for messages.
     """
-    if pretrained or ("/" not in model and not Path(model).is_dir()):
+    if "/" not in model and not Path(model).is_dir():
         return _open_clip(model, _known(model, pretrained, needed_by), dtype, device, needed_by)
+    if pretrained:
+        raise ValueError(
+            f"{needed_by} has weights of {model} itself, but pretrained={pretrained!r} as well, which belongs to an "
+            "architecture of open_clip such as ViT-B-32. Leave it out."
+        )
     if _has_open_clip_config(model, needed_by):
         schema = "local-dir" if Path(model).is_dir() else "hf-hub"
         return _open_clip(f"{schema}:{model}", None, dtype, device, needed_by)
@@ -220,7 +225,9 @@ def _open_clip(
             raise
         place = name.removeprefix("hf-hub:").removeprefix("local-dir:")
         if Path(place).is_dir():
-            raise FileNotFoundError(f"{needed_by} finds no weights of open_clip in the folder {place}: {error}") from error
+            raise FileNotFoundError(
+                f"{needed_by} finds no weights of open_clip in the folder {place}: {error}"
+            ) from error
         tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
         repository = tag.get("hf_hub", "").rstrip("/") or place
         raise FileNotFoundError(missing_checkpoint(needed_by, repository, error, option="model")) from error
@@ -238,15 +245,16 @@ def _transformers_clip(
         if (kind := config.get("model_type")) != "clip":
             # from_pretrained would go on, with weights that it makes up.
             raise ValueError(f"{needed_by} needs a CLIP, but {name} is a model of transformers of type {kind!r}.")
-        model, found = CLIPModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        loaded: Any = CLIPModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        model, found = loaded
         place = processor
         tokenizer = AutoTokenizer.from_pretrained(processor)
         image_processor = AutoImageProcessor.from_pretrained(processor, backend="pil")
     except OSError as error:
         if Path(place).is_dir():
             raise FileNotFoundError(
-                f"{needed_by} needs a CLIP of transformers (config.json, weights, tokenizer, preprocessor_config.json) "
-                f"or of open_clip ({OPEN_CLIP_CONFIG}, weights) in the folder {place}: {error}"
+                f"{needed_by} needs a CLIP of transformers (config.json, weights, tokenizer, preprocessor_config.json)"
+                f" or of open_clip ({OPEN_CLIP_CONFIG}, weights) in the folder {place}: {error}"
             ) from error
         option = "model" if place == name else "processor"
         raise FileNotFoundError(missing_checkpoint(needed_by, place, error, option=option)) from error
@@ -266,7 +274,9 @@ def _transformers_clip(
         prepare,
         tokenize,
         lambda pixels: model.get_image_features(pixel_values=pixels).pooler_output,
-        lambda tokens: model.get_text_features(
-            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-        ).pooler_output,
+        lambda tokens: (
+            model.get_text_features(
+                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+            ).pooler_output
+        ),
     )

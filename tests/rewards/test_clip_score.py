@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,17 @@ def test_a_prompt_is_embedded_once_for_all_its_images(transformers_clip):
     assert clip_score([], []) == []  # and no model is loaded for it
     with pytest.raises(ValueError, match="1 prompts and 6 images"):
         clip_score(["a"], IMAGES)
+    with pytest.raises(ValueError, match="pretrained='openai' as well.* Leave it out"):
+        ClipScore(transformers_clip, "openai")(PROMPTS, IMAGES)
+
+
+def test_threads_share_a_model(transformers_clip):
+    """As rewards do that are scored at the same time."""
+    reward = ClipScore(transformers_clip)
+    prompts = [[f"{letter} {prompt}" for prompt in PROMPTS] for letter in "abcdefgh"]
+    with ThreadPoolExecutor(8) as pool:
+        scores = list(pool.map(lambda texts: reward(texts, IMAGES), prompts * 4))
+    assert scores == [reward(texts, IMAGES) for texts in prompts] * 4
 
 
 def test_a_training_steps_autocast_makes_no_difference(transformers_clip):
@@ -250,9 +262,7 @@ def test_without_the_optional_packages(transformers_clip, tmp_path):
     """The same scores without torchvision; and without open_clip, the command that installs it."""
     (tmp_path / "open_clip_config.json").write_text("{}", encoding="utf-8")
     kinds = [f"clip_score:model={transformers_clip}", f"clip_score:model={tmp_path}", "clip_score:model=ViT-B-32"]
-    said = run(
-        "sys.modules.update(torchvision=None, open_clip=None, timm=None)", names=json.dumps([*kinds, "hpsv2"])
-    )
+    said = run("sys.modules.update(torchvision=None, open_clip=None, timm=None)", names=json.dumps([*kinds, "hpsv2"]))
     assert said[kinds[0]] == ClipScore(transformers_clip)(PROMPTS, IMAGES)
     for name in [*kinds[1:], "hpsv2"]:
         assert said[name].startswith("ImportError: " + name.split(":")[0] + " needs the package open_clip")
