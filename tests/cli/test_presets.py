@@ -18,9 +18,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, PipelineQuantizationConfi
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from slas_trl import rewards
 from slas_trl.cli.main import main
 from slas_trl.policy import PipelineReplayer
+from slas_trl.rewards.by_name import resolve_reward, reward_name
 from slas_trl.schedulers import stochastic_scheduler
 from slas_trl.scripts.arguments import SHAPES_SETTINGS, LoraArguments, SLASScriptArguments, parse
 from slas_trl.trainer import SLASConfig
@@ -33,8 +33,6 @@ FILES = sorted(FOLDER.glob("*.yaml"))
 # 8 in the others
 PROCESSES = {"flux_paper": 16, "flux_dancegrpo": 16, "flux_lora_24gb": 1, "shapes": 1, "shapes_comparison": 1}
 SOURCES = {"paper", "DanceGRPO", "Flow-GRPO", "ours"}
-# Rewards that are not in this version, which the presets name all the same.
-COMING = {"hpsv2", "clip_score", "pick_score"}
 
 # By hand, from the tables of DanceGRPO's and Flow-GRPO's settings in docs/source/paper_reproduction.md.
 AMOUNTS = {  # images per rollout, groups, updates per rollout, images per update, timesteps trained
@@ -73,11 +71,9 @@ def read(name: str) -> dict[str, Any]:
 
 
 def load(name: str, *argv: str) -> tuple[SLASScriptArguments, LoraArguments, SLASConfig]:
-    """Parse a preset, on the CPU; with the embedded rewards in place of those that are still to come."""
-    named = read(name).get("reward_funcs", ["shapes_verifier"])  # of a comparison, the command names them
-    stand_ins = ["shapes_verifier", "shapes_clip"][: len(named)] if COMING & set(named) else named
-    options = ["--use_cpu", "--reward_funcs", *stand_ins, *argv]
-    return parse(["--config", str(FOLDER / f"{name}.yaml"), *options])
+    """Parse a preset, on the CPU."""
+    rewards = [] if "reward_funcs" in read(name) else ["--reward_funcs", "shapes_verifier"]  # a comparison's are given
+    return parse(["--config", str(FOLDER / f"{name}.yaml"), "--use_cpu", *rewards, *argv])
 
 
 @pytest.fixture(autouse=True)
@@ -173,8 +169,10 @@ def test_the_baseline_differs_in_the_advantage_alone(model):
 @pytest.mark.parametrize(("name", "weights"), [("sd14_paper", [1.0, 1.0]), ("flux_paper", [0.7, 1.4])])
 def test_the_papers_rewards(name, weights):
     settings = read(name)
-    assert settings["reward_funcs"] == ["hpsv2", "clip_score"]
     assert settings["reward_weights"] == weights
+    human, clip = map(resolve_reward, settings["reward_funcs"])
+    assert (human.__name__, human.version) == ("hpsv2", "v2.1")
+    assert (clip.__name__, clip.model) == ("clip_score", "apple/DFN5B-CLIP-ViT-H-14-378")
 
 
 def test_flux_sigmas_have_a_shift_of_three():
@@ -214,17 +212,16 @@ def test_shapes_is_what_training_does_without_arguments():
         assert all(getattr(ours, field.name) == getattr(theirs, field.name) for field in fields(ours) if field.init)
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in FILES if "reward_funcs" in read(path.stem)], ids=lambda path: path.stem
-)
-def test_a_reward_that_is_not_there_is_named(path, capsys):
-    missing = COMING - set(rewards.__all__)
-    if not missing & set(read(path.stem)["reward_funcs"]):
-        pytest.skip("all of them are there")
-    assert main(["train", "--config", str(path)]) == 2
+@pytest.mark.parametrize("name", [name for name in AMOUNTS if "reward_funcs" in read(name)])
+def test_its_rewards_are_there(name):
+    found = [resolve_reward(reward) for reward in read(name)["reward_funcs"]]
+    assert [reward_name(reward) for reward in found] == [reward.split(":")[0] for reward in read(name)["reward_funcs"]]
+
+
+def test_a_reward_that_is_not_there_is_named(capsys):
+    assert main(["train", "--config", str(FOLDER / "sd14_paper.yaml"), "--reward_funcs", "hpsv2", "hpsv4"]) == 2
     printed = capsys.readouterr().err
-    first = next(name for name in read(path.stem)["reward_funcs"] if name in missing)
-    assert printed.splitlines()[0].startswith(f"slas-trl train: error: there is no reward '{first}'")
+    assert printed.splitlines()[0].startswith("slas-trl train: error: there is no reward 'hpsv4'")
     assert len(printed.splitlines()) == 2 and "Traceback" not in printed  # the other says how to see where
 
 
