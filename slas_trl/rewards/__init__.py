@@ -18,7 +18,9 @@ from typing import Any
 # Where each is. Its libraries are imported when it is asked for, and not because of another one.
 _HOMES = {
     "Aesthetic": "aesthetic",
+    "ImageReward": "image_reward",
     "aesthetic": "aesthetic",
+    "image_reward": "image_reward",
     "shapes_clip": "shapes",
     "shapes_coloured_area": "shapes",
     "shapes_verifier": "shapes",

@@ -67,3 +67,80 @@ def save_clip(folder: Path, width: int = 48) -> CLIPModel:
     clip.save_pretrained(folder)
     CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}).save_pretrained(folder)
     return clip
+
+
+PUBLISHED = {
+    **{"vision": 1024, "vision_layers": 24, "patch": 16},
+    **{"text": 768, "text_layers": 12, "vocabulary": 30524, "positions": 512},
+}
+
+
+def image_reward_shapes(
+    vision: int = 192,
+    text: int = 128,
+    vision_layers: int = 2,
+    text_layers: int = 2,
+    patch: int = 56,
+    image: int = 224,
+    vocabulary: int = 64,
+    positions: int = 40,
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in ImageReward.pt, at other sizes than the published ones (`PUBLISHED`)."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def linear(name: str, rows: int, columns: int) -> None:
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (rows, columns), (rows,)
+
+    def norm(name: str, width: int) -> None:
+        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
+
+    eye = "blip.visual_encoder"
+    shapes[f"{eye}.cls_token"] = (1, 1, vision)
+    shapes[f"{eye}.pos_embed"] = (1, (image // patch) ** 2 + 1, vision)
+    shapes[f"{eye}.patch_embed.proj.weight"] = (vision, 3, patch, patch)
+    shapes[f"{eye}.patch_embed.proj.bias"] = (vision,)
+    for i in range(vision_layers):
+        block = f"{eye}.blocks.{i}"
+        norm(f"{block}.norm1", vision)
+        linear(f"{block}.attn.qkv", 3 * vision, vision)
+        linear(f"{block}.attn.proj", vision, vision)
+        norm(f"{block}.norm2", vision)
+        linear(f"{block}.mlp.fc1", 4 * vision, vision)
+        linear(f"{block}.mlp.fc2", vision, 4 * vision)
+    norm(f"{eye}.norm", vision)
+
+    reader = "blip.text_encoder"
+    shapes[f"{reader}.embeddings.word_embeddings.weight"] = (vocabulary, text)
+    shapes[f"{reader}.embeddings.position_embeddings.weight"] = (positions, text)
+    norm(f"{reader}.embeddings.LayerNorm", text)
+    for i in range(text_layers):
+        for attention, width in (("attention", text), ("crossattention", vision)):
+            block = f"{reader}.encoder.layer.{i}.{attention}"
+            linear(f"{block}.self.query", text, text)
+            linear(f"{block}.self.key", text, width)
+            linear(f"{block}.self.value", text, width)
+            linear(f"{block}.output.dense", text, text)
+            norm(f"{block}.output.LayerNorm", text)
+        block = f"{reader}.encoder.layer.{i}"
+        linear(f"{block}.intermediate.dense", 4 * text, text)
+        linear(f"{block}.output.dense", text, 4 * text)
+        norm(f"{block}.output.LayerNorm", text)
+
+    linear("blip.vision_proj", 256, vision)
+    linear("blip.text_proj", 256, text)
+    return {**shapes, **head_shapes(text, "mlp.layers.")}
+
+
+def image_reward_weights(seed: int = 0, **sizes: int) -> dict[str, torch.Tensor]:
+    """What ImageReward.pt holds, at other sizes."""
+    weights = random_weights(image_reward_shapes(**sizes), seed)
+    positions = len(weights["blip.text_encoder.embeddings.position_embeddings.weight"])
+    weights["blip.text_encoder.embeddings.position_ids"] = torch.arange(positions)[None]
+    return weights
+
+
+def save_bert_tokenizer(folder: Path) -> None:
+    """The vocabulary of a tokenizer like BERT's: letters, and "cat"."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters), "cat"]
+    folder.joinpath("vocab.txt").write_text("\n".join(words))
