@@ -82,8 +82,7 @@ class ImageReward(ModelReward):
             columns: ignored.
 
         Returns:
-            `list[float]`: about 0 on average and with a standard deviation of about 1 over its training set, mostly
-            within -2.3 and 2.
+            `list[float]`: of mean 0 and standard deviation 1 over its training set, so mostly between -2 and 2.
 
         Raises:
             `FileNotFoundError`: when a file cannot be had, with where it is and where to put it.
