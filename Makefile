@@ -25,9 +25,9 @@ clean:
 	rm -rf $(VENV)
 
 # pip is asked for, not only python: an environment whose making was interrupted has the one without the other.
-# The tests compare HPSv2 with the package of its authors. Without what that depends on, an old pytest and an old
+# The tests compare two rewards with the packages of their authors. Without what those depend on, an old pytest and an old
 # protobuf among it, which is also why no extra in pyproject.toml can name it.
-PARITY := hpsv2==1.2.0
+PARITY := hpsv2==1.2.0 image-reward==1.5
 STAMPS := $(VENV)/.installed-core $(VENV)/.installed-test $(VENV)/.installed-dev
 $(STAMPS): $(VENV)/.installed-%: pyproject.toml
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { $(PYTHON) -c '$(CHECK)' && $(PYTHON) -m venv $(VENV); }

@@ -17,11 +17,15 @@ from typing import Any
 
 # Where each is. Its libraries are imported when it is asked for, and not because of another one.
 _HOMES = {
+    "Aesthetic": "aesthetic",
     "ClipScore": "clip_score",
     "HPSv2": "hpsv2",
+    "ImageReward": "image_reward",
     "PickScore": "pick_score",
+    "aesthetic": "aesthetic",
     "clip_score": "clip_score",
     "hpsv2": "hpsv2",
+    "image_reward": "image_reward",
     "pick_score": "pick_score",
     "shapes_clip": "shapes",
     "shapes_coloured_area": "shapes",

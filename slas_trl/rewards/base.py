@@ -5,6 +5,7 @@ call and shared.
 
 import functools
 import importlib
+import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -155,14 +156,26 @@ def missing_checkpoint(
 ) -> str:
     """Says which file of which repository is missing, and where to put it."""
     what = f"the file {filename} of" if filename else "the files of"
+    if is_path(repo_id):
+        return f"{needed_by} needs {what} {repo_id}, which is no file or folder that can be used: {brief(error)}"
     download = f"hf download {repo_id}" + (f" {filename}" if filename else "")
     by_path = f', or give its path ("{needed_by}:{option}=PATH")' if option else ""
     return (
         f"{needed_by} needs {what} https://huggingface.co/{repo_id}, which could not be fetched: "
-        f"{' '.join(str(error).split())[:300]} Where there is a network, run `{download}`, and copy the folder "
+        f"{brief(error)} Where there is a network, run `{download}`, and copy the folder "
         f"models--{repo_id.replace('/', '--')} of its cache into that of this machine (HF_HUB_CACHE, by default "
         f"~/.cache/huggingface/hub){by_path}."
     )
+
+
+def is_path(repo_id: str) -> bool:
+    """Whether it means something on the disk, there or not, rather than "owner/name" on the Hub."""
+    return Path(repo_id).exists() or repo_id.count("/") > 1 or repo_id.startswith((".", "/", "~"))
+
+
+def brief(error: Exception) -> str:
+    """Its message on one line, and not too long."""
+    return textwrap.shorten(str(error), 300, placeholder=" …")
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -178,7 +191,33 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's errors are of many kinds
         raise ValueError(
-            f"{path} cannot be loaded as weights ({' '.join(str(error).split())[:300]}). Expected tensors alone, in "
+            f"{path} cannot be loaded as weights ({brief(error)}). Expected tensors alone, in "
             "PyTorch's format or safetensors; other objects are not loaded, since that can run any code. If the file "
             "is cut off, download it again."
         ) from error
+
+
+def pretrained(loader: Any, repo_id: str, needed_by: str, option: str, **kwargs: Any) -> Any:
+    """
+    `loader.from_pretrained` of a repository on the Hub or a local folder.
+
+    Raises:
+        `FileNotFoundError`: when it cannot be had, with where it is and where to put it.
+    """
+    try:
+        return loader.from_pretrained(repo_id, **kwargs)
+    except OSError as error:
+        raise FileNotFoundError(missing_checkpoint(needed_by, repo_id, error, option=option)) from error
+
+
+def fetch_all(*fetches: Callable[[], Any]) -> list[Any]:
+    """What each of them returns. Several missing files are told of at once, rather than one after each download."""
+    found, missing = [], []
+    for fetch in fetches:
+        try:
+            found.append(fetch())
+        except FileNotFoundError as error:
+            missing.append(error)
+    if missing:
+        raise FileNotFoundError("\n".join(map(str, missing))) from missing[0]
+    return found
