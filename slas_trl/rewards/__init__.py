@@ -9,16 +9,25 @@ dictionary of such lists has named components, each of which is logged.
 `clip_score` and its like are such callables, with their default options; `ClipScore(model=...)` has others.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 
 # Where each is. Its libraries are imported when it is asked for, and not because of another one.
 _HOMES = {
+    "ProcessReward": "process",
+    "RemoteReward": "remote",
+    "UnifiedReward": "vlm_judge",
+    "VLMJudge": "vlm_judge",
+    "remote": "remote",
     "shapes_clip": "shapes",
     "shapes_coloured_area": "shapes",
     "shapes_verifier": "shapes",
     "shapes_verifier_strict": "shapes",
+    "unified_reward": "vlm_judge",
+    "vlm_judge": "vlm_judge",
 }
 __all__ = sorted(_HOMES)  # type: ignore[reportUnsupportedDunderAll]
 
@@ -33,3 +42,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _Rewards(ModuleType):
+    """Importing the file ocr.py sets the attribute `ocr` of its package, which is the reward and not the file."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _HOMES or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Rewards
