@@ -46,15 +46,15 @@ def numbers(values: Any, count: int) -> list[float | None]:
         `TypeError`, `ValueError`: for what are no scores.
     """
     if not isinstance(values, list):
-        raise TypeError(f"the reward returned a {type(values).__name__}; expected a list of {count} numbers.")
+        raise TypeError(f"The reward returned a {type(values).__name__}; expected a list of {count} numbers.")
     if len(values) != count:
-        raise ValueError(f"the reward returned {len(values)} values for {count} images; expected one for each.")
+        raise ValueError(f"The reward returned {len(values)} values for {count} images; expected one for each.")
     scores: list[float | None] = []
     for value in values:
         if value is not None and not isinstance(value, Real):
-            raise TypeError(f"the reward returned {value!r} ({type(value).__name__}); expected a number, or None.")
+            raise TypeError(f"The reward returned {value!r} ({type(value).__name__}); expected a number, or None.")
         score = None if value is None or math.isnan(value) else float(value)
         if score is not None and math.isinf(score):
-            raise ValueError(f"the reward returned {score}; expected a finite number.")
+            raise ValueError(f"The reward returned {score}; expected a finite number.")
         scores.append(score)
     return scores

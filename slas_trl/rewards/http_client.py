@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _JITTER = random.Random()  # one's own: the global generator belongs to the training, which has to be reproducible
-_LONGEST_WAIT = 30.0  # seconds between attempts
+_FIRST_WAIT = 0.5  # seconds between attempts; each next one is twice as long
+_LONGEST_WAIT = 30.0
 _LONGEST_RETRY_AFTER = 120.0  # if the server asks for it
 
 
@@ -96,7 +97,7 @@ class Endpoint:
                         f"{self.needed_by}: {self.url} did not answer in {attempt + 1} attempts; the last one: "
                         f"{message} {self.advice}"
                     ) from None  # the cause could have the secret in it
-                wait = min(_LONGEST_WAIT, 0.5 * 2**attempt) * _JITTER.uniform(0.5, 1)
+                wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt) * _JITTER.uniform(0.5, 1)
                 if error.retry_after is not None:
                     wait = max(wait, min(error.retry_after, _LONGEST_RETRY_AFTER))
                 logger.info("%s: %s: %s Trying again in %.1f s.", self.needed_by, self.url, message, wait)
@@ -159,10 +160,12 @@ def check_url(url: str, needed_by: str) -> str:
     Raises:
         `ValueError`: for what is none, and for one with a password in it, which messages would show.
     """
+    if not isinstance(url, str):
+        raise ValueError(f"{needed_by} has a url that is a {type(url).__name__}; expected text.")
     try:
         parts = urlsplit(url)
         parts.port  # noqa: B018, since reading it checks it
-    except (TypeError, ValueError, AttributeError) as error:
+    except ValueError as error:
         raise ValueError(f"{needed_by} has a url that is none: {error}.") from None
     if "@" in parts.netloc:
         raise ValueError(f"{needed_by} has a url with a user or password in it; expected a token as its own option.")

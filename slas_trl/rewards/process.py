@@ -124,12 +124,14 @@ class _Worker:
         process, self.process = self.process, None
         if process is None:
             return "it could not be started"
-        with contextlib.suppress(OSError):
+        try:
+            status = process.wait(1)
+        except subprocess.TimeoutExpired:
             process.kill()
+            status = process.wait()
         for pipe in (process.stdin, process.stdout):
             with contextlib.suppress(OSError):  # what was written and never read
                 pipe.close()  # type: ignore[union-attr]
-        status = process.wait()
         return f"by signal {-status}" if status < 0 else f"with status {status}"
 
 
@@ -172,7 +174,7 @@ def run() -> None:
             reward = reward or resolve_reward(name)
             answer = (None, call_reward(reward, *request), "")
             message = pickle.dumps(answer)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             kind = next((kind for kind in type(error).__mro__ if kind.__name__ in _KINDS), type(error))
             text = str(error) if kind is type(error) else f"{type(error).__name__}: {error}"
             message = pickle.dumps((kind.__name__, text, traceback.format_exc()))

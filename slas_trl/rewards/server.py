@@ -133,15 +133,20 @@ def score_request(reward: RewardFunc, request: ScoreRequest) -> dict[str, Any]:
         given = {name: values[rows] for name, values in columns.items()}
         result = call_reward(reward, request.prompts[rows], images[rows], given)
         count = len(images[rows])
-        if isinstance(result, dict):
-            return {str(name): numbers(values, count) for name, values in result.items()}
-        return {None: numbers(result, count)}
+        try:
+            if isinstance(result, dict) and result:
+                return {str(name): numbers(values, count) for name, values in result.items()}
+            return {None: numbers(result, count)}
+        except (TypeError, ValueError) as error:  # a mistake in the reward, not in an image
+            raise RequestError(500, str(error)) from error
 
     errors: list[str | None] = [None] * len(images)
     try:
         scores = score(slice(None))
     except RewardUnavailableError as error:
         raise RequestError(503, str(error)) from error
+    except RequestError:
+        raise
     except Exception as error:  # whatever a reward raises
         logger.warning("The reward failed on a batch of %d images.", len(images), exc_info=True)
         alone: list[dict[str | None, list[float | None]]] = [{}] * len(images)

@@ -240,9 +240,7 @@ class VLMJudge(Reward):
     def _probability(self, logprobs: Any, text: str) -> float:
         tokens = logprobs.get("content") if isinstance(logprobs, dict) else None
         if not tokens:
-            _warn_once(
-                f"{self.__name__}: {self.model} gives no log-probabilities, so its yes and no count as 1 and 0."
-            )
+            _warn_once(f"{self.__name__}: {self.model} gives no log-probabilities; its yes and no count as 1 and 0.")
             words = re.findall(r"\w+", text.lower())
             if not words or words[0] not in ("yes", "no"):
                 raise _NoScoreError(f"One is {text[:200]!r}; expected yes or no.")
@@ -254,7 +252,7 @@ class VLMJudge(Reward):
                 if (word := _word(candidate["token"])) in mass:
                     mass[word] += math.exp(min(candidate["logprob"], 0.0))
         except (TypeError, LookupError, AttributeError):
-            raise ValueError(f"log-probabilities that cannot be read: {str(tokens[0])[:200]}.") from None
+            raise ValueError(f"log-probabilities that cannot be read: {str(logprobs)[:200]}.") from None
         if (total := mass["yes"] + mass["no"]) < _LEAST_MASS:
             raise _NoScoreError(f"One is {text[:200]!r}; expected yes or no, which have a probability of {total:.2g}.")
         return mass["yes"] / total
@@ -287,7 +285,7 @@ class VLMJudge(Reward):
             *(self.__name__, len(bodies), self._endpoint().url, self.model, sum(map(len, bodies)) / 1e6),
             *(text, patches, json.loads(bodies[0])["max_tokens"]),
         )
-        return [None] * len(images)
+        return self._joined([None] * len(images))
 
 
 @dataclass(frozen=True)
