@@ -45,7 +45,7 @@ class RemoteReward(Reward):
             The server's token; by default that in the environment variable `SLAS_TRL_REWARD_TOKEN`, if any.
         timeout (`float`, *optional*, defaults to `300`):
             Seconds for one attempt, with the wait in the server's queue.
-        retries (`int`, *optional*, defaults to `8`): Further attempts after the first.
+        retries (`int`, *optional*, defaults to `10`): Further attempts after the first.
         columns (`str` or `list[str]`, *optional*):
             Columns of the data set that are sent, as a list or as "first+second"; "" sends none. By default all: the
             values have to be such that JSON can say them, or images.
@@ -59,7 +59,7 @@ class RemoteReward(Reward):
     url: str
     token: str | None = field(default=None, repr=False)
     timeout: float = 300.0
-    retries: int = 8
+    retries: int = 10
     columns: str | Sequence[str] | None = None
 
     def __post_init__(self):
@@ -124,7 +124,8 @@ class RemoteReward(Reward):
         chunk: list[dict[str, Any]] = []
         size = pixels = 0
         for row, row_pixels in rows:
-            row_size = len(json.dumps(row)) + 200  # and what surrounds it
+            rest = json.dumps([row["prompt"], row["columns"]])
+            row_size = len(row["image"]) + len(rest) + 200  # and what surrounds it
             if chunk and (
                 len(chunk) == limits["max_batch_size"]
                 or size + row_size > limits["max_request_bytes"]

@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 _BODY_SECONDS = 120.0  # for a body to arrive
 _LONGEST_ID = 200  # characters
+_LONGEST_MESSAGE = 2000
 
 
 @dataclass(frozen=True)
@@ -104,15 +105,11 @@ def parse_request(body: bytes | bytearray, limits: Limits) -> ScoreRequest:
             raise RequestError(400, f"A column cannot have the name {name!r}.")
         if not isinstance(values, list) or len(values) != len(images):
             raise RequestError(400, f"Column {name[:100]!r} must be a list with one value for each image.")
-    try:
-        opened = [open_png(text, f"Image {i}", limits.max_image_pixels) for i, text in enumerate(images)]
-        filled = {
-            name: open_value(values, f"Column {name[:100]!r}", limits.max_image_pixels)
-            for name, values in columns.items()
-        }
-        pixels = pixels_in(opened) + pixels_in(filled)
-    except RecursionError:  # what the parser could still take
-        raise RequestError(400, "JSON nested too deeply.") from None
+    opened = [open_png(text, f"Image {i}", limits.max_image_pixels) for i, text in enumerate(images)]
+    filled = {
+        name: open_value(values, f"Column {name[:100]!r}", limits.max_image_pixels) for name, values in columns.items()
+    }
+    pixels = pixels_in(opened) + pixels_in(filled)
     if pixels > (most := limits.max_image_pixels * limits.max_batch_size):
         raise RequestError(413, f"The images have {pixels} pixels in all, more than {most}. Send fewer at a time.")
     return ScoreRequest(identity, prompts, opened, filled)
@@ -138,13 +135,13 @@ def score_request(reward: RewardFunc, request: ScoreRequest) -> dict[str, Any]:
                 return {str(name): numbers(values, count) for name, values in result.items()}
             return {None: numbers(result, count)}
         except (TypeError, ValueError) as error:  # a mistake in the reward, not in an image
-            raise RequestError(500, str(error)) from error
+            raise RequestError(500, _said(error)) from error
 
     errors: list[str | None] = [None] * len(images)
     try:
         scores = score(slice(None))
     except RewardUnavailableError as error:
-        raise RequestError(503, str(error)) from error
+        raise RequestError(503, _said(error)) from error
     except RequestError:
         raise
     except Exception as error:  # whatever a reward raises
@@ -154,10 +151,10 @@ def score_request(reward: RewardFunc, request: ScoreRequest) -> dict[str, Any]:
             try:
                 alone[i] = score(slice(i, i + 1))
             except Exception as single:
-                errors[i] = f"{type(single).__name__}: {single}"
+                errors[i] = _said(single)
         names = next((found.keys() for found in alone if found), None)
         if names is None:
-            message = errors[0] or f"{type(error).__name__}: {error}"
+            message = errors[0] or _said(error)
             each = f"on each of {len(images)} images" if len(images) > 1 else "on the image"
             raise RequestError(500, f"The reward failed {each}: {message}") from error
         if any(found and found.keys() != names for found in alone):
@@ -170,6 +167,11 @@ def score_request(reward: RewardFunc, request: ScoreRequest) -> dict[str, Any]:
         "components": None if plain else scores,
         "errors": errors,
     }
+
+
+def _said(error: Exception) -> str:
+    """What a client is told of it: text that UTF-8 can say, and not a book."""
+    return f"{type(error).__name__}: {error}"[:_LONGEST_MESSAGE].encode("utf-8", "replace").decode()
 
 
 def make_app(reward: RewardFunc, limits: Limits | None = None, token: str | None = None) -> "FastAPI":

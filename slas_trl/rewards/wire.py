@@ -14,6 +14,7 @@ import binascii
 import io
 import json
 import math
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from PIL import Image
 
 PNG = "image/png"
 _PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
+_DEEPEST = 64  # lists and objects in a column's value
 GIVEN = ("prompts", "images", "completions")  # what a reward is given besides columns
 TOKEN_VARIABLE = "SLAS_TRL_REWARD_TOKEN"
 
@@ -110,7 +112,10 @@ def read_json(body: bytes | bytearray) -> Any:
         return number if math.isfinite(number := float(text)) else refuse(text)
 
     try:
-        return json.loads(body.decode("utf-8"), parse_constant=refuse, parse_float=finite)
+        text = body.decode("utf-8")
+        if re.search(r"\\u[dD][89a-fA-F]", text):
+            json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8")  # halves of characters are no text
+        return json.loads(text, parse_constant=refuse, parse_float=finite)
     except RecursionError:
         raise RequestError(400, "The body is not taken: JSON nested too deeply.") from None
     except ValueError as error:  # also of the encoding, and of integers with thousands of digits
@@ -156,16 +161,18 @@ def decode_png(image: Image.Image, where: str) -> Image.Image:
     return image.copy()
 
 
-def open_value(value: Any, where: str, max_pixels: int) -> Any:
+def open_value(value: Any, where: str, max_pixels: int, depth: int = 0) -> Any:
     """A column's value, with its pictures opened."""
+    if depth > _DEEPEST:
+        raise RequestError(400, f"{where} is nested too deeply, more than {_DEEPEST} times.")
     if isinstance(value, list):
-        return [open_value(part, where, max_pixels) for part in value]
+        return [open_value(part, where, max_pixels, depth + 1) for part in value]
     if isinstance(value, dict):
         if PNG in value:
             if len(value) > 1:
                 raise RequestError(400, f"{where} has an object with {PNG!r} and other keys.")
             return open_png(value[PNG], where, max_pixels)
-        return {key: open_value(part, where, max_pixels) for key, part in value.items()}
+        return {key: open_value(part, where, max_pixels, depth + 1) for key, part in value.items()}
     return value
 
 

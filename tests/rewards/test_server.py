@@ -143,6 +143,9 @@ def test_other_paths_and_methods(server, post, method, path, status):
         (b"[" * 50_000, "nested too deeply"),
         (b'{"columns":' * 8_000, "nested too deeply"),
         (b"9" * 50_000, "not JSON"),
+        ({**GOOD, "columns": {"x": [json.loads("[" * 70 + "]" * 70)]}}, "Column 'x' is nested too deeply"),
+        ({**GOOD, "id": "\ud800"}, "not JSON"),
+        ({**GOOD, "prompts": ["\udfff"]}, "not JSON"),
         (b"[]", "is a list; expected an object"),
         (b"null", "is a NoneType"),
         ({**GOOD, "more": 1}, "'more'; expected id"),
@@ -311,13 +314,13 @@ def test_tensors():
 def test_components_of_those_that_do_not_fail():
     def reward(prompts, images, **columns):
         if "bad" in prompts:
-            raise KeyError("no")
+            raise ValueError("half a character, \ud800")
         return {"a": [1] * len(images), "b": [2] * len(images)}
 
     with served(reward) as url:
         answer = httpx2.post(f"{url}/score", json=request(["a", "bad"], [picture(8)] * 2)).json()
     assert answer["components"] == {"a": [1.0, None], "b": [2.0, None]}
-    assert answer["errors"] == [None, "KeyError: 'no'"]
+    assert answer["errors"] == [None, "ValueError: half a character, ?"]
 
 
 def test_a_reward_that_is_unavailable_itself():
