@@ -20,6 +20,7 @@ from slas_trl.rewards.wire import (
     columns_of,
     encode_base64,
     encode_value,
+    in_threads,
     pixels_in,
 )
 
@@ -42,7 +43,8 @@ class RemoteReward(Reward):
     Args:
         url (`str`): The server's, as it prints it: http://127.0.0.1:8000.
         token (`str`, *optional*):
-            The server's token; by default that in the environment variable `SLAS_TRL_REWARD_TOKEN`, if any.
+            The server's token; by default that in the environment variable `SLAS_TRL_REWARD_TOKEN`, if any. By name
+            ("remote:token=...") it would end up wherever the name does, so use the variable there.
         timeout (`float`, *optional*, defaults to `300`):
             Seconds for one attempt, with the wait in the server's queue.
         retries (`int`, *optional*, defaults to `10`): Further attempts after the first.
@@ -103,6 +105,7 @@ class RemoteReward(Reward):
                     f"{', '.join(columns) or 'none'}."
                 )
             columns = {name: columns[name] for name in wanted}
+        encoded = in_threads(encode_base64, images)
         for i, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
             values = {name: column[i] for name, column in columns.items()}
             sent = {}
@@ -115,7 +118,7 @@ class RemoteReward(Reward):
                         "columns that the reward needs in the option columns: columns=first+second, or columns= for "
                         "none."
                     ) from error
-            row = {"prompt": prompt, "image": encode_base64(image), "columns": sent}
+            row = {"prompt": prompt, "image": encoded[i], "columns": sent}
             yield row, image.width * image.height + pixels_in(values)
 
     def _chunks(self, rows: list[tuple[dict[str, Any], int]]) -> Iterator[list[dict[str, Any]]]:

@@ -25,6 +25,7 @@ from slas_trl.rewards.wire import (
     check_token,
     decode_png,
     decode_value,
+    in_threads,
     open_png,
     open_value,
     pixels_in,
@@ -123,7 +124,7 @@ def score_request(reward: RewardFunc, request: ScoreRequest) -> dict[str, Any]:
     Raises:
         `RequestError`: 400 for broken pictures, 500 if every image fails, 503 if the reward is unavailable.
     """
-    images = [decode_png(image, f"Image {i}") for i, image in enumerate(request.images)]
+    images = in_threads(decode_png, request.images, [f"Image {i}" for i in range(len(request.images))])
     columns = {name: decode_value(values, f"Column {name!r}") for name, values in request.columns.items()}
 
     def score(rows: slice) -> dict[str | None, list[float | None]]:

@@ -97,7 +97,8 @@ class VLMJudge(Reward):
             The worst and the best number that the judge may give, which become 0 and 1. Others are no score. Without
             both, the number is the score.
         api_key (`str`, *optional*):
-            Sent as a bearer token; by default what the environment variable `api_key_env` has, if anything.
+            Sent as a bearer token; by default what the environment variable `api_key_env` has, if anything. By name it
+            would end up wherever the name does, so use the variable there.
         api_key_env (`str`, *optional*, defaults to `"SLAS_TRL_JUDGE_API_KEY"`): An environment variable's name.
         max_image_side (`int`, *optional*, defaults to `1024`): Larger images are made smaller, since tokens cost.
         max_tokens (`int`, *optional*): Longest answer; 16 tokens for yes and no by default, and 1024 for a number.

@@ -14,13 +14,18 @@ import binascii
 import io
 import json
 import math
+import os
 import re
 import warnings
-from collections.abc import Sequence
-from typing import Any
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from PIL import Image
 
+
+Result = TypeVar("Result")
 
 PNG = "image/png"
 _PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
@@ -47,7 +52,8 @@ def columns_of(columns: dict[str, Any], count: int) -> dict[str, list[Any]]:
 def encode_png(image: Image.Image) -> bytes:
     """The same pixels as a PNG file. What PNG does not know, such as CMYK, becomes RGB."""
     file = io.BytesIO()
-    (image if image.mode in _PNG_MODES else image.convert("RGB")).save(file, format="PNG", compress_level=1)
+    image = image if image.mode in _PNG_MODES else image.convert("RGB")
+    image.save(file, format="PNG", compress_level=1, compress_type=zlib.Z_HUFFMAN_ONLY)  # half the time
     return file.getvalue()
 
 
@@ -87,6 +93,12 @@ def pixels_in(value: Any) -> int:
     if isinstance(value, (list, tuple)):
         return sum(map(pixels_in, value))
     return sum(map(pixels_in, value.values())) if isinstance(value, dict) else 0
+
+
+def in_threads(function: Callable[..., Result], *lists: Sequence[Any]) -> list[Result]:
+    """Of each item; for what leaves the interpreter free, as the encoding and decoding of pictures does."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        return list(threads.map(function, *lists))
 
 
 class RequestError(Exception):

@@ -211,6 +211,17 @@ def test_a_body_that_is_shorter_than_said(server, post):
     assert b"Traceback" not in server.log.read_bytes()
 
 
+def test_a_body_that_does_not_arrive(monkeypatch):
+    monkeypatch.setattr("slas_trl.rewards.server._BODY_SECONDS", 0.1)
+    with served(numbers, max_waiting=0) as url:
+        address = (httpx2.URL(url).host, httpx2.URL(url).port)
+        with socket.create_connection(address) as connection:
+            lines = ["POST /score HTTP/1.1", "Host: x", "Content-Type: application/json", "Content-Length: 9", "", "{"]
+            connection.sendall("\r\n".join(lines).encode())
+            assert b" 408 " in connection.recv(1000)
+            assert httpx2.post(f"{url}/score", json=GOOD).json()["scores"] == [1.0]  # nobody is in its way
+
+
 def test_bombs(post):
     start = time.monotonic()
     refused(post({**GOOD, "images": [bomb(20_000, 20_000)]}), 413, "Image 0 is too large")
