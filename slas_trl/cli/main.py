@@ -19,6 +19,7 @@ COMMANDS = {
     "doctor": "check that a training could start: takes the options of train, trains and writes nothing",
     "compare": "train several kinds of advantages with the same noise, and compare them",
     "prompts": "score prompts by how much their rewards differ, and keep those worth training on",
+    "serve-reward": "serve a reward over HTTP, to trainings on this or other machines",
     "generate": "make pictures with a pipeline, with or without a trained adapter",
     "env": "print versions and devices, for a bug report",
 }
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_script(command: str, argv: list[str]) -> int:
     """Run `slas_trl.scripts.<command>`, and return its exit status, or that of the error it raised."""
-    module = f"slas_trl.scripts.{command}"
+    module = f"slas_trl.scripts.{command.replace('-', '_')}"
     try:
         options, rest = split_options(argv) if command == "train" else ({}, argv)
         if options and not {"-h", "--help"} & set(rest):

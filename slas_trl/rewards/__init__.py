@@ -22,15 +22,22 @@ _HOMES = {
     "HPSv2": "hpsv2",
     "ImageReward": "image_reward",
     "PickScore": "pick_score",
+    "ProcessReward": "process",
+    "RemoteReward": "remote",
+    "UnifiedReward": "vlm_judge",
+    "VLMJudge": "vlm_judge",
     "aesthetic": "aesthetic",
     "clip_score": "clip_score",
     "hpsv2": "hpsv2",
     "image_reward": "image_reward",
     "pick_score": "pick_score",
+    "remote": "remote",
     "shapes_clip": "shapes",
     "shapes_coloured_area": "shapes",
     "shapes_verifier": "shapes",
     "shapes_verifier_strict": "shapes",
+    "unified_reward": "vlm_judge",
+    "vlm_judge": "vlm_judge",
 }
 __all__ = sorted(_HOMES)  # type: ignore[reportUnsupportedDunderAll]
 

@@ -1,0 +1,355 @@
+"""Rewards by a vision-language model that judges pictures, behind any server that speaks OpenAI's chat completions."""
+
+import json
+import logging
+import math
+import os
+import re
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
+
+from PIL import Image
+
+from slas_trl.rewards.base import Reward, RewardUnavailableError, check_pairs, load_once
+from slas_trl.rewards.http_client import AnswerError, Endpoint, check_patience, check_url
+from slas_trl.rewards.wire import PNG, check_token, encode_base64
+
+
+logger = logging.getLogger(__name__)
+
+KEY_VARIABLE = "SLAS_TRL_JUDGE_API_KEY"
+
+QUESTION = (
+    "Does this image show what the following text describes, with everything that it names and nothing that "
+    'contradicts it? Text: "{prompt}". Answer with one word, yes or no.'
+)
+
+# These models are trained with exactly these requests; other words would ask another question.
+UNIFIED_REWARD_PROMPTS = {
+    "1.0": (
+        "You are given a text caption and a generated image based on that caption. Your task is to evaluate "
+        "this image based on two key criteria:\n"
+        "1. Alignment with the Caption: Assess how well this image aligns with the provided caption. Consider "
+        "the accuracy of depicted objects, their relationships, and attributes as described in the caption.\n"
+        "2. Overall Image Quality: Examine the visual quality of this image, including clarity, detail "
+        "preservation, color accuracy, and overall aesthetic appeal.\n"
+        "Extract key elements from the provided text caption, evaluate their presence in the generated image "
+        "using the format: 'element (type): value' (where value=0 means not generated, and value=1 means "
+        "generated), and assign a score from 1 to 5 after 'Final Score:'.\n"
+        "Your task is provided as follows:\n"
+        "Text Caption: [{prompt}]"
+    ),
+    "2.0": (
+        "You are presented with a generated image and its associated text caption. Your task is to analyze the "
+        "image across multiple dimensions in relation to the caption. Specifically:\n"
+        "Provide overall assessments for the image along the following axes (each rated from 1 to 5):\n"
+        "- Alignment Score: How well the image matches the caption in terms of content.\n"
+        "- Coherence Score: How logically consistent the image is (absence of visual glitches, object "
+        "distortions, etc.).\n"
+        "- Style Score: How aesthetically appealing the image looks, regardless of caption accuracy.\n"
+        "\n"
+        "Output your evaluation using the format below:\n"
+        "\n"
+        "Alignment Score (1-5): X\n"
+        "Coherence Score (1-5): Y\n"
+        "Style Score (1-5): Z\n"
+        "\n"
+        "Your task is provided as follows:\n"
+        "Text Caption: [{prompt}]"
+    ),
+}
+
+_TOP_LOGPROBS = 20  # the most that OpenAI and vLLM give
+_LEAST_MASS = 0.1  # of yes and no together, below which the judge means to say something else
+_NUMBER = r"[-+]?\d+(?:\.\d+)?"
+_LAST_NUMBER = rf"(?<![\w./])(?<!out of ){_NUMBER}(?!\w)"  # but not the 10 of "8/10" or "8 out of 10"
+Scores = float | dict[str, float]
+
+
+class _NoScoreError(Exception):
+    """An answer in which there is no score."""
+
+
+@dataclass(frozen=True)
+class VLMJudge(Reward):
+    """
+    Asks a judge about each image, in a request of its own. An answer without a score in it is `None`, with a warning,
+    and so is an image that the server refuses, unless it refuses all.
+
+    Args:
+        url (`str`):
+            The server's base URL, as for OpenAI's client: http://127.0.0.1:8000/v1. Without a path, /v1 is added.
+        model (`str`): The model's name there.
+        template (`str`, *optional*):
+            What is asked, with `{prompt}` in the place of the prompt; or a file that ends in .txt.
+        answer (`str`, *optional*, defaults to `"yes_no"`):
+            "yes_no": the probability of yes, among yes and no in any spelling, as the first word of the answer.
+            Without log-probabilities from the server the word itself counts, as 1 or 0.
+            "number": the last number in the answer; the 10 of "8/10" and "8 out of 10" is none.
+        pattern (`str`, *optional*):
+            Another regular expression of the number. The last match counts, and its first group if there is one.
+        low, high (`float`, *optional*):
+            The worst and the best number that the judge may give, which become 0 and 1. Others are no score. Without
+            both, the number is the score.
+        api_key (`str`, *optional*):
+            Sent as a bearer token; by default what the environment variable `api_key_env` has, if anything. By name it
+            would end up wherever the name does, so use the variable there.
+        api_key_env (`str`, *optional*, defaults to `"SLAS_TRL_JUDGE_API_KEY"`): An environment variable's name.
+        max_image_side (`int`, *optional*, defaults to `1024`): Larger images are made smaller, since tokens cost.
+        max_tokens (`int`, *optional*): Longest answer; 16 tokens for yes and no by default, and 1024 for a number.
+        concurrency (`int`, *optional*, defaults to `8`): Requests at a time, over all threads.
+        timeout (`float`, *optional*, defaults to `60`): Seconds for one attempt.
+        retries (`int`, *optional*, defaults to `6`): Further attempts where the server is busy or away.
+        dry_run (`bool`, *optional*, defaults to `False`):
+            Make every request, send none, and log how many there are, and how large. Needs neither server nor key; all
+            scores are `None`.
+
+    Raises:
+        `RewardUnavailableError`: when the last attempt was not answered either.
+        `ValueError`: when the server refuses all images; with its own message.
+    """
+
+    default_name: ClassVar[str] = "vlm_judge"
+    url: str
+    model: str
+    template: str = QUESTION
+    answer: str = "yes_no"
+    pattern: str = _LAST_NUMBER
+    low: float | None = None
+    high: float | None = None
+    api_key: str | None = field(default=None, repr=False)
+    api_key_env: str = KEY_VARIABLE
+    max_image_side: int = 1024
+    max_tokens: int | None = None
+    concurrency: int = 8
+    timeout: float = 60.0
+    retries: int = 6
+    dry_run: bool = False
+
+    def __post_init__(self):
+        name = self.__name__
+        check_url(self.url, name)
+        check_token(self.api_key)
+        check_patience(name, self.timeout, self.retries)
+        if self.answer not in ("yes_no", "number"):
+            raise ValueError(f"answer of {name} must be yes_no or number, but it is {self.answer!r}.")
+        if (self.low is None) != (self.high is None):
+            raise ValueError(f"{name} has one of low and high; expected both or none.")
+        if self.low is not None and self.high is not None and not self.low < self.high:
+            raise ValueError(f"low of {name} must be below high, but they are {self.low} and {self.high}.")
+        for option in ("max_image_side", "concurrency"):
+            if getattr(self, option) < 1:
+                raise ValueError(f"{option} of {name} must be at least 1, but it is {getattr(self, option)}.")
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"pattern of {name} is no regular expression: {error}.") from error
+        if "{prompt}" not in self._text():
+            raise ValueError(f"template of {name} has no {{prompt}} in it: {self._text()[:200]!r}.")
+
+    def __call__(self, prompts: list[str], images: list[Image.Image], **columns: Any) -> Any:
+        check_pairs(prompts, images)
+        if not images:
+            return []
+        template = self._text()
+        if self.dry_run:
+            return self._plan(template, prompts, images)
+        stop, slots = threading.Event(), _slots(self._endpoint().url, self.concurrency)
+
+        def ask(prompt: str, image: Image.Image) -> Scores | Exception:
+            if stop.is_set():
+                return RewardUnavailableError(f"{self.__name__} has given up on the other images.")
+            with slots:
+                try:
+                    return self._endpoint().request("POST", self._read, self._body(template, prompt, image), stop)
+                except (_NoScoreError, AnswerError) as error:
+                    return error
+                except Exception:
+                    stop.set()  # the others need not wait for the same
+                    raise
+
+        with ThreadPoolExecutor(min(self.concurrency, len(images))) as threads:
+            found = list(threads.map(ask, prompts, images))
+        failed = [result for result in found if isinstance(result, Exception)]
+        if refused := [error for error in failed if not isinstance(error, _NoScoreError)]:
+            if len(refused) == len(found):
+                raise refused[0]
+            logger.warning(
+                "%s: %d of %d images have no score: %s", self.__name__, len(refused), len(found), refused[0]
+            )
+        if unread := [error for error in failed if isinstance(error, _NoScoreError)]:
+            logger.warning(
+                "%s: %d of %d answers of %s have no score in them. %s",
+                *(self.__name__, len(unread), len(found), self.model, unread[0]),
+            )
+        return self._joined([None if isinstance(result, Exception) else result for result in found])
+
+    def _joined(self, scores: Sequence[Scores | None]) -> Any:
+        return list(scores)
+
+    def _text(self) -> str:
+        return Path(self.template).read_text(encoding="utf-8") if self.template.endswith(".txt") else self.template
+
+    def _endpoint(self) -> Endpoint:
+        url = check_url(self.url, self.__name__)
+        key = self.api_key or check_token(os.environ.get(self.api_key_env) or None)
+        return Endpoint(
+            url=f"{url}{'' if urlsplit(url).path else '/v1'}/chat/completions",
+            needed_by=self.__name__,
+            advice="Does the server run, and is it one of OpenAI's chat completions? Raise timeout or retries, or "
+            "lower concurrency, if it has too much to do.",
+            secret=key,
+            timeout=self.timeout,
+            retries=self.retries,
+            retried=(408, 429, 500, 502, 503, 504, 529),
+        )
+
+    def _body(self, template: str, prompt: str, image: Image.Image) -> bytes:
+        image = image.convert("RGB")
+        image.thumbnail((self.max_image_side, self.max_image_side), Image.Resampling.BICUBIC)
+        content = [
+            {"type": "image_url", "image_url": {"url": f"data:{PNG};base64,{encode_base64(image)}"}},
+            {"type": "text", "text": template.replace("{prompt}", prompt)},
+        ]
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": content}],
+            "temperature": 0,
+            "max_tokens": self.max_tokens or (16 if self.answer == "yes_no" else 1024),
+        }
+        if self.answer == "yes_no":
+            body |= {"logprobs": True, "top_logprobs": _TOP_LOGPROBS}
+        return json.dumps(body).encode()
+
+    def _read(self, answer: Any) -> Scores:
+        try:
+            choice = answer["choices"][0]
+            text = choice["message"]["content"]
+        except (TypeError, LookupError):
+            raise ValueError(f"no chat completion, but {str(answer)[:200]}.") from None
+        if not isinstance(text, str):  # a refusal
+            raise _NoScoreError(f"One has no text: {str(choice)[:200]}")
+        if self.answer == "yes_no":
+            return self._probability(choice.get("logprobs"), text)
+        return self._number(text, self.pattern)
+
+    def _probability(self, logprobs: Any, text: str) -> float:
+        tokens = logprobs.get("content") if isinstance(logprobs, dict) else None
+        if not tokens:
+            _warn_once(f"{self.__name__}: {self.model} gives no log-probabilities; its yes and no count as 1 and 0.")
+            words = re.findall(r"\w+", text.lower())
+            if not words or words[0] not in ("yes", "no"):
+                raise _NoScoreError(f"One is {text[:200]!r}; expected yes or no.")
+            return float(words[0] == "yes")
+        try:
+            first = next((token for token in tokens if _word(token["token"])), tokens[0])
+            mass = {"yes": 0.0, "no": 0.0}
+            for candidate in first["top_logprobs"] or [first]:
+                if (word := _word(candidate["token"])) in mass:
+                    mass[word] += math.exp(min(candidate["logprob"], 0.0))
+        except (TypeError, LookupError, AttributeError):
+            raise ValueError(f"log-probabilities that cannot be read: {str(logprobs)[:200]}.") from None
+        if (total := mass["yes"] + mass["no"]) < _LEAST_MASS:
+            raise _NoScoreError(f"One is {text[:200]!r}; expected yes or no, which have a probability of {total:.2g}.")
+        return mass["yes"] / total
+
+    def _number(self, text: str, pattern: str) -> float:
+        found = list(re.finditer(pattern, text))
+        if not found:
+            raise _NoScoreError(f"One is {text[-200:]!r}; expected a number.")
+        try:
+            number = float(found[-1].group(1 if found[-1].re.groups else 0))
+        except (TypeError, ValueError):
+            raise _NoScoreError(f"One has {found[-1].group()!r}; expected a number.") from None
+        if self.low is None or self.high is None:
+            return number
+        if not self.low <= number <= self.high:
+            raise _NoScoreError(f"One has the number {number:g}; expected one from {self.low:g} to {self.high:g}.")
+        return (number - self.low) / (self.high - self.low)
+
+    def _plan(self, template: str, prompts: list[str], images: list[Image.Image]) -> Any:
+        bodies = [self._body(template, prompt, image) for prompt, image in zip(prompts, images, strict=True)]
+        scale = [min(1.0, self.max_image_side / max(image.size)) for image in images]
+        patches = sum(
+            math.ceil(image.width * factor / 28) * math.ceil(image.height * factor / 28)
+            for image, factor in zip(images, scale, strict=True)
+        )
+        text = sum(math.ceil(len(template.replace("{prompt}", prompt)) / 4) for prompt in prompts)
+        logger.warning(
+            "%s is a dry run, nothing was sent: %d requests to %s for %s, %.2f MB. About %d tokens of text, and %d of "
+            "images if the model takes one for 28 x 28 pixels, as Qwen's do. Answers of at most %d tokens each.",
+            *(self.__name__, len(bodies), self._endpoint().url, self.model, sum(map(len, bodies)) / 1e6),
+            *(text, patches, json.loads(bodies[0])["max_tokens"]),
+        )
+        return self._joined([None] * len(images))
+
+
+@dataclass(frozen=True)
+class UnifiedReward(VLMJudge):
+    """
+    UnifiedReward (https://huggingface.co/papers/2503.05236), as vLLM serves it: `vllm serve
+    CodeGoat24/UnifiedReward-2.0-qwen-7b`. Its numbers from 1 to 5 become 0 to 1.
+
+    Args:
+        url, model and the rest: as of [`VLMJudge`]; what is asked and how the answer is read is fixed.
+        version (`str`, *optional*, defaults to `"2.0"`):
+            "2.0": components `alignment`, `coherence` and `style`. "1.0", for the models without 2.0 in their names:
+            one score.
+    """
+
+    default_name: ClassVar[str] = "unified_reward"
+    model: str = "CodeGoat24/UnifiedReward-2.0-qwen-7b"
+    answer: str = "number"
+    low: float | None = 1.0
+    high: float | None = 5.0
+    version: str = "2.0"
+
+    def __post_init__(self):
+        if self.version not in UNIFIED_REWARD_PROMPTS:
+            raise ValueError(f"version of {self.__name__} must be 1.0 or 2.0, but it is {self.version!r}.")
+        if (self.template, self.answer, self.pattern) != (QUESTION, "number", _LAST_NUMBER):
+            raise ValueError(f"{self.__name__} asks what it was trained with: use vlm_judge for other questions.")
+        super().__post_init__()
+
+    def _text(self) -> str:
+        return UNIFIED_REWARD_PROMPTS[self.version]
+
+    def _number(self, text: str, pattern: str) -> Any:
+        if self.version == "1.0":
+            return super()._number(text, rf"Final Score:\s*({_NUMBER})")
+        return {
+            axis.lower(): super(UnifiedReward, self)._number(text, rf"{axis} Score \(1-5\):\s*({_NUMBER})")
+            for axis in ("Alignment", "Coherence", "Style")
+        }
+
+    def _joined(self, scores: Sequence[Scores | None]) -> Any:
+        if self.version == "1.0":
+            return list(scores)
+        return {
+            axis: [score[axis] if isinstance(score, dict) else None for score in scores]
+            for axis in ("alignment", "coherence", "style")
+        }
+
+
+vlm_judge = VLMJudge
+unified_reward = UnifiedReward
+
+
+def _word(token: str) -> str:
+    """Without the blanks, quotes and full stops that tokens come with."""
+    return re.sub(r"[\W_▁Ġ]+", "", token).lower()
+
+
+@load_once
+def _slots(url: str, concurrency: int) -> threading.BoundedSemaphore:
+    return threading.BoundedSemaphore(concurrency)
+
+
+@load_once
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)

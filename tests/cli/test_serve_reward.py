@@ -1,0 +1,106 @@
+"""`slas-trl serve-reward`: what it refuses before it listens."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slas_trl.cli.main import main
+
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytestmark = pytest.mark.rewards
+
+ROOT = Path(__file__).parents[2]
+
+
+def refused(capsys, *argv: str) -> str:
+    assert main(["serve-reward", *argv]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and "Traceback" not in printed.err
+    return printed.err
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What would be served."""
+    calls = []
+    monkeypatch.delenv("SLAS_TRL_REWARD_TOKEN", raising=False)
+    monkeypatch.setattr("slas_trl.scripts.serve_reward.serve", lambda listener, *rest: calls.append(listener))
+    return calls
+
+
+def test_a_wrong_name(capsys, started):
+    assert "Did you mean 'shapes_clip'" in refused(capsys, "shapes_klip", "--port", "0")
+    assert "no option 'size'" in refused(capsys, "remote:size=1", "--port", "0")
+    assert not started
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
+def test_others_need_a_token(capsys, started, host):
+    message = refused(capsys, "shapes_verifier", "--host", host)
+    assert f"--host {host}" in message and "SLAS_TRL_REWARD_TOKEN" in message
+
+
+def test_with_a_token_all_may_come(started, monkeypatch):
+    monkeypatch.setenv("SLAS_TRL_REWARD_TOKEN", "a-token")
+    assert main(["serve-reward", "shapes_coloured_area", "--host", "0.0.0.0", "--port", "0"]) == 0
+    assert started[0].getsockname()[0] == "0.0.0.0"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--token", "two words"], "visible ASCII"),
+        (["--token", ""], "visible ASCII"),
+        (["--max_batch_size", "0"], "max_batch_size must be at least 1"),
+        (["--max_waiting", "-1"], "max_waiting must be at least 0"),
+        (["--port", "70000"], "from 0 to 65535"),
+    ],
+)
+def test_options_that_cannot_be(capsys, started, options, message):
+    said = refused(capsys, "shapes_verifier", *options)
+    assert message in said and "two words" not in said
+
+
+def test_a_port_in_use(capsys, started):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        assert "cannot listen at 127.0.0.1" in refused(
+            capsys, "shapes_coloured_area", "--port", str(other.getsockname()[1])
+        )
+
+
+def test_the_model_is_loaded_before_it_listens(capsys, started, tmp_path):
+    file = tmp_path / "rewards.py"
+    file.write_text(
+        "def missing(prompts, images, **columns):\n    raise FileNotFoundError('the file x.pt is missing')\n"
+        "def picky(prompts, images, spec, **columns):\n    return [spec['x']] * len(images)\n"
+    )
+    assert "the file x.pt is missing" in refused(capsys, f"{file}:missing", "--port", "0")
+    assert not started
+    assert main(["serve-reward", f"{file}:missing", "--port", "0", "--no_warm_up"]) == 0
+    assert main(["serve-reward", f"{file}:picky", "--port", "0"]) == 0  # one that a grey picture is not enough for
+    assert "'spec'" in capsys.readouterr().err
+    assert len(started) == 2
+
+
+def test_without_its_packages(tmp_path):
+    """In a process in which FastAPI cannot be imported."""
+    code = (
+        "import sys; sys.modules['fastapi'] = None\n"
+        "from slas_trl.cli.main import main\n"
+        "sys.exit(main(['serve-reward', 'shapes_coloured_area', '--port', '0']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert 'pip install "slas-trl[serve]"' in done.stderr
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["serve-reward", "--help"])
+    said = capsys.readouterr().out
+    assert all(option in said for option in ("--host", "--port", "--token", "--max_batch_size", "--max_image_pixels"))

@@ -1,0 +1,71 @@
+"""`slas-trl serve-reward` as a process, and its application in a thread."""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from slas_trl.rewards.server import Limits, make_app
+from slas_trl.scripts.serve_reward import listen
+
+
+ROOT = Path(__file__).parents[2]
+HERE = "tests.rewards.served_rewards"
+
+
+class ServedProcess:
+    """The command, started, killed, and started again at the same port."""
+
+    def __init__(self, *argv: str, log: Path, **environ: str):
+        self.argv, self.environ, self.log = argv, environ, log
+        self.port = 0
+        self.start()
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*(sys.executable, "-m", "slas_trl.cli.main", "serve-reward"), *self.argv, "--port", str(self.port)],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": str(ROOT), **self.environ},
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        line = self.process.stdout.readline()
+        found = re.search(r"Serving (\S+) at (http://127\.0\.0\.1:(\d+)) ", line)
+        assert found, line + self.log.read_text()
+        self.name, self.url, self.port = found[1], found[2], int(found[3])
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.kill()
+
+
+@contextlib.contextmanager
+def served(reward, token: str | None = None, **limits: int) -> Iterator[str]:
+    """The URL of a reward that is served by a thread."""
+    import uvicorn
+
+    listener = listen("127.0.0.1", 0)
+    listener.listen()
+    server = uvicorn.Server(uvicorn.Config(make_app(reward, Limits(**limits), token), log_level="error"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -1,0 +1,319 @@
+"""A judge behind a server that speaks OpenAI's chat completions: a real one, of the standard library."""
+
+import base64
+import io
+import json
+import logging
+import math
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from PIL import Image
+
+from slas_trl.rewards import UnifiedReward, VLMJudge, vlm_judge
+from slas_trl.rewards.base import RewardUnavailableError
+from slas_trl.rewards.by_name import resolve_reward, reward_name
+from slas_trl.rewards.vlm_judge import KEY_VARIABLE, UNIFIED_REWARD_PROMPTS
+from tests.rewards.served_rewards import number_of, picture
+
+
+IMAGES = [picture(number) for number in range(6)]
+PROMPTS = ["a cat"] * 6
+
+
+class Completions(BaseHTTPRequestHandler):
+    """Answers with what `judge(number of the picture, attempt)` returns: a status and a body, or a choice."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            server.running += 1
+            server.most = max(server.most, server.running)
+        image, text = body["messages"][0]["content"]
+        head, _, data = image["image_url"]["url"].partition(",")
+        assert head == "data:image/png;base64"
+        picture = Image.open(io.BytesIO(base64.b64decode(data)))
+        with server.lock:
+            server.requests.append((self.path, self.headers, body, picture))
+            number = number_of(picture)
+            server.attempts[number] = server.attempts.get(number, 0) + 1
+        answer = server.judge(number, server.attempts[number])
+        status, content, headers = answer if isinstance(answer, tuple) else (200, {"choices": [answer]}, {})
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        with server.lock:
+            server.running -= 1
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        """A client that has gone away is what some tests are about."""
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr("slas_trl.rewards.http_client._FIRST_WAIT", 0.02)
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    server = Server(("127.0.0.1", 0), Completions)
+    server.lock, server.running, server.most, server.requests, server.attempts = threading.Lock(), 0, 0, [], {}
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def says(text, *tokens):
+    """A choice, with the likeliest tokens in the place of each token, and their probabilities."""
+    content = [
+        {
+            "token": max(place, key=place.get),
+            "top_logprobs": [{"token": token, "logprob": math.log(p)} for token, p in place.items()],
+        }
+        for place in tokens
+    ]
+    return {"message": {"content": text}, "logprobs": {"content": content} if tokens else None}
+
+
+def warnings(caplog):
+    return [record.message for record in caplog.records if record.levelno == logging.WARNING]
+
+
+# Yes and no
+
+
+def test_the_probability_of_yes(server, caplog):
+    choices = [
+        says("Yes", {"Yes": 0.6, "No": 0.2, "Maybe": 0.2}),
+        says("Yes", {" yes": 0.25, "YES": 0.25, '"Yes': 0.25, "▁no": 0.25}),
+        says("\n\nNo.", {"\n\n": 0.9, "Yes": 0.1}, {"No.": 0.9, "Yes": 0.1}),
+        says("yes", {"yes": 1.0}),
+        says("Sure", {"Sure": 0.99, "Yes": 0.005, "No": 0.005}),
+        says("yesterday", {"yesterday": 0.8, "nothing": 0.2}),
+    ]
+    server.judge = lambda number, attempt: choices[number]
+    scores = VLMJudge(server.url, "a-model")(PROMPTS, IMAGES)
+    assert scores == pytest.approx([0.75, 0.75, 0.1, 1.0, None, None])
+    assert len(server.requests) == 6
+    (warning,) = warnings(caplog)
+    assert "2 of 6 answers of a-model have no score" in warning and "'Sure'" in warning
+
+
+def test_what_is_asked(server):
+    server.judge = lambda number, attempt: says("yes", {"yes": 1.0})
+    images = [Image.effect_noise((300, 200), 50), picture(7, (20, 10)).convert("RGBA")]
+    judge = VLMJudge(server.url + "/v1/", "a-model", template="{x} {prompt}?", max_image_side=150, concurrency=1)
+    judge(["a {prompt}", "b"], images)
+    (path, headers, body, first), (_, _, other, second) = server.requests
+    assert path == "/v1/chat/completions" and headers["Authorization"] is None
+    assert (body["model"], body["temperature"], body["logprobs"], body["top_logprobs"]) == ("a-model", 0, True, 20)
+    assert body["messages"][0]["content"][1]["text"] == "{x} a {prompt}?"
+    assert other["messages"][0]["content"][1]["text"] == "{x} b?"
+    assert first.size == (150, 100) and second.size == (20, 10) and second.mode == "RGB"
+    assert images[0].size == (300, 200)
+
+
+def test_without_log_probabilities(server, caplog):
+    words = ["Yes, it does.", "NO", "**yes**", "I cannot say", "", "yesterday"]
+    server.judge = lambda number, attempt: says(words[number])
+    for _ in range(2):
+        assert VLMJudge(server.url, "a-model")(PROMPTS, IMAGES) == [1.0, 0.0, 1.0, None, None, None]
+    once, *others = warnings(caplog)
+    assert "gives no log-probabilities" in once
+    assert len(others) == 2 and all("3 of 6 answers" in other for other in others)
+
+
+# Numbers
+
+
+def test_numbers(server, caplog):
+    texts = ["It is good. Score: 8", "7.5/10", "I give 3 out of 10", "-2", "11", "none"]
+    server.judge = lambda number, attempt: says(texts[number])
+    judge = VLMJudge(server.url, "a-model", answer="number", template="{prompt}: 0 to 10?")
+    assert judge(PROMPTS, IMAGES) == [8.0, 7.5, 3.0, -2.0, 11.0, None]
+    assert "logprobs" not in server.requests[0][2]
+    judge = resolve_reward(f"vlm_judge:url={server.url},model=a-model,answer=number,low=0,high=10,name=taste")
+    assert reward_name(judge) == "taste"
+    assert judge(PROMPTS, IMAGES) == [0.8, 0.75, 0.3, None, None, None]
+    judge = VLMJudge(server.url, "a-model", answer="number", pattern=r"Score: (\d+)")
+    assert judge(PROMPTS, IMAGES) == [8.0, None, None, None, None, None]
+    assert "5 of 6 answers" in warnings(caplog)[-1]
+
+
+@pytest.mark.parametrize(
+    ("version", "text", "expected"),
+    [
+        ("1.0", "cat (animal): 1\nsize (2): 0\nFinal Score: 3.5", [0.625]),
+        ("1.0", "cat (animal): 1", [None]),
+        (
+            "2.0",
+            "Alignment Score (1-5): 2\nCoherence Score (1-5): 3.5\nStyle Score (1-5): 5",
+            {"alignment": [0.25], "coherence": [0.625], "style": [1.0]},
+        ),
+        (
+            "2.0",
+            "Alignment Score (1-5): 2\nStyle Score (1-5): 5",
+            {"alignment": [None], "coherence": [None], "style": [None]},
+        ),
+    ],
+)
+def test_unified_reward(server, version, text, expected):
+    server.judge = lambda number, attempt: says(text)
+    judge = resolve_reward(f"unified_reward:url={server.url},version={version}")
+    assert reward_name(judge) == "unified_reward"
+    assert judge(["a cat"], IMAGES[:1]) == expected
+    body = server.requests[0][2]
+    assert body["model"].startswith("CodeGoat24/UnifiedReward")
+    asked = body["messages"][0]["content"][1]["text"]
+    assert asked == UNIFIED_REWARD_PROMPTS[version].replace("{prompt}", "a cat")
+    assert asked.endswith("Text Caption: [a cat]")
+
+
+# Servers that are busy, away, or broken
+
+
+def test_it_is_asked_again_when_it_is_busy(server):
+    def judge(number, attempt):
+        if attempt <= 2:
+            return 429 if attempt == 1 else 500, {"error": {"message": "slow down"}}, {"Retry-After": "0"}
+        return says("yes", {"yes": 0.5, "no": 0.5})
+
+    server.judge = judge
+    assert VLMJudge(server.url, "a-model")(PROMPTS, IMAGES) == [0.5] * 6
+    assert set(server.attempts.values()) == {3}
+
+
+def test_a_server_that_fails_for_ever(server):
+    server.judge = lambda number, attempt: (500, {"error": {"message": "out of memory"}}, {})
+    with pytest.raises(RewardUnavailableError, match=r"completions did not answer in 3 attempts.*500: out of memory"):
+        VLMJudge(server.url, "a-model", retries=2, concurrency=2)(PROMPTS, IMAGES)
+    assert len(server.requests) < 18  # the others did not wait as long
+
+
+def test_a_server_that_does_not_answer(server):
+    server.judge = lambda number, attempt: time.sleep(0.5) or says("yes")
+    with pytest.raises(RewardUnavailableError, match=r"2 attempts; the last one: no answer in 0.1 s"):
+        VLMJudge(server.url, "a-model", timeout=0.1, retries=1)(["a"], IMAGES[:1])
+
+
+@pytest.mark.parametrize("body", [b"{", b"<html>", {"choices": []}, {"error": "x"}, [], {"choices": [{}]}])
+def test_answers_that_are_none(server, body):
+    server.judge = lambda number, attempt: (200, body, {})
+    with pytest.raises(ValueError, match="answered something else than expected"):
+        VLMJudge(server.url, "a-model")(["a"], IMAGES[:1])
+
+
+@pytest.mark.parametrize("logprobs", [{"content": [{"token": 1}]}, {"content": ["yes"]}, {"content": {"a": 1}}])
+def test_log_probabilities_that_are_none(server, logprobs):
+    server.judge = lambda number, attempt: {"message": {"content": "yes"}, "logprobs": logprobs}
+    with pytest.raises(ValueError, match="log-probabilities that cannot be read"):
+        VLMJudge(server.url, "a-model")(["a"], IMAGES[:1])
+
+
+def test_images_that_are_refused(server, caplog):
+    def judge(number, attempt):
+        if number == 2:
+            return 400, {"error": {"message": "against our policy"}}, {}
+        if number == 3:
+            return {"message": {"content": None, "refusal": "I will not"}}
+        return says("yes", {"yes": 0.5, "no": 0.5})
+
+    server.judge = judge
+    assert VLMJudge(server.url, "a-model")(PROMPTS, IMAGES) == [0.5, 0.5, None, None, 0.5, 0.5]
+    assert "1 of 6 images have no score: " in warnings(caplog)[0] and "against our policy" in warnings(caplog)[0]
+    assert "I will not" in warnings(caplog)[1]
+    with pytest.raises(ValueError, match="answered 400: against our policy"):  # all of them
+        VLMJudge(server.url, "a-model")(["a"], [IMAGES[2]])
+
+
+def test_so_many_requests_at_a_time(server):
+    server.judge = lambda number, attempt: time.sleep(0.03) or says("yes", {"yes": 1.0})
+    judge = VLMJudge(server.url, "a-model", concurrency=3)
+    threads = [threading.Thread(target=judge, args=(PROMPTS, IMAGES)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(server.requests) == 18 and server.most == 3
+
+
+# Keys
+
+
+def test_keys(server, monkeypatch, caplog):
+    caplog.set_level(logging.DEBUG)
+    server.judge = lambda number, attempt: (401, {"error": {"message": "wrong key: s3cret"}}, {})
+    judge = VLMJudge(server.url, "a-model", api_key="s3cret")
+    with pytest.raises(ValueError, match=r"answered 401: wrong key: \*\*\*") as error:
+        judge(["a"], IMAGES[:1])
+    assert server.requests[-1][1]["Authorization"] == "Bearer s3cret"
+    assert "s3cret" not in repr(judge) + str(error.value) + caplog.text
+    monkeypatch.setenv("MY_KEY", "from-the-environment")
+    monkeypatch.setenv("OPENAI_API_KEY", "not-meant-for-it")
+    for options, sent in (({"api_key_env": "MY_KEY"}, "Bearer from-the-environment"), ({}, None)):
+        with pytest.raises(ValueError, match="401"):
+            VLMJudge(server.url, "a-model", **options)(["a"], IMAGES[:1])
+        assert server.requests[-1][1]["Authorization"] == sent
+
+
+# Without a server
+
+
+def test_a_dry_run(caplog):
+    judge = VLMJudge("http://192.0.2.1:9", "a-model", max_image_side=56, dry_run=True)
+    assert judge(["a cat", "two dogs"], [Image.new("RGB", (112, 56)), Image.new("RGB", (28, 28))]) == [None, None]
+    (warning,) = warnings(caplog)
+    assert "nothing was sent: 2 requests to http://192.0.2.1:9/v1/chat/completions for a-model" in warning
+    assert "3 of images" in warning and "at most 16 tokens" in warning
+    judge = UnifiedReward("http://192.0.2.1:9", dry_run=True)
+    assert judge(["a"], IMAGES[:1]) == {"alignment": [None], "coherence": [None], "style": [None]}
+    assert judge([], []) in ([], {"alignment": [], "coherence": [], "style": []})
+
+
+def test_a_template_of_a_file(server, tmp_path):
+    server.judge = lambda number, attempt: says("yes", {"yes": 1.0})
+    (file := tmp_path / "question.txt").write_text("Is it, well, {prompt}?")
+    judge = resolve_reward(f"vlm_judge:url={server.url},model=a-model,template={file}")
+    assert judge(["green"], IMAGES[:1]) == [1.0]
+    assert server.requests[0][2]["messages"][0]["content"][1]["text"] == "Is it, well, green?"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"answer": "maybe"}, "yes_no or number"),
+        ({"template": "is it good?"}, "no {prompt} in it"),
+        ({"low": 1}, "both or none"),
+        ({"low": 5, "high": 1}, "low of vlm_judge must be below high"),
+        ({"pattern": "("}, "no regular expression"),
+        ({"concurrency": 0}, "concurrency of vlm_judge"),
+        ({"max_image_side": 0}, "max_image_side of vlm_judge"),
+        ({"timeout": -1}, "timeout of vlm_judge"),
+        ({"api_key": "two words"}, "visible ASCII"),
+        ({"url": "http://me:s3cret@host"}, "token as its own option"),
+    ],
+)
+def test_options_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        vlm_judge(**{"url": "http://127.0.0.1:1", "model": "a-model", **options})
+    assert "s3cret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"version": "3"}, "1.0 or 2.0"), ({"template": "{prompt}"}, "vlm_")]
+)
+def test_unified_reward_is_asked_what_it_knows(options, message):
+    with pytest.raises(ValueError, match=message):
+        UnifiedReward("http://127.0.0.1:1", **options)
