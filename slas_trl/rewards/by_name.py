@@ -35,6 +35,7 @@ def resolve_reward(reward: RewardFunc | str) -> RewardFunc:
             A callable; a name in `slas_trl.rewards`; "package.module:function", "package.module.function" or
             "folder/file.py:function". Options follow after a colon, as in "hpsv2:version=v2.0,device=cuda:1"; they
             are fields of a reward like [`~slas_trl.rewards.HPSv2`], or keyword arguments of a function or class.
+            `process=true` among them calls the reward in a process of its own.
 
     Raises:
         `ValueError`: for a reward that there is not, and options that do not fit.
@@ -101,6 +102,13 @@ def _with_options(reward: str, found: Any, text: str) -> RewardFunc:
         given[key.strip()] = value.strip()
     target = type(found) if isinstance(found, Reward) else found
     known = _options_of(target)
+    if "process" in given and "process" not in known:
+        from slas_trl.rewards.process import ProcessReward  # which resolves names itself
+
+        if yaml.safe_load(given.pop("process")) is True:
+            others = ",".join(f"{key}={value}" for key, value in given.items())
+            place = reward.removesuffix(text).rstrip(":")
+            return ProcessReward(f"{place}:{others}" if others else place)
     for key in given:
         if key not in known:
             raise ValueError(f"The reward {reward!r} has no option {key!r}; it has {', '.join(known) or 'none'}.")

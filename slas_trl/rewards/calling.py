@@ -1,8 +1,9 @@
-"""Calling a reward where no trainer does: in a server's thread, or in a process of its own."""
+"""Calling a reward, and checking what it returns: for the trainer, a server, and a process of its own."""
 
 import asyncio
 import inspect
 import math
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -24,8 +25,8 @@ def call_reward(reward: RewardFunc, prompts: list[str], images: list[Image], col
             return await result
 
         result = asyncio.run(awaited())
-    if isinstance(result, dict):
-        return {name: _plain(values) for name, values in result.items()}
+    if isinstance(result, Mapping):
+        return {str(name): _plain(values) for name, values in result.items()}
     return _plain(result)
 
 
@@ -38,23 +39,32 @@ def _plain(values: Any) -> Any:
     return values
 
 
-def numbers(values: Any, count: int) -> list[float | None]:
+def numbers(values: Any, prompts: Sequence[str], who: str) -> list[float]:
     """
-    Scores as finite floats, where NaN is no score.
+    Scores as floats, NaN for none.
+
+    Args:
+        values: What [`call_reward`] returned, or one component of it.
+        prompts (`Sequence[str]`): Of the images, for their number and for messages.
+        who (`str`): "Reward 'ocr'", for messages.
 
     Raises:
         `TypeError`, `ValueError`: for what are no scores.
     """
     if not isinstance(values, list):
-        raise TypeError(f"The reward returned a {type(values).__name__}; expected a list of {count} numbers.")
-    if len(values) != count:
-        raise ValueError(f"The reward returned {len(values)} values for {count} images; expected one for each.")
-    scores: list[float | None] = []
-    for value in values:
+        raise TypeError(f"{who} returned a {type(values).__name__}; expected a list of {len(prompts)} numbers.")
+    if len(values) != len(prompts):
+        raise ValueError(
+            f"{who} returned {len(values)} values for {len(prompts)} images; expected one for each image."
+        )
+    scores = []
+    for i, value in enumerate(values):
+        where = f"for image {i}, prompt {prompts[i]!r}"
         if value is not None and not isinstance(value, Real):
-            raise TypeError(f"The reward returned {value!r} ({type(value).__name__}); expected a number, or None.")
-        score = None if value is None or math.isnan(value) else float(value)
-        if score is not None and math.isinf(score):
-            raise ValueError(f"The reward returned {score}; expected a finite number.")
-        scores.append(score)
+            raise TypeError(
+                f"{who} returned {value!r} ({type(value).__name__}) {where}; expected a number, or None for no score."
+            )
+        scores.append(math.nan if value is None else float(value))
+        if math.isinf(scores[-1]):
+            raise ValueError(f"{who} returned {scores[-1]} {where}; expected a finite number.")
     return scores

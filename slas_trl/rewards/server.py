@@ -9,6 +9,7 @@ answers with an error and lives on.
 import asyncio
 import hmac
 import logging
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -129,12 +130,12 @@ def score_request(reward: RewardFunc, request: ScoreRequest) -> dict[str, Any]:
 
     def score(rows: slice) -> dict[str | None, list[float | None]]:
         given = {name: values[rows] for name, values in columns.items()}
-        result = call_reward(reward, request.prompts[rows], images[rows], given)
-        count = len(images[rows])
+        prompts = request.prompts[rows]
+        result = call_reward(reward, prompts, images[rows], given)
         try:
-            if isinstance(result, dict) and result:
-                return {str(name): numbers(values, count) for name, values in result.items()}
-            return {None: numbers(result, count)}
+            parts = result if isinstance(result, dict) and result else {None: result}
+            scores = {name: numbers(values, prompts, "The reward") for name, values in parts.items()}
+            return {name: [None if math.isnan(v) else v for v in values] for name, values in scores.items()}
         except (TypeError, ValueError) as error:  # a mistake in the reward, not in an image
             raise RequestError(500, _said(error)) from error
 

@@ -1,21 +1,18 @@
 """Calling reward functions, and saying clearly what is wrong with what they return."""
 
-import asyncio
-import inspect
 import math
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
-import numpy as np
 import torch
 from PIL.Image import Image
 
 from ..rewards.base import RewardUnavailableError
 from ..rewards.by_name import RewardFunc, resolve_reward, reward_name
+from ..rewards.calling import call_reward, numbers
 
 
 @dataclass(frozen=True)
@@ -160,14 +157,14 @@ def _score_chunk(
 ) -> _ChunkScores:
     start = time.perf_counter()
     result = _call(name, function, prompts, images, columns)
-    if not isinstance(result, Mapping):
-        rewards, components = _checked(name, result, prompts), {}
+    if not isinstance(result, dict):
+        rewards, components = numbers(result, prompts, f"Reward {name!r}"), {}
     elif not result:
         raise ValueError(
             f"Reward {name!r} returned an empty dictionary; expected a list of scores for each component."
         )
     else:
-        components = {str(part): _checked(f"{name}/{part}", values, prompts) for part, values in result.items()}
+        components = {part: numbers(values, prompts, f"Reward '{name}/{part}'") for part, values in result.items()}
         rewards = components.pop("reward", None) or [sum(parts) for parts in zip(*components.values(), strict=True)]
     return _ChunkScores(rewards, components, time.perf_counter() - start)
 
@@ -177,8 +174,7 @@ def _call(
 ) -> Any:
     def call(rows: slice) -> Any:
         given = {key: values[rows] for key, values in columns.items()}
-        result = function(prompts=prompts[rows], images=images[rows], completions=images[rows], **given)
-        return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+        return call_reward(function, prompts[rows], images[rows], given)
 
     try:
         return call(slice(None))
@@ -198,36 +194,6 @@ def _call(
             f"Reward {name!r} raised {type(error).__name__}: {error} on a batch of {len(images)} images, though "
             f"each alone can be scored. The first prompt is {prompts[0]!r}."
         ) from error
-
-
-async def _awaited(result: Awaitable) -> Any:
-    return await result
-
-
-def _checked(name: str, values: Any, prompts: list[str]) -> list[float]:
-    if isinstance(values, (torch.Tensor, np.ndarray)):
-        values = values.tolist()
-    if not isinstance(values, (list, tuple)):
-        raise TypeError(
-            f"Reward {name!r} returned a {type(values).__name__}; expected a list of {len(prompts)} numbers."
-        )
-    if len(values) != len(prompts):
-        raise ValueError(
-            f"Reward {name!r} returned {len(values)} values for {len(prompts)} images; expected one for each image."
-        )
-    for i, value in enumerate(values):
-        if value is not None and (not isinstance(value, Real) or isinstance(value, str)):
-            raise TypeError(
-                f"Reward {name!r} returned {value!r} ({type(value).__name__}) for image {i}, prompt "
-                f"{prompts[i]!r}; expected a number, or None for no score."
-            )
-    numbers = [math.nan if value is None else float(value) for value in values]
-    for i, number in enumerate(numbers):
-        if math.isinf(number):
-            raise ValueError(
-                f"Reward {name!r} returned {number} for image {i}, prompt {prompts[i]!r}; expected a finite number."
-            )
-    return numbers
 
 
 def reward_resolution(rewards: torch.Tensor) -> float:

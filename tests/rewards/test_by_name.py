@@ -1,9 +1,11 @@
 """Which rewards there are by name, with which options, and what is said of one that there is not."""
 
 import functools
+import os
 from dataclasses import dataclass
 
 import pytest
+from PIL import Image
 
 from slas_trl import rewards
 from slas_trl.rewards.base import Reward
@@ -16,6 +18,10 @@ PROMPTS, IMAGES = ["a cat"], [None]
 
 def red(prompts, images, scale=1, **columns):
     return [scale] * len(images)
+
+
+def where_am_i(prompts, images, shift=0, **columns):
+    return [os.getpid() + shift for _ in images]
 
 
 class Sharpness:
@@ -74,6 +80,17 @@ def test_a_reward_has_options(reward, name, score):
     function = resolve_reward(reward)
     assert reward_name(function) == name
     assert function(prompts=PROMPTS, images=IMAGES) == [score]
+
+
+def test_a_reward_in_a_process_of_its_own():
+    here = resolve_reward(f"{HERE}:where_am_i:process=false")
+    there = resolve_reward(f"{HERE}:where_am_i:process=true,shift=0.5")
+    assert reward_name(there) == "where_am_i"
+    assert here(prompts=["a"], images=[None]) == [os.getpid()]
+    [pid] = there(prompts=["a"], images=[Image.new("RGB", (2, 2))])
+    assert pid % 1 == 0.5 and int(pid) != os.getpid()
+    with pytest.raises(ValueError, match="no option 'shfit'; it has shift"):
+        resolve_reward(f"{HERE}:where_am_i:process=true,shfit=1")
 
 
 def test_options_leave_the_reward_itself_as_it_is():
