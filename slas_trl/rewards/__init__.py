@@ -9,12 +9,21 @@ dictionary of such lists has named components, each of which is logged.
 `clip_score` and its like are such callables, with their default options; `ClipScore(model=...)` has others.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 
 # Where each is. Its libraries are imported when it is asked for, and not because of another one.
 _HOMES = {
+    "OCR": "ocr",
+    "ObjectDetector": "object_detector",
+    "brightness": "pixels",
+    "incompressibility": "pixels",
+    "jpeg_compressibility": "pixels",
+    "object_detector": "object_detector",
+    "ocr": "ocr",
     "shapes_clip": "shapes",
     "shapes_coloured_area": "shapes",
     "shapes_verifier": "shapes",
@@ -33,3 +42,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _Rewards(ModuleType):
+    """Importing the file ocr.py sets the attribute `ocr` of its package, which is the reward and not the file."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _HOMES or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Rewards
