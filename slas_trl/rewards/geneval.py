@@ -1,6 +1,6 @@
 """
-What GenEval (https://huggingface.co/papers/2310.11513) asks of a picture, and whether the objects that were detected in
-it fulfil that: which objects, how many, of which colour, and where. Nothing here looks at pixels.
+What GenEval (https://huggingface.co/papers/2310.11513) asks of a picture, and whether the objects that were detected
+in it fulfil that: which objects, how many, of which colour, and where. Nothing here looks at pixels.
 """
 
 import json
@@ -63,11 +63,11 @@ class Specification:
 
 @dataclass(frozen=True)
 class Detection:
-    """An object: its class, confidence, box (left, top, right, bottom) in pixels, and mask `(H, W)` if there is one."""
+    """An object: its class, confidence, box (left, top, right, bottom) in pixels, and mask `(H, W)` if it has one."""
 
     label: str
     score: float
-    box: tuple[float, float, float, float]
+    box: tuple[float, ...]
     mask: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
@@ -85,9 +85,12 @@ def read_specification(row: Mapping[str, Any] | str | None) -> Specification | N
     Raises:
         `ValueError`: for what cannot be checked.
     """
-    if isinstance(row, str):
-        row = json.loads(row)
-    if not row or not (row.get("include") or row.get("exclude")):
+    row = json.loads(row) if isinstance(row, str) and row.strip() else row
+    if not row:
+        return None
+    if not isinstance(row, Mapping):
+        raise ValueError(f'Expected a row of GenEval\'s metadata, with its "include", but got {row!r}.')
+    if not (row.get("include") or row.get("exclude")):
         return None
     include = tuple(_demand(entry, index, row) for index, entry in enumerate(row.get("include") or ()))
     exclude = tuple((canonical(_name(entry, row)), _count(entry, row)) for entry in row.get("exclude") or ())
@@ -97,11 +100,11 @@ def read_specification(row: Mapping[str, Any] | str | None) -> Specification | N
 
 
 def _demand(entry: Mapping[str, Any], index: int, row: Any) -> Demand:
-    color = entry.get("color")
+    name, count, color = canonical(_name(entry, row)), _count(entry, row), entry.get("color")
     if color is not None and color not in COLORS:
         raise ValueError(f"The color {color!r} of {row!r} is not one of {', '.join(COLORS)}.")
     if entry.get("position") is None:
-        return Demand(canonical(_name(entry, row)), _count(entry, row), color)
+        return Demand(name, count, color)
     try:
         relation, target = entry["position"]
         target = int(target)
@@ -112,7 +115,7 @@ def _demand(entry: Mapping[str, Any], index: int, row: Any) -> Demand:
             f"The position {entry['position']!r} of entry {index} of {row!r} must be a pair of one of "
             f"{', '.join(RELATIONS)} and the index of an earlier entry of include."
         )
-    return Demand(canonical(_name(entry, row)), _count(entry, row), color, relation, target)
+    return Demand(name, count, color, relation, target)
 
 
 def _name(entry: Any, row: Any) -> str:
@@ -165,12 +168,14 @@ def judge(
     Returns:
         `(float, bool)`: the share of the demands that are met, and GenEval's verdict.
 
-        For GenEval there must be at least `count` objects of each entry of `include`, the `count` most confident of them
-        must all have the colour, and be on that side of all those of the other entry, which must be right itself; and
-        there must be fewer objects than each entry of `exclude` has. The share is the mean over what is asked for, where
-        a number `n` for `count` gives `1 - |n - count| / count` and at least 0, so that too many are as bad as too few,
-        as in [Flow-GRPO](https://huggingface.co/papers/2505.05470); a colour gives the share of objects that have it;
-        a position 1 or 0; and so does an entry of `exclude` for a class that is not included. It is 1 if, and only if,
+        For GenEval there must be at least `count` objects of each entry of `include`, the `count` most confident of
+        them must all have the colour, and be on that side of all those of the other entry, which must be right itself;
+        and there must be fewer objects than each entry of `exclude` has.
+
+        The share is the mean over what is asked for, where a number `n` for `count` gives `1 - |n - count| / count`,
+        and at least 0, so that too many are as bad as too few, as in
+        [Flow-GRPO](https://huggingface.co/papers/2505.05470); a colour gives the share of objects that have it; a
+        position 1 or 0; and so does an entry of `exclude` for a class that is not included. It is 1 if, and only if,
         GenEval's verdict holds and the numbers are exact.
     """
     limit = counting_threshold if wanted.counting else threshold

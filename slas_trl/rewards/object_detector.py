@@ -1,9 +1,10 @@
-"""Does a picture show the objects, numbers, colours and positions that were asked for? GenEval's checks, as a reward."""
+"""Does a picture show the objects, numbers, colours and positions that were asked for? GenEval's checks."""
 
 import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,9 +27,9 @@ class ObjectDetector(ModelReward):
     GenEval's checks with any of transformers' models for object detection or instance segmentation: which objects, how
     many, of which colour (by CLIP, on what is cut out of the picture), on which side of each other.
 
-    What is asked of a picture is in the data set, in [GenEval's format](https://github.com/djghosh13/geneval), either in
-    columns "include", "exclude" and "tag" as in its `evaluation_metadata.jsonl`, or in a column "metadata" of such rows
-    or of their JSON:
+    What is asked of a picture is in the data set, in [GenEval's format](https://github.com/djghosh13/geneval), either
+    in columns "include", "exclude" and "tag" as in its `evaluation_metadata.jsonl`, or in a column "metadata" of such
+    rows or of their JSON:
 
         {"tag": "position", "include": [{"class": "dog", "count": 1},
                                         {"class": "cat", "count": 1, "color": "black", "position": ["left of", 0]}]}
@@ -38,8 +39,8 @@ class ObjectDetector(ModelReward):
     [Flow-GRPO](https://huggingface.co/papers/2505.05470), see [`~slas_trl.rewards.geneval.judge`]. It sees nothing but
     objects of the detector's classes: not whether they are well drawn, nor what else is in the picture.
 
-    The default model has the architecture of GenEval's own detector, in a training of its authors; whichever it is, the
-    benchmark's published numbers are those of one detector, and should not be compared with another one's.
+    The default model has the architecture of GenEval's own detector, trained by its authors; the benchmark's published
+    numbers are those of one detector, and should not be compared with another one's, this one included.
 
     Args:
         model (`str`, *optional*, defaults to `"facebook/mask2former-swin-small-coco-instance"`):
@@ -49,12 +50,12 @@ class ObjectDetector(ModelReward):
         strict (`bool`, *optional*, defaults to `False`): The reward is GenEval's verdict, 1 or 0.
         threshold (`float`, *optional*, defaults to `0.3`): The confidence from which an object counts...
         counting_threshold (`float`, *optional*, defaults to `0.9`):
-            ... and where numbers are asked for. Both are GenEval's for its detector; others are less sure of themselves,
-            RT-DETR for one, and need a lower one.
+            ... and where numbers are asked for. Both are GenEval's for its detector; others are less sure of
+            themselves, RT-DETR for one, and need lower ones.
         detector (`Callable`, *optional*):
             Used instead of `model`: from a list of RGB images to a list of the objects of each, which are
-            [`~slas_trl.rewards.geneval.Detection`] or dictionaries with "label", "score", "box" and, if there is one, a
-            "mask", as of `transformers.pipeline("object-detection")`. In Python only, not by name.
+            [`~slas_trl.rewards.geneval.Detection`] or dictionaries with "label", "score", "box" and, if there is one,
+            a "mask", as of `transformers.pipeline("object-detection")`. In Python only, not by name.
         classes (`tuple[str, ...]`, *optional*):
             The classes that `detector` knows. Without them, a class that it does not know is simply never found.
     """
@@ -76,8 +77,8 @@ class ObjectDetector(ModelReward):
             columns: those that say what is asked for, see above.
 
         Returns:
-            `dict[str, list[float | None]]`: "reward" in [0, 1], and "strict", GenEval's verdict, 0 or 1; `None` for a row
-            of which nothing is asked.
+            `dict[str, list[float | None]]`: "reward" in [0, 1], and "strict", GenEval's verdict, 0 or 1; `None` for a
+            row of which nothing is asked.
 
         Raises:
             `ValueError`: when there is no such column, when a row cannot be understood, and for classes that the
@@ -85,19 +86,17 @@ class ObjectDetector(ModelReward):
         """
         check_pairs(prompts, images)
         wanted = _specifications(self.__name__, len(prompts), columns)
-        asked = [i for i, specification in enumerate(wanted) if specification]
-        known = self._known_classes() if asked else None
-        if known is not None:
-            for i in asked:
-                _check_classes(self.__name__, wanted[i], known)
-        rgb = {i: images[i].convert("RGB") for i in asked}
-        found = self._detect(rgb, wanted)
+        if wanted and (known := self._known_classes()) is not None:
+            for specification in wanted.values():
+                _check_classes(self.__name__, specification, known)
+        rgb = {i: images[i].convert("RGB") for i in wanted}
+        found = self._detect(rgb, {i: specification.names for i, specification in wanted.items()})
 
         graded: list[float | None] = [None] * len(images)
         strict: list[float | None] = [None] * len(images)
-        for i in asked:
+        for i, specification in wanted.items():
             share, right = judge(
-                wanted[i],
+                specification,
                 found[i],
                 lambda group, image=rgb[i]: self._colors(image, group),
                 self.threshold,
@@ -115,10 +114,8 @@ class ObjectDetector(ModelReward):
         return None if names is None else {canonical(name): name for name in names}
 
     @torch.no_grad()
-    def _detect(
-        self, images: dict[int, Image.Image], wanted: Sequence[Specification | None]
-    ) -> dict[int, list[Detection]]:
-        """Objects of the classes that each image's specification names."""
+    def _detect(self, images: dict[int, Image.Image], names: dict[int, set[str]]) -> dict[int, list[Detection]]:
+        """Objects of the classes that are asked for in each image."""
         # A batch is of images of one size: padding would make an object depend on what else is in the batch.
         of_size: dict[tuple[int, int], list[int]] = {}
         for i, image in images.items():
@@ -126,10 +123,9 @@ class ObjectDetector(ModelReward):
         found = {}
         for rows in of_size.values():
             for batch in in_batches(rows, self.batch_size):
-                names = [wanted[i].names for i in batch]  # type: ignore[union-attr]
                 pictures = [images[i] for i in batch]
                 if self.detector is None:
-                    objects = self._run(pictures, names)
+                    objects = self._run(pictures, [names[i] for i in batch])
                 else:
                     objects = [[_as_detection(one) for one in each] for each in self.detector(pictures)]
                     if len(objects) != len(batch):
@@ -149,7 +145,7 @@ class ObjectDetector(ModelReward):
                 output[key] = value.float()
         sizes = [image.size[::-1] for image in images]
         least = min(self.threshold, self.counting_threshold)
-        if hasattr(processor, "post_process_instance_segmentation") and "pred_boxes" not in output:
+        if "masks_queries_logits" in output or "pred_masks" in output:
             return _instances(model, processor, output, sizes, least, names)
         results = processor.post_process_object_detection(output, threshold=least, target_sizes=sizes)
         return [
@@ -200,7 +196,8 @@ def _unit(features: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(features.float(), dim=-1)
 
 
-def _specifications(name: str, n: int, columns: dict[str, Any]) -> list[Specification | None]:
+def _specifications(name: str, n: int, columns: dict[str, Any]) -> dict[int, Specification]:
+    """What is asked of each image, by its index, of those of which anything is."""
     present = {key: columns[key] for key in ("include", "exclude", "tag") if columns.get(key) is not None}
     if columns.get("metadata") is not None:
         rows = columns["metadata"]
@@ -208,15 +205,16 @@ def _specifications(name: str, n: int, columns: dict[str, Any]) -> list[Specific
         rows = [{key: values[i] for key, values in present.items()} for i in range(n)]
     else:
         raise ValueError(
-            f'{name} needs to know what to look for: a column "metadata" of the data set, or its columns "include" and '
+            f'{name} needs to know what to look for: a column "metadata" of the data set, or columns "include" and '
             f'"exclude", with rows such as [{{"class": "dog", "count": 2}}] (GenEval\'s format). Its columns are '
             f"{sorted(set(columns) - {'completions', 'trainer_state'})}."
         )
-    return [read_specification(row) for row in rows]
+    wanted = {i: read_specification(row) for i, row in enumerate(rows)}
+    return {i: specification for i, specification in wanted.items() if specification is not None}
 
 
-def _check_classes(name: str, wanted: Specification | None, known: dict[str, str]) -> None:
-    for asked in sorted(wanted.names if wanted else ()):
+def _check_classes(name: str, wanted: Specification, known: dict[str, str]) -> None:
+    for asked in sorted(wanted.names):
         if asked not in known:
             near = difflib.get_close_matches(asked, known, n=3)
             hint = f"; did you mean {' or '.join(repr(known[one]) for one in near)}?" if near else "."
@@ -245,7 +243,7 @@ def _as_detection(one: Detection | Mapping[str, Any]) -> Detection:
 
 def box_of(mask: np.ndarray) -> tuple[float, float, float, float]:
     """The box around all that is in a mask `(H, W)`."""
-    (rows,), (columns,) = mask.any(1).nonzero(), mask.any(0).nonzero()
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
@@ -280,10 +278,10 @@ def _load_detector(name: str, device: torch.device, dtype: torch.dtype) -> tuple
         config = AutoConfig.from_pretrained(name)
         segments = "Segmentation" in "".join(config.architectures or ())
         auto = AutoModelForSegmentation if segments else AutoModelForObjectDetection
-        processor = AutoImageProcessor.from_pretrained(name)
         model = auto.from_pretrained(name, dtype=dtype)
+        processor = AutoImageProcessor.from_pretrained(name)
     except OSError as error:
-        raise FileNotFoundError(missing_checkpoint("object_detector", name, error, option="model")) from error
+        raise _missing(name, error, "model") from error
     except ValueError as error:
         raise ValueError(
             f"object_detector cannot use {name!r}: expected one of transformers' models for object detection or "
@@ -300,5 +298,11 @@ def _load_clip(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any
         model = CLIPModel.from_pretrained(name, dtype=dtype)
         processor = CLIPProcessor.from_pretrained(name)
     except OSError as error:
-        raise FileNotFoundError(missing_checkpoint("object_detector", name, error, option="clip")) from error
+        raise _missing(name, error, "clip") from error
     return model.to(device).eval().requires_grad_(False), processor  # type: ignore[arg-type]
+
+
+def _missing(name: str, error: Exception, option: str) -> FileNotFoundError:
+    if Path(name).is_dir():
+        return FileNotFoundError(f"object_detector cannot load its {option} from the folder {name}: {error}")
+    return FileNotFoundError(missing_checkpoint("object_detector", name, error, option=option))

@@ -24,8 +24,8 @@ _STRAIGHT = str.maketrans("‘’“”", "''\"\"")
 @dataclass(frozen=True)
 class OCR(Reward):
     """
-    How much of the text in the first pair of double quotes of a prompt, straight or curly, is to be read in its picture:
-    the reward of [Flow-GRPO](https://huggingface.co/papers/2505.05470), with another reader.
+    How much of the text in the first pair of double quotes of a prompt, straight or curly, is to be read in its
+    picture: the reward of [Flow-GRPO](https://huggingface.co/papers/2505.05470), with another reader.
 
     1 if the text is there, whatever else is; otherwise `1 - d / n`, where `d` is the edit distance between all that is
     read and the text, at most its length `n`. Spaces, and upper and lower case, do not matter, nor does the kind of
@@ -33,21 +33,27 @@ class OCR(Reward):
     contrast or smaller than some 8 pixels is not read at all. Text elsewhere in the picture lowers the score of a text
     that is read with a mistake.
 
-    The weights come with the package rapidocr: nothing is downloaded. They read Chinese, English and the other languages
-    of PP-OCRv6.
+    The weights come with the package rapidocr: nothing is downloaded. They read Chinese, English and the other
+    languages of PP-OCRv6.
 
     Args:
         threads (`int`, *optional*): Threads of the reader, which runs on the CPU; by default as many as PyTorch's.
         min_confidence (`float`, *optional*, defaults to `0.5`): What is read with less is not counted.
+        min_side (`int`, *optional*, defaults to `736`):
+            A picture whose shorter side is smaller is enlarged to this before text is looked for, which takes most of
+            the time. Less of it is quicker, and enough for text that fills a small picture.
     """
 
     default_name: ClassVar[str] = "ocr"
     threads: int | None = None
     min_confidence: float = 0.5
+    min_side: int = 736
 
     def __post_init__(self):
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads of {self.__name__} must be at least 1, but it is {self.threads}.")
+        if self.min_side < 32:
+            raise ValueError(f"min_side of {self.__name__} must be at least 32, but it is {self.min_side}.")
         if not 0 <= self.min_confidence <= 1:
             raise ValueError(f"min_confidence of {self.__name__} must be in [0, 1], but it is {self.min_confidence}.")
 
@@ -66,7 +72,7 @@ class OCR(Reward):
 
     def read(self, image: Image.Image) -> list[str]:
         """The lines of text in a picture, from top to bottom."""
-        reader = _reader(self.threads or torch.get_num_threads())
+        reader = _reader(self.threads or torch.get_num_threads(), self.min_side)
         found = reader(np.asarray(image.convert("RGB"))[..., ::-1], text_score=0)  # BGR
         lines = zip(found.txts or (), found.scores or (), strict=True)
         return [text for text, confidence in lines if confidence >= self.min_confidence]
@@ -104,12 +110,13 @@ def _plain(text: str) -> str:
 
 
 @load_once
-def _reader(threads: int) -> Any:
+def _reader(threads: int, min_side: int) -> Any:
     require("onnxruntime", "ocr", "ocr")
     rapidocr = require("rapidocr", "ocr", "ocr")
     return rapidocr.RapidOCR(
         params={
             "Global.use_cls": False,  # it turns lines that are upside down
+            "Det.limit_side_len": min_side,
             "Global.log_level": "critical",  # otherwise a line for every picture without text
             "EngineConfig.onnxruntime.intra_op_num_threads": threads,
             "EngineConfig.onnxruntime.inter_op_num_threads": 1,

@@ -1,6 +1,6 @@
 """
-Rewards that look at pixels alone, and not at prompts: of no use for pictures, but of much for tests and first runs, since
-it is plain to see whether the policy follows them.
+Rewards that look at pixels alone, and not at prompts: of no use for pictures, but of much for tests and first runs,
+since it is plain to see whether the policy follows them.
 """
 
 from io import BytesIO
