@@ -1,6 +1,7 @@
 """Does a picture show the text that its prompt quotes? Read by RapidOCR, scored as in Flow-GRPO."""
 
 import functools
+import os
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -111,7 +112,9 @@ def _plain(text: str) -> str:
 
 @load_once
 def _reader(threads: int, min_side: int) -> Any:
-    require("onnxruntime", "ocr", "ocr")
+    # From 1.29 on it reports each session to its maker, unless this is set before it is imported.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    require("onnxruntime", "ocr", "ocr").disable_telemetry_events()  # should it have been imported before
     rapidocr = require("rapidocr", "ocr", "ocr")
     return rapidocr.RapidOCR(
         params={
