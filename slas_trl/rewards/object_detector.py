@@ -39,8 +39,9 @@ class ObjectDetector(ModelReward):
     [Flow-GRPO](https://huggingface.co/papers/2505.05470), see [`~slas_trl.rewards.geneval.judge`]. It sees nothing but
     objects of the detector's classes: not whether they are well drawn, nor what else is in the picture.
 
-    The default model has the architecture of GenEval's own detector, trained by its authors; the benchmark's published
-    numbers are those of one detector, and should not be compared with another one's, this one included.
+    The default model has the architecture of GenEval's own detector, trained by its authors, and sees a picture at
+    384x384, where GenEval's sees it at 800 pixels and more. The benchmark's published numbers are those of one
+    detector, and should not be compared with another one's.
 
     Args:
         model (`str`, *optional*, defaults to `"facebook/mask2former-swin-small-coco-instance"`):
