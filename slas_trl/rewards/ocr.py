@@ -1,6 +1,5 @@
 """Does a picture show the text that its prompt quotes? Read by RapidOCR, scored as in Flow-GRPO."""
 
-import functools
 import os
 import re
 import unicodedata
@@ -17,6 +16,7 @@ from slas_trl.rewards.base import Reward, check_pairs, load_once, require
 
 logger = logging.get_logger(__name__)
 
+_WARNED: set[str] = set()  # rewards that have said that a prompt quotes nothing
 _QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
 # Readers write one or the other, and nobody can tell which one a picture shows.
 _STRAIGHT = str.maketrans("‘’“”", "''\"\"")
@@ -127,15 +127,9 @@ def _reader(threads: int, min_side: int) -> Any:
     )
 
 
-@functools.cache
-def _told(name: str) -> list[bool]:
-    return [False]
-
-
 def _warn_once(name: str, prompt: str) -> None:
-    told = _told(name)
-    if not told[0]:
-        told[0] = True
+    if name not in _WARNED:
+        _WARNED.add(name)
         logger.warning(
             f"{name} reads the text that a prompt has in double quotes, and {prompt!r} has none, so that its pictures "
             "get no score. (This is said once.)"

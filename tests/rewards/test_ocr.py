@@ -1,6 +1,5 @@
 """Reading words that are drawn, turned and noisy, and what a word with mistakes is worth."""
 
-import logging
 import os
 import subprocess
 import sys
@@ -122,13 +121,9 @@ def test_text_score(target, read, score):
 def test_prompts_without_text_have_no_score(caplog):
     reward = OCR(min_side=64, name="signs")
     images = [picture("CAT"), picture("CAT")]
-    logging.getLogger("transformers").propagate = True
-    try:
-        for _ in range(2):
-            assert reward(["a cat", 'a "cat"'], images, category=["a", "b"]) == [None, 1.0]
-            assert reward(["a cat"], images[:1]) == [None]
-    finally:
-        logging.getLogger("transformers").propagate = False
+    for _ in range(2):
+        assert reward(["a cat", 'a "cat"'], images, category=["a", "b"]) == [None, 1.0]
+        assert reward(["a cat"], images[:1]) == [None]
     assert [record.message for record in caplog.records if "signs" in record.message] == [
         "signs reads the text that a prompt has in double quotes, and 'a cat' has none, so that its pictures get no "
         "score. (This is said once.)"
