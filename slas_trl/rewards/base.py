@@ -101,13 +101,19 @@ def in_batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
 
 
 def load_once(function: Function) -> Function:
-    """`functools.cache` for what loads a model: threads that ask for the same one at once get one, loaded once."""
-    lock, cached = threading.Lock(), functools.cache(function)
+    """
+    `functools.cache` for what loads a model: threads that ask for the same one at once get one, loaded once. A keyword
+    argument `needed_by` is for messages, and does not make it another one.
+    """
+    lock, loaded = threading.Lock(), {}
 
     @functools.wraps(function)
     def locked(*args: Any, **kwargs: Any) -> Any:
+        key = args, tuple(sorted(item for item in kwargs.items() if item[0] != "needed_by"))
         with lock:
-            return cached(*args, **kwargs)
+            if key not in loaded:
+                loaded[key] = function(*args, **kwargs)
+            return loaded[key]
 
     return locked  # type: ignore[return-value]
 

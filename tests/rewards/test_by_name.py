@@ -2,7 +2,10 @@
 
 import functools
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -12,6 +15,7 @@ from slas_trl.rewards.base import Reward
 from slas_trl.rewards.by_name import resolve_reward, reward_name
 
 
+ROOT = Path(__file__).parents[2]
 HERE = "tests.rewards.test_by_name"
 PROMPTS, IMAGES = ["a cat"], [None]
 
@@ -145,3 +149,16 @@ def test_every_name_is_a_reward():
         assert callable(getattr(rewards, name))
     with pytest.raises(AttributeError, match="shapes_clip"):
         rewards.no_such_reward  # noqa: B018
+
+
+def test_a_reward_is_not_hidden_by_the_file_of_its_name():
+    # In a process of its own: this one has long imported everything.
+    code = """
+import slas_trl.rewards.ocr
+from slas_trl import rewards
+from slas_trl.rewards import ocr
+assert type(ocr).__name__ == "OCR", ocr
+assert rewards.ocr is ocr is slas_trl.rewards.ocr
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

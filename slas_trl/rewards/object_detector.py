@@ -1,0 +1,282 @@
+"""Does a picture show the objects, numbers, colours and positions that were asked for? GenEval's checks."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from slas_trl.rewards.base import ModelReward, check_pairs, in_batches, load_once, missing_checkpoint
+from slas_trl.rewards.clip_score import load_clip
+from slas_trl.rewards.geneval import COLORS, Detection, Specification, canonical, judge, read_specification
+
+
+Detector = Callable[[list[Image.Image]], Sequence[Sequence[Detection | Mapping[str, Any]]]]
+
+_BACKGROUND = (0x99, 0x99, 0x99)  # what is outside of an object's mask when its colour is judged
+_TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
+
+
+@dataclass(frozen=True)
+class ObjectDetector(ModelReward):
+    """
+    GenEval's checks with any of transformers' models for object detection or instance segmentation: which objects, how
+    many, of which colour (by CLIP, on what is cut out of the picture), on which side of each other.
+
+    What is asked of a picture is in the data set, in [GenEval's format](https://github.com/djghosh13/geneval), either
+    in columns "include", "exclude" and "tag" as in its `evaluation_metadata.jsonl`, or in a column "metadata" of such
+    rows or of their JSON:
+
+        {"tag": "position", "include": [{"class": "dog", "count": 1},
+                                        {"class": "cat", "count": 1, "color": "black", "position": ["left of", 0]}]}
+        {"tag": "counting", "include": [{"class": "clock", "count": 2}], "exclude": [{"class": "clock", "count": 3}]}
+
+    Prompts are not read. The reward is the share of demands that are met, graded as in
+    [Flow-GRPO](https://huggingface.co/papers/2505.05470), see [`~slas_trl.rewards.geneval.judge`]. It sees nothing but
+    objects of the detector's classes: not whether they are well drawn, nor what else is in the picture.
+
+    The default model has the architecture of GenEval's own detector, trained by its authors, and sees a picture at
+    384x384, where GenEval's sees it at 800 pixels and more. The benchmark's published numbers are those of one
+    detector, and should not be compared with another one's.
+
+    Args:
+        model (`str`, *optional*, defaults to `"facebook/mask2former-swin-small-coco-instance"`):
+            Repository or folder. A model with masks judges colours better, since it leaves out the background.
+        clip (`str`, *optional*, defaults to `"openai/clip-vit-large-patch14"`):
+            Repository or folder of the CLIP that names colours. Loaded when a colour is asked for.
+        strict (`bool`, *optional*, defaults to `False`): The reward is GenEval's verdict, 1 or 0.
+        threshold (`float`, *optional*, defaults to `0.3`): The confidence from which an object counts...
+        counting_threshold (`float`, *optional*, defaults to `0.9`):
+            ... and where numbers are asked for. Both are GenEval's for its detector; others are less sure of
+            themselves, RT-DETR for one, and need lower ones.
+        detector (`Callable`, *optional*):
+            Used instead of `model`: from a list of RGB images to a list of the objects of each, which are
+            [`~slas_trl.rewards.geneval.Detection`] or dictionaries with "label", "score", "box" and, if there is one,
+            a "mask", as of `transformers.pipeline("object-detection")`. In Python only, not by name.
+        classes (`tuple[str, ...]`, *optional*):
+            The classes that `detector` knows. Without them, a class that it does not know is simply never found.
+    """
+
+    default_name: ClassVar[str] = "object_detector"
+    model: str = "facebook/mask2former-swin-small-coco-instance"
+    clip: str = "openai/clip-vit-large-patch14"
+    strict: bool = False
+    threshold: float = 0.3
+    counting_threshold: float = 0.9
+    detector: Detector | None = None
+    classes: tuple[str, ...] | None = None
+
+    def __call__(self, prompts: list[str], images: list[Image.Image], **columns: Any) -> dict[str, list[float | None]]:
+        """
+        Args:
+            prompts (`list[str]`): ignored.
+            images (`list[PIL.Image.Image]`): one for each prompt, of any size.
+            columns: those that say what is asked for, see above.
+
+        Returns:
+            `dict[str, list[float | None]]`: "reward" in [0, 1], and "strict", GenEval's verdict, 0 or 1; `None` for a
+            row of which nothing is asked.
+
+        Raises:
+            `ValueError`: when there is no such column, when a row cannot be understood, and for classes that the
+                detector does not know.
+        """
+        check_pairs(prompts, images)
+        wanted = _specifications(self.__name__, len(prompts), columns)
+        if wanted and (known := self._known_classes()) is not None:
+            for specification in wanted.values():
+                _check_classes(self.__name__, specification, known)
+        rgb = {i: images[i].convert("RGB") for i in wanted}
+        found = self._detect(rgb, {i: specification.names for i, specification in wanted.items()})
+
+        graded: list[float | None] = [None] * len(images)
+        strict: list[float | None] = [None] * len(images)
+        for i, specification in wanted.items():
+            share, right = judge(
+                specification,
+                found[i],
+                lambda group, image=rgb[i]: self._colors(image, group),
+                self.threshold,
+                self.counting_threshold,
+            )
+            graded[i], strict[i] = share, float(right)
+        return {"reward": list(strict) if self.strict else graded, "strict": strict}
+
+    def _known_classes(self) -> dict[str, str] | None:
+        """Names of the detector's classes by their canonical names; `None` if nobody knows."""
+        if self.detector is None:
+            names = _load_detector(self.model, self.torch_device, self.torch_dtype)[0].config.id2label.values()
+        else:
+            names = self.classes
+        return None if names is None else {canonical(name): name for name in names}
+
+    @torch.no_grad()
+    def _detect(self, images: dict[int, Image.Image], names: dict[int, set[str]]) -> dict[int, list[Detection]]:
+        """Objects of the classes that are asked for in each image."""
+        # A batch is of images of one size: padding would make an object depend on what else is in the batch.
+        of_size: dict[tuple[int, int], list[int]] = {}
+        for i, image in images.items():
+            of_size.setdefault(image.size, []).append(i)
+        found = {}
+        for rows in of_size.values():
+            for batch in in_batches(rows, self.batch_size):
+                pictures = [images[i] for i in batch]
+                if self.detector is None:
+                    objects = self._run(pictures, [names[i] for i in batch])
+                else:
+                    objects = [[_as_detection(one) for one in each] for each in self.detector(pictures)]
+                    if len(objects) != len(batch):
+                        raise ValueError(
+                            f"detector of {self.__name__} returned objects of {len(objects)} images for {len(batch)}; "
+                            "expected a list of objects for each image."
+                        )
+                found.update(zip(batch, objects, strict=True))
+        return found
+
+    def _run(self, images: list[Image.Image], names: list[set[str]]) -> list[list[Detection]]:
+        model, processor = _load_detector(self.model, self.torch_device, self.torch_dtype)
+        inputs = processor(images=images, return_tensors="pt").to(self.torch_device, self.torch_dtype)
+        output = model(**inputs)
+        for key, value in output.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                output[key] = value.float()
+        sizes = [image.size[::-1] for image in images]
+        least = min(self.threshold, self.counting_threshold)
+        if "masks_queries_logits" in output or "pred_masks" in output:
+            return _instances(model, processor, output, sizes, least, names)
+        results = processor.post_process_object_detection(output, threshold=least, target_sizes=sizes)
+        return [
+            [
+                Detection(label, score, tuple(box))
+                for label, score, box in zip(
+                    [model.config.id2label[index] for index in result["labels"].tolist()],
+                    result["scores"].tolist(),
+                    result["boxes"].tolist(),
+                    strict=True,
+                )
+                if canonical(label) in asked
+            ]
+            for result, asked in zip(results, names, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _colors(self, image: Image.Image, group: Sequence[Detection]) -> list[str]:
+        """The most likely of `COLORS` for each object of a class."""
+        clip = load_clip(self.clip, None, self.torch_dtype, self.torch_device, needed_by=self.__name__)
+        name = canonical(group[0].label)
+        texts = [template.format(color, name) for color in COLORS for template in _TEMPLATES]
+        words = clip.texts(texts, self.batch_size).reshape(len(COLORS), len(_TEMPLATES), -1).mean(1)
+        seen = clip.images([cut_out(image, one) for one in group], self.batch_size)
+        nearest = (seen @ torch.nn.functional.normalize(words, dim=-1).T).argmax(1)
+        return [COLORS[index] for index in nearest.tolist()]
+
+
+object_detector = ObjectDetector()
+
+
+def cut_out(image: Image.Image, one: Detection) -> Image.Image:
+    """An object's part of a picture, on grey where its mask tells it from the background."""
+    if one.mask is not None:
+        grey = Image.new("RGB", image.size, _BACKGROUND)
+        image = Image.composite(image, grey, Image.fromarray(np.asarray(one.mask, dtype=bool)))
+    left, top = (min(max(int(low), 0), size - 1) for low, size in zip(one.box[:2], image.size, strict=True))
+    right, bottom = (int(np.ceil(high)) for high in one.box[2:])
+    return image.crop((left, top, max(left + 1, min(right, image.width)), max(top + 1, min(bottom, image.height))))
+
+
+def _specifications(name: str, n: int, columns: dict[str, Any]) -> dict[int, Specification]:
+    """What is asked of each image, by its index, of those of which anything is."""
+    present = {key: columns[key] for key in ("include", "exclude", "tag") if columns.get(key) is not None}
+    if columns.get("metadata") is not None:
+        rows = columns["metadata"]
+    elif "include" in present or "exclude" in present:
+        rows = [{key: values[i] for key, values in present.items()} for i in range(n)]
+    else:
+        raise ValueError(
+            f'{name} needs to know what to look for: a column "metadata" of the data set, or columns "include" and '
+            f'"exclude", with rows such as [{{"class": "dog", "count": 2}}] (GenEval\'s format). Its columns are '
+            f"{sorted(set(columns) - {'completions', 'trainer_state'})}."
+        )
+    wanted = {i: read_specification(row) for i, row in enumerate(rows)}
+    return {i: specification for i, specification in wanted.items() if specification is not None}
+
+
+def _check_classes(name: str, wanted: Specification, known: dict[str, str]) -> None:
+    for asked in sorted(wanted.names):
+        if asked not in known:
+            near = difflib.get_close_matches(asked, known, n=3)
+            hint = f"; did you mean {' or '.join(repr(known[one]) for one in near)}?" if near else "."
+            raise ValueError(
+                f"The detector of {name} does not know the class {asked!r}{hint} It knows {len(known)} classes: "
+                f"{', '.join(sorted(known.values())[:100])}."
+            )
+
+
+def _as_detection(one: Detection | Mapping[str, Any]) -> Detection:
+    """An object as transformers' pipelines return it, or with a box of four numbers."""
+    if isinstance(one, Detection):
+        return one
+    mask = None if one.get("mask") is None else np.asarray(one["mask"]).astype(bool)
+    box = one.get("box")
+    if isinstance(box, Mapping):
+        box = tuple(float(box[side]) for side in ("xmin", "ymin", "xmax", "ymax"))
+    elif box is not None:
+        box = tuple(float(side) for side in box)
+    elif mask is not None and mask.any():
+        box = box_of(mask)
+    else:
+        raise ValueError(f"The object {one!r} has neither a box nor a mask; expected label, score and one of them.")
+    return Detection(str(one["label"]), float(one["score"]), box, mask)
+
+
+def box_of(mask: np.ndarray) -> tuple[float, float, float, float]:
+    """The box around all that is in a mask `(H, W)`."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+
+
+def _instances(
+    model: Any, processor: Any, output: Any, sizes: list, least: float, names: list[set[str]]
+) -> list[list[Detection]]:
+    """Objects with masks, and the boxes around these."""
+    process = processor.post_process_instance_segmentation
+    overlapping = "return_binary_maps" in inspect.signature(process).parameters  # not DETR's
+    options = {"return_binary_maps": True} if overlapping else {}
+    results = process(output, threshold=least, target_sizes=sizes, **options)
+    detections: list[list[Detection]] = []
+    for result, asked in zip(results, names, strict=True):
+        detections.append([])
+        for index, segment in enumerate(result["segments_info"]):
+            label = model.config.id2label[segment["label_id"]]
+            if canonical(label) not in asked:
+                continue
+            maps = result["segmentation"]
+            mask = (maps[index] > 0.5 if maps.ndim == 3 else maps == segment["id"]).cpu().numpy()
+            if mask.any():
+                detections[-1].append(Detection(label, float(segment["score"]), box_of(mask), mask))
+    return detections
+
+
+@load_once
+def _load_detector(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
+    from transformers import AutoModelForUniversalSegmentation as AutoModelForSegmentation
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+        segments = "Segmentation" in "".join(config.architectures or ())
+        auto = AutoModelForSegmentation if segments else AutoModelForObjectDetection
+        model = auto.from_pretrained(name, dtype=dtype)
+        processor = AutoImageProcessor.from_pretrained(name, backend="pil")  # the same with and without torchvision
+    except OSError as error:
+        raise FileNotFoundError(missing_checkpoint("object_detector", name, error, option="model")) from error
+    except ValueError as error:
+        raise ValueError(
+            f"object_detector cannot use {name!r}: expected one of transformers' models for object detection or "
+            f"instance segmentation, such as DETR, YOLOS, RT-DETR or Mask2Former. {error}"
+        ) from error
+    return model.to(device).eval().requires_grad_(False), processor

@@ -1,0 +1,136 @@
+"""Does a picture show the text that its prompt quotes? Read by RapidOCR, scored as in Flow-GRPO."""
+
+import os
+import re
+import unicodedata
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.utils import logging
+
+from slas_trl.rewards.base import Reward, check_pairs, load_once, require
+
+
+logger = logging.get_logger(__name__)
+
+_WARNED: set[str] = set()  # rewards that have said that a prompt quotes nothing
+_QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
+# Readers write one or the other, and nobody can tell which one a picture shows.
+_STRAIGHT = str.maketrans("‘’“”", "''\"\"")
+
+
+@dataclass(frozen=True)
+class OCR(Reward):
+    """
+    How much of the text in the first pair of double quotes of a prompt, straight or curly, is to be read in its
+    picture: the reward of [Flow-GRPO](https://huggingface.co/papers/2505.05470), with another reader.
+
+    1 if the text is there, whatever else is; otherwise `1 - d / n`, where `d` is the edit distance between all that is
+    read and the text, at most its length `n`. Spaces, and upper and lower case, do not matter, nor does the kind of
+    quotes or the width of a character. It is nearly blind to where the text is and how it looks, and text without
+    contrast or smaller than some 8 pixels is not read at all. Text elsewhere in the picture lowers the score of a text
+    that is read with a mistake.
+
+    The weights come with the package rapidocr: nothing is downloaded. They read Chinese, English and the other
+    languages of PP-OCRv6.
+
+    Args:
+        threads (`int`, *optional*): Threads of the reader, which runs on the CPU; by default as many as PyTorch's.
+        min_confidence (`float`, *optional*, defaults to `0.5`): What is read with less is not counted.
+        min_side (`int`, *optional*, defaults to `736`):
+            A picture whose shorter side is smaller is enlarged to this before text is looked for, which takes most of
+            the time. Less of it is quicker, and enough for text that fills a small picture.
+    """
+
+    default_name: ClassVar[str] = "ocr"
+    threads: int | None = None
+    min_confidence: float = 0.5
+    min_side: int = 736
+
+    def __post_init__(self):
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads of {self.__name__} must be at least 1, but it is {self.threads}.")
+        if self.min_side < 32:
+            raise ValueError(f"min_side of {self.__name__} must be at least 32, but it is {self.min_side}.")
+        if not 0 <= self.min_confidence <= 1:
+            raise ValueError(f"min_confidence of {self.__name__} must be in [0, 1], but it is {self.min_confidence}.")
+
+    def __call__(self, prompts: list[str], images: list[Image.Image], **columns: Any) -> list[float | None]:
+        """
+        Args:
+            prompts (`list[str]`): with the text in double quotes.
+            images (`list[PIL.Image.Image]`): one for each prompt, of any size.
+            columns: ignored.
+
+        Returns:
+            `list[float | None]`: in [0, 1]; `None` for a prompt without quoted text, of which a warning is given once.
+        """
+        check_pairs(prompts, images)
+        return [self._score(prompt, image) for prompt, image in zip(prompts, images, strict=True)]
+
+    def read(self, image: Image.Image) -> list[str]:
+        """The lines of text in a picture, from top to bottom."""
+        reader = _reader(self.threads or torch.get_num_threads(), self.min_side)
+        found = reader(np.asarray(image.convert("RGB"))[..., ::-1], text_score=0)  # BGR
+        lines = zip(found.txts or (), found.scores or (), strict=True)
+        return [text for text, confidence in lines if confidence >= self.min_confidence]
+
+    def _score(self, prompt: str, image: Image.Image) -> float | None:
+        target = quoted_text(prompt)
+        if target is None:
+            _warn_once(self.__name__, prompt)
+            return None
+        return text_score(target, "".join(self.read(image)))
+
+
+ocr = OCR()
+
+
+def quoted_text(prompt: str) -> str | None:
+    """What is in the first pair of double quotes; `None` if there is none, or nothing in it."""
+    match = _QUOTED.search(prompt)
+    text = next(filter(None, match.groups()), "") if match else ""
+    return text if text.strip() else None
+
+
+def text_score(target: str, read: str) -> float:
+    """1 if `target` is in `read`, and less the more characters of all that is read differ from it."""
+    distance = require("rapidfuzz.distance", "ocr", "ocr").Levenshtein.distance
+    target, read = _plain(target), _plain(read)
+    if target in read:
+        return 1.0
+    return 1 - min(distance(target, read), len(target)) / len(target)
+
+
+def _plain(text: str) -> str:
+    """Without spaces and case. NFKC makes the full-width signs of a reader of Chinese those of the keyboard."""
+    return "".join(unicodedata.normalize("NFKC", text).translate(_STRAIGHT).casefold().split())
+
+
+@load_once
+def _reader(threads: int, min_side: int) -> Any:
+    # From 1.29 on it reports each session to its maker, unless this is set before it is imported.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    require("onnxruntime", "ocr", "ocr").disable_telemetry_events()  # should it have been imported before
+    rapidocr = require("rapidocr", "ocr", "ocr")
+    return rapidocr.RapidOCR(
+        params={
+            "Global.use_cls": False,  # it turns lines that are upside down
+            "Det.limit_side_len": min_side,
+            "Global.log_level": "critical",  # otherwise a line for every picture without text
+            "EngineConfig.onnxruntime.intra_op_num_threads": threads,
+            "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+        }
+    )
+
+
+def _warn_once(name: str, prompt: str) -> None:
+    if name not in _WARNED:
+        _WARNED.add(name)
+        logger.warning(
+            f"{name} reads the text that a prompt has in double quotes, and {prompt!r} has none, so that its pictures "
+            "get no score. (This is said once.)"
+        )

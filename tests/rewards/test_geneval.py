@@ -1,0 +1,202 @@
+"""GenEval's rules on given detections: which ones count, of which colour, on which side, and what a share is worth."""
+
+import json
+
+import pytest
+
+from slas_trl.rewards.geneval import Detection, canonical, judge, read_specification, relations
+
+
+def at(label: str, x: float = 50, y: float = 50, score: float = 0.95, size: float = 10) -> Detection:
+    return Detection(label, score, (x - size / 2, y - size / 2, x + size / 2, y + size / 2))
+
+
+def no_colors(group):
+    raise AssertionError("no colour was asked for")
+
+
+def judged(row: dict, *detections: Detection, colors=no_colors) -> tuple[float, bool]:
+    share, right = judge(read_specification(row), detections, colors)
+    return pytest.approx(share), right
+
+
+DOG = {"include": [{"class": "dog", "count": 1}], "tag": "single_object"}
+TWO = {"include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1}], "tag": "two_object"}
+CLOCKS = {
+    "include": [{"class": "clock", "count": 3}],
+    "exclude": [{"class": "clock", "count": 4}],
+    "tag": "counting",
+}
+RED_DOG = {"include": [{"class": "dog", "count": 1, "color": "red"}], "tag": "colors"}
+LEFT = {
+    "include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}],
+    "tag": "position",
+}
+
+
+def test_presence():
+    assert judged(DOG, at("dog"), at("cat")) == (1, True)
+    assert judged(DOG, at("cat")) == (0, False)
+    assert judged(DOG) == (0, False)
+    assert judged(TWO, at("dog"), at("cat")) == (1, True)
+    assert judged(TWO, at("dog")) == (0.5, False)
+
+
+def test_confidence_must_exceed_the_threshold():
+    assert judged(DOG, at("dog", score=0.31)) == (1, True)
+    assert judged(DOG, at("dog", score=0.3)) == (0, False)
+    # Where numbers are asked for, GenEval counts sure detections only.
+    assert judged(CLOCKS, *[at("clock", score=0.91)] * 3, at("clock", score=0.9)) == (1, True)
+    strict = read_specification(DOG)
+    assert judge(strict, [at("dog", score=0.31)], no_colors, threshold=0.5) == (0, False)
+
+
+def test_counting():
+    shares = [judged(CLOCKS, *[at("clock")] * n) for n in range(8)]
+    assert shares == [(s, n == 3) for n, s in enumerate([0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3, 0, 0])]
+
+
+def test_more_than_asked_for_is_right_for_geneval_and_not_for_the_share():
+    # GenEval asks for "at least", which a policy learns to exploit; Flow-GRPO's grading is exact.
+    assert judged(DOG, at("dog"), at("dog")) == (0, True)
+    assert judged(TWO, at("dog"), at("cat"), at("cat"), at("cat")) == (0.5, True)
+
+
+def test_at_most_sixteen_of_a_class():
+    crowd = {"include": [{"class": "dog", "count": 16}], "exclude": [{"class": "dog", "count": 17}]}
+    assert judged(crowd, *[at("dog")] * 40) == (1, True)
+
+
+def test_excluded_objects():
+    row = {"include": [{"class": "dog"}], "exclude": [{"class": "cat", "count": 2}], "tag": "no_cats"}
+    assert judged(row, at("dog")) == (1, True)
+    assert judged(row, at("dog"), at("cat")) == (1, True)
+    assert judged(row, at("dog"), at("cat"), at("cat")) == (0.5, False)
+    nothing = {"exclude": [{"class": "cat", "count": 1}]}
+    assert judged(nothing) == (1, True)
+    assert judged(nothing, at("cat")) == (0, False)
+
+
+def test_colors():
+    assert judged(RED_DOG, at("dog"), colors=lambda group: ["red"]) == (1, True)
+    assert judged(RED_DOG, at("dog"), colors=lambda group: ["blue"]) == (0.5, False)
+    assert judged(RED_DOG, at("cat")) == (0, False)  # nothing to look at: no colour is asked for
+    two = {"include": [{"class": "dog", "count": 2, "color": "red"}], "tag": "colors"}
+    assert judged(two, at("dog"), at("dog"), colors=lambda group: ["red", "blue"]) == (0.75, False)
+    assert judged(two, at("dog")) == (0.25, False)
+
+
+def test_colors_are_those_of_the_most_confident_objects():
+    def colors(group):
+        return ["red" if one.score > 0.9 else "blue" for one in group]
+
+    sure, unsure = at("dog", score=0.95), at("dog", score=0.5)
+    assert judged(RED_DOG, unsure, sure, colors=colors)[1]
+    assert not judged(RED_DOG, unsure, at("dog", score=0.8), colors=colors)[1]
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "seen"),
+    [
+        (20, 50, {"left of"}),
+        (80, 50, {"right of"}),
+        (50, 20, {"above"}),
+        (50, 80, {"below"}),
+        (20, 20, {"left of", "above"}),
+        (80, 80, {"right of", "below"}),
+        (50, 50, set()),
+        (51.9, 50, set()),  # a tenth of both sizes is 2 pixels
+        (52.1, 50, set()),  # beyond it, but not by half of the offset
+        (54.1, 50, {"right of"}),
+        (80, 59, {"right of"}),
+    ],
+)
+def test_relations(x, y, seen):
+    assert relations(at("cat", x, y).box, at("dog", 50, 50).box) == seen
+
+
+def test_position():
+    assert judged(LEFT, at("dog", 50), at("cat", 20)) == (1, True)
+    assert judged(LEFT, at("dog", 50), at("cat", 80)) == (2 / 3, False)
+    assert judged(LEFT, at("dog", 50)) == (1 / 3, False)
+    assert judged(LEFT, at("cat", 20)) == (1 / 3, False)  # of what?
+    # The most confident ones must be so, whoever else is.
+    cats = at("cat", 20, score=0.5), at("cat", 80, score=0.9)
+    assert judged(LEFT, at("dog", 50), *cats) == (1 / 3, False)
+    assert judged(LEFT, at("dog", 50), at("cat", 20, score=0.9), at("cat", 80, score=0.5))[1]
+
+
+def test_position_of_several_is_that_of_all():
+    row = {"include": [{"class": "dog", "count": 2}, {"class": "cat", "count": 2, "position": ["above", 0]}]}
+    dogs = at("dog", 40, 80), at("dog", 60, 80)
+    assert judged(row, *dogs, at("cat", 40, 20), at("cat", 60, 20)) == (1, True)
+    assert judged(row, *dogs, at("cat", 40, 20), at("cat", 60, 80)) == (2 / 3, False)
+
+
+def test_position_relative_to_what_is_wrong_itself():
+    row = {
+        "include": [
+            {"class": "dog", "count": 1, "color": "red"},
+            {"class": "cat", "count": 1, "position": ["left of", 0]},
+        ]
+    }
+    scene = at("dog", 50), at("cat", 20)
+    assert judged(row, *scene, colors=lambda group: ["red"]) == (1, True)
+    assert judged(row, *scene, colors=lambda group: ["blue"]) == (0.5, False)
+
+
+@pytest.mark.parametrize(
+    ("asked", "label"),
+    [
+        ("computer mouse", "mouse"),
+        ("tv remote", "remote"),
+        ("computer keyboard", "keyboard"),
+        ("tv", "tvmonitor"),
+        ("couch", "sofa"),
+        ("dining table", "diningtable"),
+        ("potted plant", "pottedplant"),
+        ("motorcycle", "motorbike"),
+        ("airplane", "aeroplane"),
+        ("teddy bear", "Teddy_Bear"),
+        ("cell phone", "Mobile phone"),
+    ],
+)
+def test_classes_go_by_several_names(asked, label):
+    assert canonical(asked) == canonical(label)
+    assert judged({"include": [{"class": asked, "count": 1}]}, at(label)) == (1, True)
+
+
+def test_rows_as_tables_give_them():
+    gaps = {"class": "dog", "count": 1, "color": None, "position": None}
+    assert read_specification({"include": [gaps], "exclude": None, "tag": None}) == read_specification(
+        {"include": [{"class": "dog"}]}
+    )
+    assert read_specification(json.dumps(LEFT)) == read_specification(LEFT)
+    assert read_specification(
+        {"include": [{"class": "dog"}, {"class": "cat", "position": ["left of", "0"]}]}
+    ) == read_specification({**LEFT, "tag": None})
+    for nothing in (None, "", {}, {"include": None}, {"include": [], "exclude": []}):
+        assert read_specification(nothing) is None
+    # Without the tag, what is excluded tells that numbers are asked for.
+    assert read_specification({**CLOCKS, "tag": None}).counting
+    assert not read_specification({**CLOCKS, "tag": "other"}).counting
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"class": "dog", "color": "turquoise"}, "'turquoise'.* is not one of red, orange"),
+        ({"class": "dog", "count": 0}, "whole number from 1"),
+        ({"class": "dog", "count": 1.5}, "whole number from 1"),
+        ({"clas": "dog"}, "has no class"),
+        ("dog", "has no class"),
+        ({"class": "dog", "position": ["beside", 0]}, "left of, right of, above, below"),
+        ({"class": "dog", "position": ["left of", 1]}, "index of an earlier entry"),
+        ({"class": "dog", "position": ["left of"]}, "index of an earlier entry"),
+    ],
+)
+def test_what_cannot_be_checked_is_refused(entry, message):
+    with pytest.raises(ValueError, match=message):
+        read_specification({"include": [{"class": "cat"}, entry]})
+    with pytest.raises(ValueError, match="row of GenEval's metadata"):
+        read_specification(["dog"])

@@ -1,0 +1,59 @@
+"""Rewards without a model: what they prefer, and on which scale."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from slas_trl import rewards
+from slas_trl.rewards import brightness, incompressibility, jpeg_compressibility
+from slas_trl.rewards.by_name import resolve_reward
+
+
+def plain(color: int | tuple[int, int, int], size: tuple[int, int] = (64, 64)) -> Image.Image:
+    return Image.new("RGB", size, color if isinstance(color, tuple) else (color,) * 3)
+
+
+def noise(amount: float, size: tuple[int, int] = (64, 64)) -> Image.Image:
+    pixels = np.random.default_rng(0).normal(128, amount, (*size[::-1], 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("name", ["jpeg_compressibility", "incompressibility", "brightness"])
+def test_every_reward_is_called_alike(name):
+    reward = resolve_reward(name)
+    assert reward is getattr(rewards, name)
+    assert reward.__name__ == name
+    images = [noise(10), plain(7), noise(40)]
+    scores = reward(prompts=["", "", ""], images=images)
+    assert all(type(score) is float for score in scores)
+    assert reward(["a", "b", "c"], images, completions=images, category=["colors"] * 3) == scores
+    assert reward([], []) == []
+
+
+def test_size_of_a_jpeg():
+    images = [plain(128), noise(5), noise(20), noise(80)]
+    sizes = incompressibility([""] * 4, images)
+    assert sizes == sorted(sizes)
+    assert jpeg_compressibility([""] * 4, images) == [-size for size in sizes]
+
+    images[2].save(file := io.BytesIO(), "JPEG", quality=95)
+    assert sizes[2] == len(file.getvalue()) / 1000
+
+
+def test_brightness():
+    assert brightness([""] * 3, [plain(0), plain(255), plain(51)]) == pytest.approx([0, 1, 0.2])
+    red, green, blue = brightness([""] * 3, [plain((255, 0, 0)), plain((0, 255, 0)), plain((0, 0, 255))])
+    assert green > red > blue
+    assert red + green + blue == pytest.approx(1)
+    half = plain(0)
+    half.paste((255, 255, 255), (0, 0, 32, 64))
+    assert brightness([""], [half]) == pytest.approx([0.5])
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
+def test_every_mode_of_image(mode):
+    image = plain(255, (8, 8)).convert(mode)
+    assert brightness([""], [image]) == pytest.approx([1])
+    assert jpeg_compressibility([""], [image]) == jpeg_compressibility([""], [plain(255, (8, 8))])
