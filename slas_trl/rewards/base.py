@@ -7,6 +7,7 @@ import functools
 import importlib
 import textwrap
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,11 @@ from safetensors.torch import load_file
 Function = TypeVar("Function", bound=Callable)
 Item = TypeVar("Item")
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 @dataclass(frozen=True, kw_only=True)
-class Reward:
+class Reward(ABC):
     """
     A reward with options. It is called like a function, and a copy with other options is
     `dataclasses.replace(reward, option=value)`, or "reward:option=value" by name.
@@ -40,8 +43,9 @@ class Reward:
     def __name__(self) -> str:
         return self.name or self.default_name
 
+    @abstractmethod
     def __call__(self, prompts: list[str], images: list[Image], **columns: Any) -> Any:
-        raise NotImplementedError
+        """Scores of these images, see [`~slas_trl.rewards`]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +75,7 @@ class ModelReward(Reward):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
+        return DTYPES[self.dtype]
 
     @property
     def torch_device(self) -> torch.device:
