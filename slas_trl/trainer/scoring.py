@@ -178,8 +178,8 @@ def _call(
 
     try:
         return call(slice(None))
-    except RewardUnavailableError as error:  # no image is to blame
-        raise ValueError(f"Reward {name!r} is not available: {error}") from error
+    except (RewardUnavailableError, ImportError, FileNotFoundError) as error:  # no image is to blame
+        raise ValueError(f"Reward {name!r} cannot be used: {error}") from error
     except Exception as error:
         # Which image was it? The ones that score by themselves are not to blame.
         for i, prompt in enumerate(prompts):

@@ -166,14 +166,15 @@ def test_no_gradients_are_kept():
     assert score(reward).tolist() == [[1.0]] * 3
 
 
-def test_a_reward_that_is_away_is_not_asked_image_by_image():
+@pytest.mark.parametrize("kind", [RewardUnavailableError, ImportError, FileNotFoundError])
+def test_a_reward_that_is_away_is_not_asked_image_by_image(kind):
     calls = []
 
     def away(prompts, images, **columns):
         calls.append(len(images))
-        raise RewardUnavailableError("nobody answers at http://127.0.0.1:1")
+        raise kind("nobody answers at http://127.0.0.1:1")
 
-    with pytest.raises(ValueError, match="Reward 'away' is not available: nobody answers"):
+    with pytest.raises(ValueError, match="Reward 'away' cannot be used: nobody answers"):
         score(away)
     assert calls == [3]
 
