@@ -3,7 +3,8 @@
 import asyncio
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Awaitable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -11,23 +12,41 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
+from slas_trl.rewards.base import load_once
 from slas_trl.rewards.by_name import RewardFunc
 
 
+@torch.no_grad()
 def call_reward(reward: RewardFunc, prompts: list[str], images: list[Image], columns: dict[str, list[Any]]) -> Any:
     """
     What the reward returns, once it is there: a list of scores, or a dictionary of them, as plain Python objects.
     """
     result = reward(prompts=prompts, images=images, completions=images, **columns)
     if inspect.isawaitable(result):
-
-        async def awaited() -> Any:
-            return await result
-
-        result = asyncio.run(awaited())
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        result = asyncio.run_coroutine_threadsafe(_awaited(result, device), _loop()).result()
     if isinstance(result, Mapping):
         return {str(name): _plain(values) for name, values in result.items()}
     return _plain(result)
+
+
+async def _awaited(result: Awaitable, device: int | None) -> Any:
+    if device is not None:  # that of the thread which waits
+        torch.cuda.set_device(device)
+    return await result
+
+
+@load_once
+def _loop() -> asyncio.AbstractEventLoop:
+    """One for all calls of async rewards: their clients and locks belong to the loop that they were first used in."""
+    loop = asyncio.new_event_loop()
+
+    def run() -> None:
+        torch.set_grad_enabled(False)  # of this thread
+        loop.run_forever()
+
+    threading.Thread(target=run, daemon=True, name="async rewards").start()
+    return loop
 
 
 def _plain(values: Any) -> Any:

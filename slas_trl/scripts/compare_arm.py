@@ -24,6 +24,7 @@ from slas_trl.shapes import load_shapes_pipeline, world
 from slas_trl.shapes.verifier import verify
 from slas_trl.trainer import SLASTrainer, checkpoints, sampling
 from slas_trl.trainer.precision import autocast_forward
+from slas_trl.trainer.scoring import RewardScorer
 
 
 SHOWN = 12  # pictures that are kept
@@ -179,10 +180,10 @@ def run_arm(folder: Path) -> None:
         reward_funcs=cast(list, script.reward_funcs),
         args=config,
         train_dataset=train_prompts(script),
-        eval_dataset=data,
         peft_config=lora.peft_config(),
-        eval_reward_funcs=script.eval_reward_funcs,
     )
+    if script.eval_reward_funcs:
+        trainer.eval_scorer = RewardScorer([*cast(list, script.reward_funcs), *script.eval_reward_funcs])
     judged = embedded and world.all_captions().keys() >= set(data["prompt"])  # by the verifier
     evaluator = Evaluator(trainer, data, folder, spec["eval_every"], spec["eval_images_per_prompt"], judged)
     if spec["arm"] == BASE:

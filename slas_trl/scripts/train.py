@@ -64,13 +64,13 @@ def train_prompts(script: SLASScriptArguments) -> Dataset | None:
 
 
 def eval_prompts(script: SLASScriptArguments, config: SLASConfig) -> Dataset | None:
+    if script.eval_reward_funcs and config.eval_strategy == "no":
+        raise ValueError(
+            "eval_reward_funcs are scored in evaluation, and there is none: set eval_strategy, for example "
+            "--eval_strategy steps --eval_steps 10. A reward of weight 0 (reward_weights) is scored on every rollout, "
+            "and not trained on either."
+        )
     if script.eval_dataset_name is None and config.eval_strategy == "no":
-        if script.eval_reward_funcs:
-            raise ValueError(
-                "eval_reward_funcs are scored in evaluation, and there is none: set eval_strategy, for example "
-                "--eval_strategy steps --eval_steps 10. A reward of weight 0 (reward_weights) is scored on every "
-                "rollout, and not trained on either."
-            )
         return None
     return held_out_prompts(script, config, f"eval_strategy={IntervalStrategy(config.eval_strategy).value}")
 

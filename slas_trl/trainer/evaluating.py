@@ -13,7 +13,7 @@ from .collectives import gathered, raise_together, reshard
 from .metrics import reward_metrics, reward_times
 from .prompts import check_prompts
 from .resumable import ResumableTrainer
-from .scoring import RewardScorer, Scores, Scoring
+from .scoring import RewardScorer, Scores, Scoring, other_components
 
 
 class EvaluatingTrainer(ResumableTrainer):
@@ -50,11 +50,11 @@ class EvaluatingTrainer(ResumableTrainer):
             for values in (scores.rewards, *scores.components.values()):
                 values[~usable] = torch.nan
         parts = gathered((scores.rewards, scores.components))
-        names = dict.fromkeys(name for _, components in parts for name in components)
-        components = {}
-        for name in names:  # one that a process has not got is NaN there
-            columns = [own.get(name, torch.full_like(rewards[:, 0], torch.nan)) for rewards, own in parts]
-            components[name] = torch.cat(columns)
+        for name in scoring.scorer.names:
+            found = [[key for key in components if key.startswith(f"{name}/")] for _, components in parts]
+            if any(set(keys) != set(found[0]) for keys in found):  # on another process; all of them see it
+                self._raise_reward_errors({name: other_components(name, found)})
+        components = {key: torch.cat([own[key] for _, own in parts]) for key in scores.components}
         return Scores(torch.cat([rewards for rewards, _ in parts]), components, scores.seconds)
 
     def _raise_reward_errors(self, errors: dict[str, Exception]) -> None:

@@ -32,7 +32,8 @@ class RewardHackingCallback(TrainerCallback):
                 self._judge(match[1], state, control)
 
     def _judge(self, prefix: str, state: Any, control: Any) -> None:
-        history = [log for log in state.log_history if f"{prefix}_reward" in log][-self.patience - 1 :]
+        evaluations = {log.get("step"): log for log in state.log_history if f"{prefix}_reward" in log}  # one a step
+        history = list(evaluations.values())[-self.patience - 1 :]
         if len(history) <= self.patience or not _moves(history, f"{prefix}_reward", 1):
             return
         for name in self.held_out:

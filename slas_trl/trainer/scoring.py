@@ -105,7 +105,9 @@ class Scoring:
         self._sizes.append(len(images))
         names, functions = self.scorer.names, self.scorer.functions
         for name, function, thread, chunks in zip(names, functions, self._threads, self._chunks, strict=True):
-            chunks.append(thread.submit(_score_chunk, name, function, prompts, images, columns))
+            # Each has its own: one that changes an image in place does not change what others see, or what is logged.
+            own = list(prompts), own_copies(images), own_copies(columns)
+            chunks.append(thread.submit(_score_chunk, chunks[-1] if chunks else None, name, function, *own))
             if not self.concurrent:
                 wait(chunks)
 
@@ -130,9 +132,14 @@ class Scoring:
                 taken += scored.seconds
             columns.append(values)
             seconds.append(taken)
-            for part in dict.fromkeys(key for chunk in parts for key in chunk):
-                rows = [chunk.get(part, [math.nan] * size) for chunk, size in zip(parts, self._sizes, strict=True)]
-                components[f"{name}/{part}"] = torch.tensor([v for row in rows for v in row], dtype=torch.float64)
+            if name in errors:
+                continue
+            if any(chunk.keys() != parts[0].keys() for chunk in parts):
+                errors[name] = other_components(name, [list(chunk) for chunk in parts])
+                continue
+            for part in parts[0] if parts else ():
+                rows = [value for chunk in parts for value in chunk[part]]
+                components[f"{name}/{part}"] = torch.tensor(rows, dtype=torch.float64)
         return Scores(torch.tensor(columns, dtype=torch.float64).T, components, seconds), errors
 
 
@@ -151,8 +158,37 @@ def _use_device(device: torch.device | None) -> None:
         torch.cuda.set_device(device)
 
 
-@torch.no_grad()  # of the thread as well
-def _score_chunk(
+def other_components(name: str, found: list[list[str]]) -> ValueError:
+    """For a reward that returned not always the same components, of which the trained reward may be the sum."""
+    first, other = found[0], next(names for names in found if set(names) != set(found[0]))
+    return ValueError(
+        f"Reward {name!r} returned the components {sorted(first)} for some images, and {sorted(other)} for others; "
+        "expected the same ones every time, with None for an image that has no such score."
+    )
+
+
+def own_copies(value: Any) -> Any:
+    """A value in which lists, dictionaries and images are copies."""
+    if isinstance(value, Image):
+        return value.copy()
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(own_copies, value)) if type(value) in (list, tuple) else value
+    return {key: own_copies(part) for key, part in value.items()} if type(value) is dict else value
+
+
+def _score_chunk(previous: "Future[_ChunkScores] | None", name: str, *call: Any) -> _ChunkScores:
+    """Raises `ValueError` or `TypeError`, whatever happens, at once if the chunk before raised it."""
+    if previous is not None and (error := previous.exception()) is not None:
+        raise error
+    try:
+        return _scores_of(name, *call)
+    except (ValueError, TypeError):
+        raise
+    except BaseException as error:  # such as SystemExit: the trainer tells the other processes, and saves
+        raise ValueError(f"Reward {name!r} raised {type(error).__name__}: {error}") from error
+
+
+def _scores_of(
     name: str, function: RewardFunc, prompts: list[str], images: list[Image], columns: dict[str, list[Any]]
 ) -> _ChunkScores:
     start = time.perf_counter()

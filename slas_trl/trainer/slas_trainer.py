@@ -108,6 +108,8 @@ class SLASTrainer(EvaluatingTrainer):
                     "eval_reward_funcs are scored in evaluation, for which there are no prompts; pass eval_dataset. A "
                     "reward of weight 0 (reward_weights) is scored on every rollout, and not trained on either."
                 )
+            if args.eval_strategy == "no":
+                logger.warning("eval_strategy is 'no': eval_reward_funcs are scored by evaluate(), not in training.")
         if args.reward_weights is not None and len(args.reward_weights) != len(self.scorer.names):
             raise ValueError(
                 f"reward_weights has {len(args.reward_weights)} entries for {len(self.scorer.names)} rewards "

@@ -246,6 +246,7 @@ def test_evaluation_prompts_are_used_for_the_report(capsys):
         (["--reward_funcs", "tiny_rewards:brightnes"], ["tiny_rewards:brightnes"]),
         (["--reward_funcs", "tiny_rewards.py:darkness:depth=3"], ["no option 'depth'"]),
         (["--eval_reward_funcs", "tiny_rewards:redness"], ["set eval_strategy"]),
+        (["--eval_reward_funcs", "tiny_rewards:redness", "--eval_dataset_name", "prompts.txt"], ["set eval_strategy"]),
         (["--reward_weights", "1.0"], ["reward_weights", "darkness"]),
         (
             ["--reward_funcs", "tiny_rewards:too_short", "--reward_weights", "1"],

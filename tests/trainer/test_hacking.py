@@ -50,6 +50,20 @@ def test_it_needs_prompts_and_a_name_of_its_own(tmp_path):
         tiny_trainer(tmp_path, eval_reward_funcs=redness, eval_dataset=HELD_OUT)
 
 
+def test_it_is_said_when_nothing_is_evaluated(tmp_path, caplog):
+    tiny_trainer(tmp_path, eval_reward_funcs=blueness, eval_dataset=HELD_OUT)
+    assert "eval_strategy is 'no'" in caplog.text
+
+
+def test_two_evaluations_at_a_step_count_once():
+    callback, control, state = RewardHackingCallback(["other"], 2, "stop"), TrainerControl(), TrainerState()
+    for step, reward, other in ((1, 1, 3), (1, 1, 3), (2, 2, 2), (2, 2, 2), (3, 3, 1)):
+        metrics = {"eval_reward": reward, "eval_rewards/other/mean": other}
+        state.log_history.append({**metrics, "step": step})
+        callback.on_evaluate(None, state, control, metrics=metrics)
+    assert control.should_training_stop
+
+
 @pytest.mark.parametrize(("action", "steps"), [("warn", 5), ("stop", 3)])
 def test_training_ends_where_it_is_asked_to(tmp_path, caplog, action, steps):
     trainer = trained(
@@ -93,10 +107,10 @@ def test_a_reward_of_weight_0_is_held_out_too(tmp_path):
 def verdict(trained_reward, held_out, patience=2, prefix="eval"):
     """Whether training is stopped after these evaluations."""
     callback, control, state = RewardHackingCallback(["other"], patience, "stop"), TrainerControl(), TrainerState()
-    for reward, other in zip(trained_reward, held_out, strict=True):
-        state.log_history.append({"loss": 0.1})
+    for step, (reward, other) in enumerate(zip(trained_reward, held_out, strict=True)):
+        state.log_history.append({"loss": 0.1, "step": step})
         metrics = {f"{prefix}_reward": reward, f"{prefix}_rewards/other/mean": other}
-        state.log_history.append(metrics)
+        state.log_history.append({**metrics, "step": step})
         callback.on_evaluate(None, state, control, metrics=metrics)
     return control.should_training_stop
 

@@ -86,6 +86,36 @@ def test_a_reward_gets_prompts_images_and_columns():
     assert seen["number"] == [1, 1, 2] and seen["tag"] == ["x", "x", "y"]
 
 
+@pytest.mark.parametrize("concurrent", [True, False])
+def test_a_reward_that_changes_images_changes_only_its_own(concurrent):
+    ready = threading.Event()
+
+    def careless(prompts, images, pictures, **columns):
+        for image in [*images, *pictures, *[each["inner"][0] for each in columns["nested"]]]:
+            image.paste((255, 0, 0), (0, 0, 2, 2))
+        ready.set()
+        return red(prompts, images)
+
+    def slow(prompts, images, pictures, nested, **columns):
+        ready.wait(20)
+        return [
+            a + b + c
+            for a, b, c in zip(
+                red(prompts, images),
+                red(prompts, pictures),
+                red(prompts, [n["inner"][0] for n in nested]),
+                strict=True,
+            )
+        ]
+
+    images = [image.copy() for image in IMAGES]
+    columns = {"pictures": [i.copy() for i in IMAGES], "nested": [{"inner": [i.copy()]} for i in IMAGES]}
+    with Scoring(RewardScorer([careless, slow]), concurrent=concurrent) as scoring:
+        scoring.add(PROMPTS, images, columns)
+        assert scoring.result()[0].rewards.T.tolist() == [[2.55] * 3, [0.0, 3.0, 6.0]]
+    assert [image.getpixel((0, 0))[0] for image in images] == [0, 100, 200]
+
+
 # When it is called
 
 
@@ -156,6 +186,31 @@ def test_the_errors_of_all_rewards_are_told_and_the_others_have_scores():
     assert list(errors) == ["picky"] and "returned 1 values for 3 images" in str(errors["picky"])
 
 
+@pytest.mark.parametrize("kind", [SystemExit, OverflowError, asyncio.CancelledError, KeyboardInterrupt])
+def test_whatever_a_reward_raises_is_an_error_of_that_reward(kind):
+    def broken(prompts, images, **columns):
+        raise kind("no more")
+
+    with pytest.raises(ValueError, match=f"Reward 'broken' raised {kind.__name__}: no more"):
+        score(broken)
+    with pytest.raises(ValueError, match="Reward 'strange' raised OverflowError"):
+        score(returning([10**400, 0, 0]))
+
+
+def test_a_reward_that_failed_is_not_called_again():
+    calls = []
+
+    def broken(prompts, images, **columns):
+        calls.append(len(images))
+        raise ImportError("no such package")
+
+    with Scoring(RewardScorer(broken)) as scoring:
+        scoring.add(PROMPTS, IMAGES, {})
+        scoring.add(PROMPTS, IMAGES, {})
+        assert "cannot be used: no such package" in str(scoring.result()[1]["broken"])
+    assert calls == [3]
+
+
 def test_no_gradients_are_kept():
     weight = torch.ones(1, requires_grad=True)
 
@@ -201,15 +256,21 @@ def test_named_components(values, rewards):
         assert values.shape == (3,) and name.startswith("strange/")
 
 
-def test_a_component_that_a_chunk_has_not_got_is_no_score_there():
-    def reward(prompts, images, **columns):
-        return {"reward": [1.0] * len(images), **({"colour": [0.5] * len(images)} if len(images) == 3 else {})}
+def test_components_have_to_be_the_same_in_every_chunk():
+    """Without "reward" it is their sum that is trained on."""
 
-    with Scoring(RewardScorer(reward)) as scoring:
+    def uneven(prompts, images, **columns):
+        return {"shape": [1.0] * len(images), **({"colour": [0.5] * len(images)} if len(images) == 3 else {})}
+
+    with Scoring(RewardScorer([uneven, red])) as scoring:
         scoring.add(PROMPTS[:1], IMAGES[:1], {})
         scoring.add(PROMPTS, IMAGES, {})
-        scores, _ = scoring.result()
-    assert scores.components["reward/colour"].nan_to_num(-1).tolist() == [-1.0, 0.5, 0.5, 0.5]
+        scores, errors = scoring.result()
+    assert scores.rewards[:, 1].tolist() == [0.0, 0.0, 1.0, 2.0]
+    with pytest.raises(
+        ValueError, match=r"'uneven' returned .* \['shape'\] for some .* \['colour', 'shape'\] for others"
+    ):
+        raise errors["uneven"]
 
 
 def test_a_component_is_checked_and_named():
@@ -293,6 +354,29 @@ def test_the_image_on_which_a_reward_raises_is_named_by_its_prompt():
     ) as error:
         score(picky)
     assert isinstance(error.value.__cause__, KeyError)
+
+
+def test_an_async_reward_may_keep_a_client_from_chunk_to_chunk():
+    """A lock belongs to the event loop that it was first waited for in, as a client's connections do."""
+    lock, loops = asyncio.Lock(), set()
+
+    async def reward(prompts, images, **columns):
+        loops.add(asyncio.get_running_loop())
+        async with lock:
+            await asyncio.sleep(0.01)
+            assert not torch.is_grad_enabled()
+            return red(prompts, images)
+
+    async def other(prompts, images, **columns):
+        return await reward(prompts, images)
+
+    for _ in range(2):
+        with Scoring(RewardScorer([reward, other])) as scoring:
+            scoring.add(PROMPTS, IMAGES, {})
+            scoring.add(PROMPTS, IMAGES, {})
+            scores, errors = scoring.result()
+        assert not errors and scores.rewards[:3].tolist() == [[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]]
+    assert len(loops) == 1
 
 
 def test_an_async_reward_that_raises_is_named_too():

@@ -95,25 +95,28 @@ def nan_on_one_process(folder: Path, rank: int) -> list[float]:
     return [log["update_skipped"] for log in trainer.state.log_history if "loss" in log]
 
 
-def components_of_one_process(folder: Path, rank: int) -> dict[str, float]:
-    """A component that only the second process returns; held-out rewards in evaluation."""
+def components(folder: Path, rank: int) -> dict[str, Any]:
+    """A reward's components, and one that only the second process returns; held-out rewards in evaluation."""
 
     def reward(prompts, images, **columns):
-        own = {"second": [float(rank)] * len(images)} if rank else {}
-        return {"reward": redness(prompts, images), "rank": [float(rank)] * len(images), **own}
+        return {"reward": redness(prompts, images), "rank": [float(rank)] * len(images)}
+
+    def uneven(prompts, images, **columns):
+        return {"reward": redness(prompts, images), **({"second": [1.0] * len(images)} if rank else {})}
 
     def held_out(prompts, images, **columns):
         return [float(len(prompt)) for prompt in prompts]
 
     data = PROMPTS.select(range(3))
-    trainer = tiny_trainer(
-        folder, "sd3", reward, max_steps=1, eval_dataset=data, eval_reward_funcs=held_out, concurrent_rewards=True
-    )
+    trainer = tiny_trainer(folder, "sd3", reward, max_steps=1, eval_dataset=data, eval_reward_funcs=held_out)
     trainer.train()
     [line] = [log for log in trainer.state.log_history if "loss" in log]
     expected = sum(len(prompt) for prompt in data["prompt"]) / 3
-    evaluated = trainer.evaluate()
-    return {**line, "held_out": evaluated["eval_rewards/held_out/mean"] / expected}
+    try:
+        tiny_trainer(folder / "uneven", "sd3", uneven, max_steps=1).train()
+    except ValueError as error:
+        message = str(error)
+    return {**line, "held_out": trainer.evaluate()["eval_rewards/held_out/mean"] / expected, "uneven": message}
 
 
 def ddp(folder: Path, state: PartialState) -> dict[str, Any]:
@@ -131,7 +134,7 @@ def ddp(folder: Path, state: PartialState) -> dict[str, Any]:
         "wan2.2": one_of_the_zoo("wan2.2", folder / "experts", 2),
         "sd3.5-slg": one_of_the_zoo("sd3.5-slg", folder / "skipping", 2),
         "skipped": nan_on_one_process(folder / "skipped", state.process_index),
-        "components": components_of_one_process(folder / "components", state.process_index),
+        "components": components(folder / "components", state.process_index),
     }
     uneven = tiny_trainer(folder / "uneven", train_dataset=PROMPTS.select(range(5)), num_train_epochs=2, max_steps=-1)
     uneven.train()
