@@ -1,5 +1,6 @@
 """Rewards by name: `"hpsv2"`, `"hpsv2:version=v2.0"`, `"package.module:function"`, `"my_rewards.py:sharpness"`."""
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -8,10 +9,8 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import Any
-
-import yaml
+from types import ModuleType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 from slas_trl import rewards
 from slas_trl.rewards.base import Reward
@@ -19,6 +18,15 @@ from slas_trl.rewards.base import Reward
 
 # (prompts, images, **columns) -> a score for each image, or None; or a dictionary of such lists; sync or async
 RewardFunc = Callable[..., Any]
+
+# Annotations, how each is read, and its name; the first that fits is taken, so that where text is meant none is a word.
+_READERS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "int": (int, "a whole number"),
+    "float": (float, "a number"),
+    "bool": (lambda text: {"true": True, "false": False}[text.lower()], "true or false"),
+    "str": (str, "text"),
+    "None": (lambda text: {"none": None, "null": None}[text.lower()], "none"),
+}
 
 EXPECTED = (
     'Use a name from slas_trl.rewards, with options as in "hpsv2:version=v2.0", or a function of your own as '
@@ -105,14 +113,14 @@ def _with_options(reward: str, found: Any, text: str) -> RewardFunc:
     if "process" in given and "process" not in known:
         from slas_trl.rewards.process import ProcessReward  # which resolves names itself
 
-        if yaml.safe_load(given.pop("process")) is True:
+        if given.pop("process") == "true":
             others = ",".join(f"{key}={value}" for key, value in given.items())
             place = reward.removesuffix(text).rstrip(":")
             return ProcessReward(f"{place}:{others}" if others else place)
     for key in given:
         if key not in known:
             raise ValueError(f"The reward {reward!r} has no option {key!r}; it has {', '.join(known) or 'none'}.")
-    options = {key: _value(value, known[key]) for key, value in given.items()}
+    options = {key: _value(reward, key, value, known[key]) for key, value in given.items()}
     try:
         if isinstance(found, Reward):
             return dataclasses.replace(found, **options)
@@ -133,6 +141,18 @@ def _options_of(target: Callable) -> Mapping[str, Any]:
     }
 
 
-def _value(text: str, annotation: Any) -> Any:
-    """Text where text is meant; otherwise what YAML reads in it."""
-    return text if "str" in str(annotation) else yaml.safe_load(text)
+def _value(reward: str, option: str, text: str, annotation: Any) -> Any:
+    """Of a kind that the annotation has. Where it says nothing, a number, true, false or none; text otherwise."""
+    if isinstance(annotation, str):  # from __future__ import annotations
+        kinds = [kind.strip() for kind in annotation.split("|")]
+    else:
+        union = get_origin(annotation) in (Union, UnionType)
+        kinds = [getattr(kind, "__name__", "") for kind in (get_args(annotation) if union else [annotation])]
+        kinds = ["None" if kind == "NoneType" else kind for kind in kinds]
+    fits = "str" in kinds or all(kind in _READERS for kind in kinds)
+    expected = [kind for kind in _READERS if kind in kinds] if fits else ["int", "float", "bool", "None", "str"]
+    for kind in expected:
+        with contextlib.suppress(ValueError, KeyError):
+            return _READERS[kind][0](text)
+    names = " or ".join(_READERS[kind][1] for kind in expected)
+    raise ValueError(f"The option {option} of the reward {reward!r} must be {names}, but it is {text!r}.")

@@ -24,6 +24,10 @@ def red(prompts, images, scale=1, **columns):
     return [scale] * len(images)
 
 
+def shown(prompts, images, plain=None, whole: "int | None" = None, part: float = 0.0, mixed: int | str = 0, **columns):
+    return [f"{plain!r} {whole!r} {part!r} {mixed!r}"]
+
+
 def where_am_i(prompts, images, shift=0, **columns):
     return [os.getpid() + shift for _ in images]
 
@@ -77,6 +81,10 @@ def test_a_reward_has_a_name(reward, name):
         (f"{HERE}:Sharpness:level=2", "Sharpness", 2),
         (f"{HERE}:versioned", "versioned", "'2' None"),
         (f"{HERE}:versioned:version=2.10,size=7", "versioned", "'2.10' 7"),  # a version is text, a size a number
+        (f"{HERE}:shown:plain=1e-3,whole=7,part=1e2,mixed=2", "shown", "0.001 7 100.0 2"),
+        (f"{HERE}:shown:plain=False,whole=none,part=3,mixed=none", "shown", "False None 3.0 'none'"),
+        (f"{HERE}:shown:plain=null", "shown", "None None 0.0 0"),
+        (f"{HERE}:shown:plain=v2.0", "shown", "'v2.0' None 0.0 0"),
         (f"{HERE}:versioned:name=other,version=cuda:1", "other", "'cuda:1' None"),
     ],
 )
@@ -137,6 +145,9 @@ def test_what_cannot_be_called_is_refused(reward):
         ("red:colour=1", "no option 'colour'; it has scale"),
         ("versioned:versoin=1", "no option 'versoin'; it has .*version"),
         ("Sharpness:blur=1", "no option 'blur'; it has level"),
+        ("Sharpness:level=high", "option level .* must be a number, but it is 'high'"),
+        ("versioned:size=1e2", "option size .* must be a whole number or none, but it is '1e2'"),
+        ("shown:whole=x", "option whole .* must be a whole number or none, but it is 'x'"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message):
