@@ -113,7 +113,7 @@ def _with_options(reward: str, found: Any, text: str) -> RewardFunc:
     if "process" in given and "process" not in known:
         from slas_trl.rewards.process import ProcessReward  # which resolves names itself
 
-        if given.pop("process") == "true":
+        if _value(reward, "process", given.pop("process"), bool):
             others = ",".join(f"{key}={value}" for key, value in given.items())
             place = reward.removesuffix(text).rstrip(":")
             return ProcessReward(f"{place}:{others}" if others else place)

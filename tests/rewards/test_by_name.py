@@ -148,6 +148,7 @@ def test_what_cannot_be_called_is_refused(reward):
         ("Sharpness:level=high", "option level .* must be a number, but it is 'high'"),
         ("versioned:size=1e2", "option size .* must be a whole number or none, but it is '1e2'"),
         ("shown:whole=x", "option whole .* must be a whole number or none, but it is 'x'"),
+        ("where_am_i:process=1", "option process .* must be true or false, but it is '1'"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message):
