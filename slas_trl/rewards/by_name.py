@@ -4,9 +4,11 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import hashlib
 import importlib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType, UnionType
@@ -19,7 +21,7 @@ from slas_trl.rewards.base import Reward
 # (prompts, images, **columns) -> a score for each image, or None; or a dictionary of such lists; sync or async
 RewardFunc = Callable[..., Any]
 
-# Annotations, how each is read, and its name; the first that fits is taken, so that where text is meant none is a word.
+# Annotations, how each is read, and its name. The first that fits is taken: where text is meant, none is a word.
 _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "int": (int, "a whole number"),
     "float": (float, "a number"),
@@ -57,9 +59,7 @@ def resolve_reward(reward: RewardFunc | str) -> RewardFunc:
     try:
         found = getattr(_module(place), name)
     except Exception as error:  # whatever the user's module raises
-        near = difflib.get_close_matches(reward.split(":")[0], rewards.NAMES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"There is no reward {reward!r} ({error}).{hint} {EXPECTED}") from error
+        raise ValueError(f"There is no reward {reward!r} ({error}).{_hint(reward)} {EXPECTED}") from error
     if not callable(found):
         raise TypeError(f"The reward {reward!r} is a {type(found).__name__}, not a function.")
     return _with_options(reward, found, text)
@@ -84,6 +84,12 @@ def reward_name(reward: RewardFunc) -> str:
     return getattr(reward, "__name__", type(reward).__name__)
 
 
+def _hint(reward: str) -> str:
+    first = reward.split(":")[0]
+    near = difflib.get_close_matches(first, rewards.NAMES, n=1) if not {".", "/"} & set(first) else ()
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
 def _module(place: str) -> ModuleType:
     return _load_file(str(Path(place).resolve())) if place.endswith(".py") else importlib.import_module(place)
 
@@ -92,10 +98,16 @@ def _module(place: str) -> ModuleType:
 def _load_file(path: str) -> ModuleType:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    # Dataclasses, pickle and inspect look modules up by their names: no other module's is like this one.
+    name = f"{Path(path).stem.replace('.', '_')}@{hashlib.sha256(path.encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # it ends in .py
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 

@@ -1,7 +1,9 @@
 """Which rewards there are by name, with which options, and what is said of one that there is not."""
 
 import functools
+import inspect
 import os
+import pickle
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -118,6 +120,35 @@ def test_a_function_of_a_file(tmp_path):
     assert resolve_reward(f"{file}:sharpness") is resolve_reward(f"{file}:sharpness")
 
 
+def test_a_class_of_a_file(tmp_path):
+    file = tmp_path / "json.py"  # the name of another module
+    file.write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "@dataclass(frozen=True)\n"
+        "class Sharpness:\n"
+        "    level: str = 'high'\n"
+        "    def __call__(self, prompts, images, **columns):\n"
+        "        return [self.level] * len(images)\n"
+    )
+    sharpness = resolve_reward(f"{file}:Sharpness:level=2.10")
+    assert sharpness(PROMPTS, IMAGES) == ["2.10"]
+    assert pickle.loads(pickle.dumps(sharpness)) == sharpness
+    assert "level: str" in inspect.getsource(type(sharpness))
+    assert hasattr(sys.modules["json"], "dumps")
+
+
+def test_a_file_that_fails_is_read_again(tmp_path):
+    file = tmp_path / "my_rewards.py"
+    file.write_text("1 / 0")
+    before = set(sys.modules)
+    with pytest.raises(ValueError, match="division by zero"):
+        resolve_reward(f"{file}:red")
+    assert set(sys.modules) == before
+    file.write_text("def red(prompts, images, **columns):\n    return [1.0] * len(images)\n")
+    assert resolve_reward(f"{file}:red")(PROMPTS, IMAGES) == [1]
+
+
 @pytest.mark.parametrize(
     "name",
     ["hpsv9", "no_such_module:red", f"{HERE}:blueness", f"{HERE}:", f"{HERE}.blueness", "no_such_file.py:red", ""],
@@ -130,6 +161,10 @@ def test_an_unknown_name_is_refused(name):
 def test_the_nearest_name_is_offered():
     with pytest.raises(ValueError, match="Did you mean 'shapes_clip'"):
         resolve_reward("shape_clip")
+    for own in ("./ocr.py:red", "shapes.clip:red"):
+        with pytest.raises(ValueError) as error:
+            resolve_reward(own)
+        assert "Did you mean" not in str(error.value)
 
 
 @pytest.mark.parametrize("reward", [3, None, "math:pi"])
