@@ -34,6 +34,7 @@ EXPECTED = (
     'Use a name from slas_trl.rewards, with options as in "hpsv2:version=v2.0", or a function of your own as '
     "package.module:function or file.py:function."
 )
+SEVERAL = "names are separated by spaces on the command line, and are a list in YAML and Python."
 
 
 def resolve_reward(reward: RewardFunc | str) -> RewardFunc:
@@ -56,6 +57,8 @@ def resolve_reward(reward: RewardFunc | str) -> RewardFunc:
     if not isinstance(reward, str):
         raise TypeError(f"A reward must be a callable or a string, but got a {type(reward).__name__}: {reward!r}.")
     place, name, text = split_name(reward)
+    if place.endswith(".py") and not name:
+        raise ValueError(f'The reward {reward!r} is a file; expected a function of it, as in "{place}:function".')
     try:
         found = getattr(_module(place), name)
     except Exception as error:  # whatever the user's module raises
@@ -70,7 +73,7 @@ def split_name(reward: str) -> tuple[str, str, str]:
     first, _, rest = reward.partition(":")
     if first in rewards.NAMES:
         return "slas_trl.rewards", first, rest
-    if ":" not in reward:
+    if ":" not in reward and not reward.endswith(".py"):
         place, _, name = first.rpartition(".")
         return place or "slas_trl.rewards", name, ""
     name, _, options = rest.partition(":")
@@ -85,6 +88,8 @@ def reward_name(reward: RewardFunc) -> str:
 
 
 def _hint(reward: str) -> str:
+    if "," in reward.split("=")[0]:  # not between options
+        return f" If these are several: {SEVERAL}"
     first = reward.split(":")[0]
     near = difflib.get_close_matches(first, rewards.NAMES, n=1) if not {".", "/"} & set(first) else ()
     return f" Did you mean {near[0]!r}?" if near else ""
@@ -117,7 +122,8 @@ def _with_options(reward: str, found: Any, text: str) -> RewardFunc:
         key, equals, value = part.partition("=")
         if not equals or not key.strip().isidentifier():
             raise ValueError(
-                f"The options of the reward {reward!r} hold {part!r}; expected option=value,option=value."
+                f"The options of the reward {reward!r} hold {part!r}; expected option=value,option=value. If that is "
+                f"another reward: {SEVERAL}"
             )
         given[key.strip()] = value.strip()
     target = type(found) if isinstance(found, Reward) else found

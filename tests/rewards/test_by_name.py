@@ -160,11 +160,23 @@ def test_an_unknown_name_is_refused(name):
 
 def test_the_nearest_name_is_offered():
     with pytest.raises(ValueError, match="Did you mean 'shapes_clip'"):
-        resolve_reward("shape_clip")
+        resolve_reward("shape_clip:name=a,batch_size=2")
     for own in ("./ocr.py:red", "shapes.clip:red"):
         with pytest.raises(ValueError) as error:
             resolve_reward(own)
         assert "Did you mean" not in str(error.value)
+
+
+def test_a_file_needs_a_function():
+    for name in ("folder/my_rewards.py", "folder/my_rewards.py:"):
+        with pytest.raises(ValueError, match='is a file; expected .* "folder/my_rewards.py:function"'):
+            resolve_reward(name)
+
+
+@pytest.mark.parametrize("name", ["hpsv2,ocr", "hpsv2:version=v2.0,ocr", "a.py:red,b.py:red", "ocr,hpsv2:name=a"])
+def test_several_names_in_one(name):
+    with pytest.raises(ValueError, match="separated by spaces on the command line, and are a list in YAML"):
+        resolve_reward(name)
 
 
 @pytest.mark.parametrize("reward", [3, None, "math:pi"])
