@@ -66,7 +66,14 @@ class ModelReward(Reward):
     batch_size: int = 16
 
     def __post_init__(self):
-        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+        try:
+            torch.device(self.device or "cpu")
+        except RuntimeError as error:
+            raise ValueError(
+                f"device of {self.__name__} must be one of PyTorch's, such as cpu, cuda or cuda:1, but it is "
+                f"{self.device!r}."
+            ) from error
+        if self.dtype not in DTYPES:
             raise ValueError(
                 f"dtype of {self.__name__} must be float32, bfloat16 or float16, but it is {self.dtype!r}."
             )

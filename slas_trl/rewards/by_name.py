@@ -1,17 +1,18 @@
 """Rewards by name: `"hpsv2"`, `"hpsv2:version=v2.0"`, `"package.module:function"`, `"my_rewards.py:sharpness"`."""
 
+import contextlib
 import dataclasses
 import difflib
 import functools
+import hashlib
 import importlib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import Any
-
-import yaml
+from types import ModuleType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 from slas_trl import rewards
 from slas_trl.rewards.base import Reward
@@ -20,10 +21,20 @@ from slas_trl.rewards.base import Reward
 # (prompts, images, **columns) -> a score for each image, or None; or a dictionary of such lists; sync or async
 RewardFunc = Callable[..., Any]
 
+# Annotations, how each is read, and its name. The first that fits is taken: where text is meant, none is a word.
+_READERS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "int": (int, "a whole number"),
+    "float": (float, "a number"),
+    "bool": (lambda text: {"true": True, "false": False}[text.lower()], "true or false"),
+    "str": (str, "text"),
+    "None": (lambda text: {"none": None, "null": None}[text.lower()], "none"),
+}
+
 EXPECTED = (
     'Use a name from slas_trl.rewards, with options as in "hpsv2:version=v2.0", or a function of your own as '
     "package.module:function or file.py:function."
 )
+SEVERAL = "names are separated by spaces on the command line, and are a list in YAML and Python."
 
 
 def resolve_reward(reward: RewardFunc | str) -> RewardFunc:
@@ -46,12 +57,12 @@ def resolve_reward(reward: RewardFunc | str) -> RewardFunc:
     if not isinstance(reward, str):
         raise TypeError(f"A reward must be a callable or a string, but got a {type(reward).__name__}: {reward!r}.")
     place, name, text = split_name(reward)
+    if place.endswith(".py") and not name:
+        raise ValueError(f'The reward {reward!r} is a file; expected a function of it, as in "{place}:function".')
     try:
         found = getattr(_module(place), name)
     except Exception as error:  # whatever the user's module raises
-        near = difflib.get_close_matches(reward.split(":")[0], rewards.NAMES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"There is no reward {reward!r} ({error}).{hint} {EXPECTED}") from error
+        raise ValueError(f"There is no reward {reward!r} ({error}).{_hint(reward)} {EXPECTED}") from error
     if not callable(found):
         raise TypeError(f"The reward {reward!r} is a {type(found).__name__}, not a function.")
     return _with_options(reward, found, text)
@@ -62,7 +73,7 @@ def split_name(reward: str) -> tuple[str, str, str]:
     first, _, rest = reward.partition(":")
     if first in rewards.NAMES:
         return "slas_trl.rewards", first, rest
-    if ":" not in reward:
+    if ":" not in reward and not reward.endswith(".py"):
         place, _, name = first.rpartition(".")
         return place or "slas_trl.rewards", name, ""
     name, _, options = rest.partition(":")
@@ -76,6 +87,14 @@ def reward_name(reward: RewardFunc) -> str:
     return getattr(reward, "__name__", type(reward).__name__)
 
 
+def _hint(reward: str) -> str:
+    if "," in reward.split("=")[0]:  # not between options
+        return f" If these are several: {SEVERAL}"
+    first = reward.split(":")[0]
+    near = difflib.get_close_matches(first, rewards.NAMES, n=1) if not {".", "/"} & set(first) else ()
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
 def _module(place: str) -> ModuleType:
     return _load_file(str(Path(place).resolve())) if place.endswith(".py") else importlib.import_module(place)
 
@@ -84,10 +103,16 @@ def _module(place: str) -> ModuleType:
 def _load_file(path: str) -> ModuleType:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    # Dataclasses, pickle and inspect look modules up by their names: no other module's is like this one.
+    name = f"{Path(path).stem.replace('.', '_')}@{hashlib.sha256(path.encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # it ends in .py
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 
@@ -97,7 +122,8 @@ def _with_options(reward: str, found: Any, text: str) -> RewardFunc:
         key, equals, value = part.partition("=")
         if not equals or not key.strip().isidentifier():
             raise ValueError(
-                f"The options of the reward {reward!r} hold {part!r}; expected option=value,option=value."
+                f"The options of the reward {reward!r} hold {part!r}; expected option=value,option=value. If that is "
+                f"another reward: {SEVERAL}"
             )
         given[key.strip()] = value.strip()
     target = type(found) if isinstance(found, Reward) else found
@@ -105,14 +131,14 @@ def _with_options(reward: str, found: Any, text: str) -> RewardFunc:
     if "process" in given and "process" not in known:
         from slas_trl.rewards.process import ProcessReward  # which resolves names itself
 
-        if yaml.safe_load(given.pop("process")) is True:
+        if _value(reward, "process", given.pop("process"), bool):
             others = ",".join(f"{key}={value}" for key, value in given.items())
             place = reward.removesuffix(text).rstrip(":")
             return ProcessReward(f"{place}:{others}" if others else place)
     for key in given:
         if key not in known:
             raise ValueError(f"The reward {reward!r} has no option {key!r}; it has {', '.join(known) or 'none'}.")
-    options = {key: _value(value, known[key]) for key, value in given.items()}
+    options = {key: _value(reward, key, value, known[key]) for key, value in given.items()}
     try:
         if isinstance(found, Reward):
             return dataclasses.replace(found, **options)
@@ -133,6 +159,18 @@ def _options_of(target: Callable) -> Mapping[str, Any]:
     }
 
 
-def _value(text: str, annotation: Any) -> Any:
-    """Text where text is meant; otherwise what YAML reads in it."""
-    return text if "str" in str(annotation) else yaml.safe_load(text)
+def _value(reward: str, option: str, text: str, annotation: Any) -> Any:
+    """Of a kind that the annotation has. Where it says nothing, a number, true, false or none; text otherwise."""
+    if isinstance(annotation, str):  # from __future__ import annotations
+        kinds = [kind.strip() for kind in annotation.split("|")]
+    else:
+        union = get_origin(annotation) in (Union, UnionType)
+        kinds = [getattr(kind, "__name__", "") for kind in (get_args(annotation) if union else [annotation])]
+        kinds = ["None" if kind == "NoneType" else kind for kind in kinds]
+    fits = "str" in kinds or all(kind in _READERS for kind in kinds)
+    expected = [kind for kind in _READERS if kind in kinds] if fits else ["int", "float", "bool", "None", "str"]
+    for kind in expected:
+        with contextlib.suppress(ValueError, KeyError):
+            return _READERS[kind][0](text)
+    names = " or ".join(_READERS[kind][1] for kind in expected)
+    raise ValueError(f"The option {option} of the reward {reward!r} must be {names}, but it is {text!r}.")

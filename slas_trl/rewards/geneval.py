@@ -3,6 +3,7 @@ What GenEval (https://huggingface.co/papers/2310.11513) asks of a picture, and w
 in it fulfil that: which objects, how many, of which colour, and where. Nothing here looks at pixels.
 """
 
+import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import numpy as np
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
 
+_KEYS = ("class", "count", "color", "position")  # of an entry of include; the first two of one of exclude
 _MARGIN = 0.1  # of the sizes of both objects: their centres may differ by so much before one is beside the other
 _MAX_OBJECTS = 16  # of a class; weaker detections are dropped
 
@@ -93,7 +95,9 @@ def read_specification(row: Mapping[str, Any] | str | None) -> Specification | N
     if not (row.get("include") or row.get("exclude")):
         return None
     include = tuple(_demand(entry, index, row) for index, entry in enumerate(row.get("include") or ()))
-    exclude = tuple((canonical(_name(entry, row)), _count(entry, row)) for entry in row.get("exclude") or ())
+    exclude = tuple(
+        (canonical(_name(entry, row, _KEYS[:2])), _count(entry, row)) for entry in row.get("exclude") or ()
+    )
     tag = row.get("tag")
     # Only its tag tells which of GenEval's pictures need more confident detections; these all have something excluded.
     return Specification(include, exclude, counting=tag == "counting" if tag else bool(exclude))
@@ -118,12 +122,19 @@ def _demand(entry: Mapping[str, Any], index: int, row: Any) -> Demand:
     return Demand(name, count, color, relation, target)
 
 
-def _name(entry: Any, row: Any) -> str:
+def _name(entry: Any, row: Any, known: Sequence[str] = _KEYS) -> str:
     name = entry.get("class") if isinstance(entry, Mapping) else None
     if not isinstance(name, str) or not name.strip():
         raise ValueError(
             f"{entry!r} of {row!r} has no class; expected an entry such as "
             '{"class": "dog", "count": 2, "color": "red", "position": ["left of", 0]}, all but the class optional.'
+        )
+    # Passed over, it would be a demand that each picture fulfils. In tables, a key of one row is None in the others.
+    for key in (key for key, value in entry.items() if key not in known and value is not None):
+        near = difflib.get_close_matches(str(key), known, n=1)
+        raise ValueError(
+            f"{entry!r} of {row!r} has an unknown key {key!r}{f'; did you mean {near[0]!r}?' if near else '.'} "
+            f"Known are {', '.join(known)}."
         )
     return name
 

@@ -270,7 +270,7 @@ def _load_detector(name: str, device: torch.device, dtype: torch.dtype) -> tuple
         config = AutoConfig.from_pretrained(name)
         segments = "Segmentation" in "".join(config.architectures or ())
         auto = AutoModelForSegmentation if segments else AutoModelForObjectDetection
-        model = auto.from_pretrained(name, dtype=dtype)
+        model, loaded = auto.from_pretrained(name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
         processor = AutoImageProcessor.from_pretrained(name, backend="pil")  # the same with and without torchvision
     except OSError as error:
         raise FileNotFoundError(missing_checkpoint("object_detector", name, error, option="model")) from error
@@ -279,4 +279,19 @@ def _load_detector(name: str, device: torch.device, dtype: torch.dtype) -> tuple
             f"object_detector cannot use {name!r}: expected one of transformers' models for object detection or "
             f"instance segmentation, such as DETR, YOLOS, RT-DETR or Mask2Former. {error}"
         ) from error
+    _check_weights(name, model, loaded)
     return model.to(device).eval().requires_grad_(False), processor
+
+
+def _check_weights(name: str, model: torch.nn.Module, loaded: Mapping[str, Any]) -> None:
+    """Weights that a checkpoint lacks are random: of a backbone alone, all that would be found."""
+    # Buffers are computed where they are missing, which is usual in older checkpoints.
+    missing = loaded["missing_keys"] & dict(model.named_parameters()).keys()
+    other_sizes = {key for key, *_ in loaded["mismatched_keys"]}
+    if missing or other_sizes:
+        keys = sorted(missing | other_sizes)
+        raise ValueError(
+            f"object_detector cannot use {name!r}: {len(missing)} weights of a {type(model).__name__} are missing in "
+            f"it, and {len(other_sizes)} are of another size: {', '.join(keys[:5])}{', …' if keys[5:] else ''}. "
+            "Expected a model that was trained to detect objects, not a backbone alone or another number of classes."
+        )

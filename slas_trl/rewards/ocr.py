@@ -39,7 +39,9 @@ class OCR(Reward):
 
     Args:
         threads (`int`, *optional*): Threads of the reader, which runs on the CPU; by default as many as PyTorch's.
-        min_confidence (`float`, *optional*, defaults to `0.5`): What is read with less is not counted.
+        min_confidence (`float`, *optional*, defaults to `0.5`):
+            What is read with less is not counted. Flow-GRPO itself counts all that it gets, but its reader, PaddleOCR,
+            gives it nothing below 0.5; with 0, RapidOCR reads something in one of six noisy pictures without text.
         min_side (`int`, *optional*, defaults to `736`):
             A picture whose shorter side is smaller is enlarged to this before text is looked for, which takes most of
             the time. Less of it is quicker, and enough for text that fills a small picture.

@@ -13,6 +13,7 @@ from trl import TrlParser
 
 from slas_trl import rewards
 from slas_trl.cli.launch import OPTIONS as LAUNCH_OPTIONS
+from slas_trl.rewards.by_name import SEVERAL
 from slas_trl.trainer import SLASConfig
 
 
@@ -115,16 +116,22 @@ class SLASScriptArguments:
     report_images_per_prompt: int = field(default=4, metadata={"help": "Pictures of each prompt of the report."})
 
     def __post_init__(self):
-        if isinstance(self.reward_funcs, str):  # `reward_funcs: clip_score` in YAML
-            self.reward_funcs = [self.reward_funcs]
-        if isinstance(self.eval_reward_funcs, str):
-            self.eval_reward_funcs = [self.eval_reward_funcs]
+        if isinstance(self.reward_funcs, str | dict):  # `reward_funcs: clip_score` in YAML
+            self.reward_funcs = [cast(str, self.reward_funcs)]
+        if isinstance(self.eval_reward_funcs, str | dict):
+            self.eval_reward_funcs = [cast(str, self.eval_reward_funcs)]
         # Before all else that may be wrong: without the reward, the rest of a configuration is of no use.
         for name in [*(self.reward_funcs or []), *(self.eval_reward_funcs or [])]:
+            if not isinstance(name, str):
+                raise ValueError(
+                    f"a reward must be a name, but YAML read {name!r}: in 'hpsv2: version=v2.0', leave out the space "
+                    "after the colon, or put all of it in quotes."
+                )
             if not {":", "."} & set(name) and name not in rewards.NAMES:
+                several = f" If these are several: {SEVERAL}" if "," in name else ""
                 raise ValueError(
                     f"there is no reward {name!r}: expected one of {', '.join(rewards.NAMES)}, or "
-                    "package.module:function or file.py:function for one of your own."
+                    f"package.module:function or file.py:function for one of your own.{several}"
                 )
         if self.report_prompts is not None and self.report_prompts < 0:
             raise ValueError(f"report_prompts must be at least 0, got {self.report_prompts}.")

@@ -279,6 +279,25 @@ def test_bad_input_gets_one_message_and_writes_nothing(options, expected, capsys
     assert not any(Path("refused").rglob("*"))  # the Trainer may have made the folder
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "reward_funcs:\n  - brightness: name=bright",
+            "leave out the space after the colon, or put all of it in quotes",
+        ),
+        ("reward_funcs:\n  brightness: name=bright", "leave out the space after the colon"),
+        ("eval_reward_funcs:\n  ocr: threads=2", "leave out the space after the colon"),
+        ("reward_funcs: brightness,ocr", "separated by spaces on the command line, and are a list in YAML"),
+    ],
+)
+def test_rewards_that_yaml_reads_as_something_else(tmp_path, text, message):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parse(["--config", str(file)])
+
+
 def test_the_command_line_overrides_the_yaml_file():
     script, lora, config = parse(["--config", "run.yaml", "--gamma", "0.25", "--lora-r", "2"])
     assert (config.gamma, lora.lora_r, lora.lora_alpha) == (0.25, 2, 16)

@@ -1,7 +1,9 @@
 """Which rewards there are by name, with which options, and what is said of one that there is not."""
 
 import functools
+import inspect
 import os
+import pickle
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -22,6 +24,10 @@ PROMPTS, IMAGES = ["a cat"], [None]
 
 def red(prompts, images, scale=1, **columns):
     return [scale] * len(images)
+
+
+def shown(prompts, images, plain=None, whole: "int | None" = None, part: float = 0.0, mixed: int | str = 0, **columns):
+    return [f"{plain!r} {whole!r} {part!r} {mixed!r}"]
 
 
 def where_am_i(prompts, images, shift=0, **columns):
@@ -77,6 +83,10 @@ def test_a_reward_has_a_name(reward, name):
         (f"{HERE}:Sharpness:level=2", "Sharpness", 2),
         (f"{HERE}:versioned", "versioned", "'2' None"),
         (f"{HERE}:versioned:version=2.10,size=7", "versioned", "'2.10' 7"),  # a version is text, a size a number
+        (f"{HERE}:shown:plain=1e-3,whole=7,part=1e2,mixed=2", "shown", "0.001 7 100.0 2"),
+        (f"{HERE}:shown:plain=False,whole=none,part=3,mixed=none", "shown", "False None 3.0 'none'"),
+        (f"{HERE}:shown:plain=null", "shown", "None None 0.0 0"),
+        (f"{HERE}:shown:plain=v2.0", "shown", "'v2.0' None 0.0 0"),
         (f"{HERE}:versioned:name=other,version=cuda:1", "other", "'cuda:1' None"),
     ],
 )
@@ -110,6 +120,35 @@ def test_a_function_of_a_file(tmp_path):
     assert resolve_reward(f"{file}:sharpness") is resolve_reward(f"{file}:sharpness")
 
 
+def test_a_class_of_a_file(tmp_path):
+    file = tmp_path / "json.py"  # the name of another module
+    file.write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "@dataclass(frozen=True)\n"
+        "class Sharpness:\n"
+        "    level: str = 'high'\n"
+        "    def __call__(self, prompts, images, **columns):\n"
+        "        return [self.level] * len(images)\n"
+    )
+    sharpness = resolve_reward(f"{file}:Sharpness:level=2.10")
+    assert sharpness(PROMPTS, IMAGES) == ["2.10"]
+    assert pickle.loads(pickle.dumps(sharpness)) == sharpness
+    assert "level: str" in inspect.getsource(type(sharpness))
+    assert hasattr(sys.modules["json"], "dumps")
+
+
+def test_a_file_that_fails_is_read_again(tmp_path):
+    file = tmp_path / "my_rewards.py"
+    file.write_text("1 / 0")
+    before = set(sys.modules)
+    with pytest.raises(ValueError, match="division by zero"):
+        resolve_reward(f"{file}:red")
+    assert set(sys.modules) == before
+    file.write_text("def red(prompts, images, **columns):\n    return [1.0] * len(images)\n")
+    assert resolve_reward(f"{file}:red")(PROMPTS, IMAGES) == [1]
+
+
 @pytest.mark.parametrize(
     "name",
     ["hpsv9", "no_such_module:red", f"{HERE}:blueness", f"{HERE}:", f"{HERE}.blueness", "no_such_file.py:red", ""],
@@ -121,7 +160,23 @@ def test_an_unknown_name_is_refused(name):
 
 def test_the_nearest_name_is_offered():
     with pytest.raises(ValueError, match="Did you mean 'shapes_clip'"):
-        resolve_reward("shape_clip")
+        resolve_reward("shape_clip:name=a,batch_size=2")
+    for own in ("./ocr.py:red", "shapes.clip:red"):
+        with pytest.raises(ValueError) as error:
+            resolve_reward(own)
+        assert "Did you mean" not in str(error.value)
+
+
+def test_a_file_needs_a_function():
+    for name in ("folder/my_rewards.py", "folder/my_rewards.py:"):
+        with pytest.raises(ValueError, match='is a file; expected .* "folder/my_rewards.py:function"'):
+            resolve_reward(name)
+
+
+@pytest.mark.parametrize("name", ["hpsv2,ocr", "hpsv2:version=v2.0,ocr", "a.py:red,b.py:red", "ocr,hpsv2:name=a"])
+def test_several_names_in_one(name):
+    with pytest.raises(ValueError, match="separated by spaces on the command line, and are a list in YAML"):
+        resolve_reward(name)
 
 
 @pytest.mark.parametrize("reward", [3, None, "math:pi"])
@@ -137,6 +192,10 @@ def test_what_cannot_be_called_is_refused(reward):
         ("red:colour=1", "no option 'colour'; it has scale"),
         ("versioned:versoin=1", "no option 'versoin'; it has .*version"),
         ("Sharpness:blur=1", "no option 'blur'; it has level"),
+        ("Sharpness:level=high", "option level .* must be a number, but it is 'high'"),
+        ("versioned:size=1e2", "option size .* must be a whole number or none, but it is '1e2'"),
+        ("shown:whole=x", "option whole .* must be a whole number or none, but it is 'x'"),
+        ("where_am_i:process=1", "option process .* must be true or false, but it is '1'"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message):

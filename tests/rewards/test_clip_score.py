@@ -50,6 +50,13 @@ def test_defaults():
     assert paper == ClipScore("apple/DFN5B-CLIP-ViT-H-14-378", device="cpu")
 
 
+@pytest.mark.parametrize(("option", "value"), [("device", "cudda"), ("device", "gpu"), ("dtype", "int8")])
+def test_options_of_all_models_are_checked_before_one_is_loaded(option, value):
+    with pytest.raises(ValueError, match=f"{option} of clip_score must be .*{value!r}"):
+        resolve_reward(f"clip_score:{option}={value}")
+    assert ClipScore(device="cuda:7").device == "cuda:7"  # whether there is one is seen where it runs
+
+
 def test_cosine_of_transformers(transformers_clip):
     model = CLIPModel.from_pretrained(transformers_clip).eval()
     tokenizer = AutoTokenizer.from_pretrained(transformers_clip)

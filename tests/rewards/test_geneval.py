@@ -182,6 +182,16 @@ def test_rows_as_tables_give_them():
     assert not read_specification({**CLOCKS, "tag": "other"}).counting
 
 
+def test_keys_that_a_table_fills_with_none_are_not_there():
+    entry = {"class": "dog", "count": None, "color": None, "position": None, "colour": None}
+    assert judged({"include": [entry], "exclude": None}, at("dog")) == (1, True)
+
+
+def test_an_excluded_object_has_no_colour():
+    with pytest.raises(ValueError, match="unknown key 'color'.* Known are class, count"):
+        read_specification({"include": [{"class": "dog"}], "exclude": [{"class": "cat", "color": "black"}]})
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
@@ -193,6 +203,8 @@ def test_rows_as_tables_give_them():
         ({"class": "dog", "position": ["beside", 0]}, "left of, right of, above, below"),
         ({"class": "dog", "position": ["left of", 1]}, "index of an earlier entry"),
         ({"class": "dog", "position": ["left of"]}, "index of an earlier entry"),
+        ({"class": "dog", "colour": "red"}, "unknown key 'colour'; did you mean 'color'.* class, count, color, pos"),
+        ({"class": "dog", "size": 1}, r"unknown key 'size'\. Known are class"),
     ],
 )
 def test_what_cannot_be_checked_is_refused(entry, message):

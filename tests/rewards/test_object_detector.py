@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -175,6 +176,22 @@ def test_weights_that_are_not_there(tmp_path, monkeypatch):
         ObjectDetector(model=str(tmp_path))(["a"], [noise(0)], include=[ANY])
     CLIPModel(tiny_clip()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="models for object detection or instance segmentation"):
+        ObjectDetector(model=str(tmp_path))(["a"], [noise(0)], include=[ANY])
+
+
+@pytest.mark.parametrize(
+    ("other", "message"), [(None, "1 weights of a Yolos.* missing"), ((9, 16), "1 are of another size")]
+)
+def test_weights_without_the_head(tmp_path, other, message):
+    head = "class_labels_classifier.layers.2.weight"
+    made, processor = yolos()
+    weights = {key: value for key, value in made.state_dict().items() if key != head}
+    if other is not None:
+        weights[head] = torch.zeros(other)
+    made.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{message}.*{head}.*Expected a model that was trained"):
         ObjectDetector(model=str(tmp_path))(["a"], [noise(0)], include=[ANY])
 
 
