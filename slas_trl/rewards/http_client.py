@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from slas_trl.rewards.base import RewardUnavailableError, load_once
+from slas_trl.rewards.exiting import CHECK_SECONDS, program_ends
 from slas_trl.rewards.wire import RequestError, read_json
 
 
@@ -80,7 +81,8 @@ class Endpoint:
             method (`str`): "GET" or "POST".
             read (`Callable`): Takes the parsed answer, and raises `ValueError` for one that is not understood.
             body (`bytes`, *optional*): JSON to send.
-            stop (`threading.Event`, *optional*): Ends the waiting for another attempt.
+            stop (`threading.Event`, *optional*):
+                Ends the waiting for another attempt, as the end of the program does.
 
         Raises:
             `AnswerError`: for a status that is an error, with the server's own message.
@@ -101,7 +103,7 @@ class Endpoint:
                 if error.retry_after is not None:
                     wait = max(wait, min(error.retry_after, _LONGEST_RETRY_AFTER))
                 logger.info("%s: %s: %s Trying again in %.1f s.", self.needed_by, self.url, message, wait)
-                if stop.wait(wait):
+                if _stopped(stop, wait):
                     raise RewardUnavailableError(f"{self.needed_by} has given up on {self.url}.") from None
             except AnswerError as error:
                 raise AnswerError(
@@ -151,6 +153,15 @@ class Endpoint:
     def _hidden(self, message: str) -> str:
         """Servers may repeat what they were sent."""
         return message.replace(self.secret, "***") if self.secret else message
+
+
+def _stopped(stop: threading.Event, seconds: float) -> bool:
+    """Waits so long, or until it is of no use any more."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        if stop.wait(min(left, CHECK_SECONDS)) or program_ends():
+            return True
+    return stop.is_set()
 
 
 def check_url(url: str, needed_by: str) -> str:

@@ -2,8 +2,11 @@
 
 import itertools
 import logging
+import os
 import random
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +24,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
 from tests.rewards.served_rewards import later, numbers, picture, redness, with_columns  # noqa: E402
-from tests.rewards.serving import HERE, ServedProcess, served  # noqa: E402
+from tests.rewards.serving import HERE, ROOT, ServedProcess, served  # noqa: E402
 from tests.trainer.tiny_trainers import logged, tiny_trainer  # noqa: E402
 
 
@@ -181,13 +184,30 @@ def test_tokens(monkeypatch, caplog, url):
 # Servers that are away, or are not what they seem
 
 
-def test_nobody_answers():
+@pytest.fixture
+def nobody():
     with socket.create_server(("127.0.0.1", 0)) as closed:
-        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        return f"http://127.0.0.1:{closed.getsockname()[1]}"
+
+
+def test_the_end_of_the_program_is_not_held(nobody, tmp_path):
+    """By a call in a thread that would wait for two minutes."""
+    (script := tmp_path / "script.py").write_text(
+        "import time\nfrom concurrent.futures import ThreadPoolExecutor\nfrom PIL import Image\n"
+        f"from slas_trl.rewards import remote\nreward = remote('{nobody}')\n"
+        "call = ThreadPoolExecutor(1).submit(reward, ['a'], [Image.new('RGB', (2, 2))])\n"
+        "time.sleep(0.5)\nprint(call.running())"
+    )
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script], env=environ, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
+def test_nobody_answers(nobody):
     with pytest.raises(
-        RewardUnavailableError, match=f"{url}/health did not answer in 3 attempts.*ConnectError.*serve"
+        RewardUnavailableError, match=f"{nobody}/health did not answer in 3 attempts.*ConnectError.*serve"
     ):
-        RemoteReward(url, retries=2)(["a"], [picture(8)])
+        RemoteReward(nobody, retries=2)(["a"], [picture(8)])
 
 
 class Strange(BaseHTTPRequestHandler):
