@@ -26,6 +26,7 @@ _JITTER = random.Random()  # one's own: the global generator belongs to the trai
 _FIRST_WAIT = 0.5  # seconds between attempts; each next one is twice as long
 _LONGEST_WAIT = 30.0
 _LONGEST_RETRY_AFTER = 120.0  # if the server asks for it
+MAX_FAILED_CALLS = 5  # in a row, in which no image could be scored
 
 
 class AnswerError(ValueError):
@@ -34,6 +35,25 @@ class AnswerError(ValueError):
     def __init__(self, message: str, status: int):
         super().__init__(message)
         self.status = status
+
+
+class FailedCalls:
+    """
+    How many calls in a row have failed. An image that cannot be scored is no reason to end a training, even where it
+    is the only one of its call; but a reward that never scores any must not be silent.
+    """
+
+    def __init__(self):
+        self.lock, self.times = threading.Lock(), 0
+
+    def are_too_many(self, failed: bool) -> bool:
+        """With the one that just ended."""
+        with self.lock:
+            self.times = self.times + 1 if failed else 0
+            return self.times >= MAX_FAILED_CALLS
+
+    def __reduce__(self):
+        return FailedCalls, ()  # a copy counts for itself
 
 
 class _Transient(Exception):

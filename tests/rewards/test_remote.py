@@ -1,5 +1,6 @@
 """A reward on another machine: its scores are those of here, whatever happens to the server in between."""
 
+import copy
 import itertools
 import logging
 import os
@@ -113,10 +114,34 @@ def test_an_image_that_fails_is_none(url, caplog):
     assert "1 of 3 images" in record.message and "ValueError: the prompt is bad" in record.message
 
 
-def test_the_servers_message_when_all_fail(url):
-    with pytest.raises(ValueError, match="answered 500: .*each of 2 images: ValueError: the prompt is bad"):
-        RemoteReward(url)(["bad", "bad"], [picture(1), picture(2)])
-    assert RemoteReward(url)(["a"], [picture(8)]) == [1.0]
+def test_an_image_that_fails_is_none_in_any_company(url, caplog):
+    """However many images a call has, and a request."""
+    reward, bad, good = RemoteReward(url), picture(1), picture(8)
+    assert reward(["bad"], [bad]) == [None]
+    assert reward(["bad"] * 5 + ["a"], [bad] * 5 + [good]) == [None] * 5 + [1.0]  # four in a request
+    assert "5 of 6 images" in caplog.records[-1].message
+    assert copy.deepcopy(reward)(["bad"], [bad]) == [None]
+
+    def parts(prompts, images, **columns):
+        return {"a": numbers(prompts, images, images), "b": [2] * len(images)}
+
+    with served(parts, max_batch_size=1) as others:
+        assert RemoteReward(others)(["bad", "a"], [bad, good]) == {"a": [None, 1.0], "b": [None, 2.0]}
+        assert RemoteReward(others)(["bad"], [bad]) == [None]
+
+
+def test_a_reward_that_always_fails_is_not_silent(url):
+    reward, bad = RemoteReward(url), [picture(1), picture(2)]
+    for _ in range(2):
+        for _ in range(4):
+            assert reward(["bad", "bad"], bad) == [None, None]
+        assert reward(["a"], [picture(8)]) == [1.0]  # it begins anew
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: reward(["bad"], bad[:1]), range(4)))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no image in 5 calls in a row.*ValueError: the prompt is bad"):
+            reward(["bad", "bad"], bad)
+    assert reward(["a"], [picture(8)]) == [1.0]
 
 
 # What it sends

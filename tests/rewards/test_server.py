@@ -1,5 +1,6 @@
 """The server of rewards, as a process that is sent what nobody should send; it says what is wrong, and lives on."""
 
+import asyncio
 import base64
 import io
 import json
@@ -303,6 +304,7 @@ def test_what_nobody_waits_for_is_not_scored():
         ("abc", 500, "returned a str"),
         (None, 500, "returned a NoneType"),
         ([1, 2, float("inf")], 500, "returned inf for image 2"),
+        ([1, 2, 10**400], 500, "OverflowError"),
         ({"a": [1, 2, 3], "b": [None] * 3}, 200, {"a": [1.0, 2.0, 3.0], "b": [None] * 3}),
     ],
 )
@@ -335,6 +337,47 @@ def test_components_of_those_that_do_not_fail(caplog):
         answer = httpx2.post(f"{url}/score", json=request(["a", "bad"], [picture(8)] * 2)).json()
     assert answer["components"] == {"a": [1.0, None], "b": [2.0, None]}
     assert answer["errors"] == [None, "ValueError: half a character, ?"]
+
+
+@pytest.mark.parametrize("error", [ValueError, MemoryError, SystemExit, asyncio.CancelledError, StopIteration])
+@pytest.mark.parametrize("count", [1, 3])
+def test_whatever_it_raises_is_an_error_of_the_images(error, count):
+    def reward(prompts, images, **columns):
+        if "bad" in prompts:
+            raise error("of its own")
+        return [1] * len(images)
+
+    with served(reward) as url:
+        answer = httpx2.post(f"{url}/score", json=request(["bad"] * count, [picture(8)] * count))
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["scores"] == [None] * count
+        assert answer.json()["errors"] == [f"{error.__name__}: of its own"] * count
+        assert httpx2.post(f"{url}/score", json=GOOD).json()["scores"] == [1]
+
+
+@pytest.mark.parametrize("error", [ImportError, FileNotFoundError])
+def test_no_image_is_to_blame(error):
+    calls = []
+
+    def reward(prompts, images, **columns):
+        calls.append(prompts)
+        raise error("the file x.pt is missing")
+
+    with served(reward) as url:
+        for count in (1, 2):
+            answer = httpx2.post(f"{url}/score", json=request(["a"] * count, [picture(8)] * count))
+            refused(answer, 500, "cannot be used: " + error.__name__ + ": the file x.pt is missing")
+    assert len(calls) == 2
+
+
+def test_a_mistake_that_shows_only_image_by_image():
+    def reward(prompts, images, **columns):
+        if len(prompts) > 1:
+            raise ValueError("too many")
+        return ["1"]
+
+    with served(reward) as url:
+        refused(httpx2.post(f"{url}/score", json=request(["a"] * 2, [picture(8)] * 2)), 500, "'1' (str)")
 
 
 def test_a_reward_that_is_unavailable_itself():
