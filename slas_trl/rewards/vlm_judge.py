@@ -16,7 +16,14 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from slas_trl.rewards.base import Reward, RewardUnavailableError, check_pairs, load_once
-from slas_trl.rewards.http_client import AnswerError, Endpoint, check_patience, check_url
+from slas_trl.rewards.http_client import (
+    MAX_FAILED_CALLS,
+    AnswerError,
+    Endpoint,
+    FailedCalls,
+    check_patience,
+    check_url,
+)
 from slas_trl.rewards.wire import PNG, check_token, encode_base64
 
 
@@ -66,6 +73,7 @@ UNIFIED_REWARD_PROMPTS = {
 
 _TOP_LOGPROBS = 20  # the most that OpenAI and vLLM give
 _LEAST_MASS = 0.1  # of yes and no together, below which the judge means to say something else
+_REFUSED = (400, 413, 422)  # what servers answer to one image: their policy, its size; not a wrong key or address
 _NUMBER = r"[-+]?\d+(?:\.\d+)?"
 _LAST_NUMBER = rf"(?<![\w./])(?<!out of ){_NUMBER}(?!\w)"  # but not the 10 of "8/10" or "8 out of 10"
 Scores = float | dict[str, float]
@@ -79,7 +87,8 @@ class _NoScoreError(Exception):
 class VLMJudge(Reward):
     """
     Asks a judge about each image, in a request of its own. An answer without a score in it is `None`, with a warning,
-    and so is an image that the server refuses, unless it refuses all.
+    and so is an image that the server refuses; after five calls in a row with refusals and no score, an error ends the
+    training.
 
     Args:
         url (`str`):
@@ -111,7 +120,8 @@ class VLMJudge(Reward):
 
     Raises:
         `RewardUnavailableError`: when the last attempt was not answered either.
-        `ValueError`: when the server refuses all images; with its own message.
+        `ValueError`: when the server refuses the key or the address, or images in five calls in a row without a score;
+            with its own message.
     """
 
     default_name: ClassVar[str] = "vlm_judge"
@@ -130,6 +140,7 @@ class VLMJudge(Reward):
     timeout: float = 60.0
     retries: int = 6
     dry_run: bool = False
+    _failed_calls: FailedCalls = field(default_factory=FailedCalls, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         name = self.__name__
@@ -167,18 +178,21 @@ class VLMJudge(Reward):
             with slots:
                 try:
                     return self._endpoint().request("POST", self._read, self._body(template, prompt, image), stop)
-                except (_NoScoreError, AnswerError) as error:
+                except _NoScoreError as error:
                     return error
-                except Exception:
+                except Exception as error:
+                    if isinstance(error, AnswerError) and error.status in _REFUSED:
+                        return error
                     stop.set()  # the others need not wait for the same
                     raise
 
         with ThreadPoolExecutor(min(self.concurrency, len(images))) as threads:
             found = list(threads.map(ask, prompts, images))
         failed = [result for result in found if isinstance(result, Exception)]
-        if refused := [error for error in failed if not isinstance(error, _NoScoreError)]:
-            if len(refused) == len(found):
-                raise refused[0]
+        refused = [error for error in failed if isinstance(error, AnswerError)]
+        if self._failed_calls.are_too_many(bool(refused) and len(failed) == len(found)):
+            raise ValueError(f"No image had a score in {MAX_FAILED_CALLS} calls in a row. The last: {refused[0]}")
+        if refused:
             logger.warning(
                 "%s: %d of %d images have no score: %s", self.__name__, len(refused), len(found), refused[0]
             )

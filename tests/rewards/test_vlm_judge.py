@@ -234,8 +234,30 @@ def test_images_that_are_refused(server, caplog):
     assert VLMJudge(server.url, "a-model")(PROMPTS, IMAGES) == [0.5, 0.5, None, None, 0.5, 0.5]
     assert "1 of 6 images have no score: " in warnings(caplog)[0] and "against our policy" in warnings(caplog)[0]
     assert "I will not" in warnings(caplog)[1]
-    with pytest.raises(ValueError, match="answered 400: against our policy"):  # all of them
-        VLMJudge(server.url, "a-model")(["a"], [IMAGES[2]])
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_an_image_that_is_refused_alone(server, status):
+    server.judge = lambda number, attempt: (
+        (status, {"error": {"message": "against our policy"}}, {}) if number == 2 else says("yes")
+    )
+    judge = VLMJudge(server.url, "a-model")
+    for _ in range(2):
+        for _ in range(4):
+            assert judge(["a"], [IMAGES[2]]) == [None]
+        assert judge(["a"], [IMAGES[3]]) == [1.0]
+    for _ in range(4):
+        judge(["a"] * 2, [IMAGES[2]] * 2)
+    with pytest.raises(ValueError, match=f"in 5 calls in a row.*answered {status}: against our policy"):
+        judge(["a"], [IMAGES[2]])
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_what_is_no_matter_of_an_image(server, status):
+    """Not even if others are answered."""
+    server.judge = lambda number, attempt: (status, {"error": "no such model"}, {}) if number == 2 else says("yes")
+    with pytest.raises(ValueError, match=f"answered {status}: no such model"):
+        VLMJudge(server.url, "a-model")(PROMPTS, IMAGES)
 
 
 def test_so_many_requests_at_a_time(server):
