@@ -111,6 +111,11 @@ class VLMJudge(Reward):
         api_key_env (`str`, *optional*, defaults to `"SLAS_TRL_JUDGE_API_KEY"`): An environment variable's name.
         max_image_side (`int`, *optional*, defaults to `1024`): Larger images are made smaller, since tokens cost.
         max_tokens (`int`, *optional*): Longest answer; 16 tokens for yes and no by default, and 1024 for a number.
+        extra_body (`dict` or `str`, *optional*):
+            More for the body of each request, as a dictionary, JSON, or a file that ends in .json; null takes out what
+            is sent otherwise. For servers that take neither max_tokens nor a temperature:
+            {"max_completion_tokens": 16, "max_tokens": null, "temperature": null}. By name use a file, since a comma
+            begins another option.
         concurrency (`int`, *optional*, defaults to `8`): Requests at a time, over all threads.
         timeout (`float`, *optional*, defaults to `60`): Seconds for one attempt.
         retries (`int`, *optional*, defaults to `6`): Further attempts where the server is busy or away.
@@ -136,6 +141,7 @@ class VLMJudge(Reward):
     api_key_env: str = KEY_VARIABLE
     max_image_side: int = 1024
     max_tokens: int | None = None
+    extra_body: dict[str, Any] | str | None = None
     concurrency: int = 8
     timeout: float = 60.0
     retries: int = 6
@@ -162,6 +168,7 @@ class VLMJudge(Reward):
             raise ValueError(f"pattern of {name} is no regular expression: {error}.") from error
         if "{prompt}" not in self._text():
             raise ValueError(f"template of {name} has no {{prompt}} in it: {self._text()[:200]!r}.")
+        self._extra()
 
     def __call__(self, prompts: list[str], images: list[Image.Image], **columns: Any) -> Any:
         check_pairs(prompts, images)
@@ -209,6 +216,21 @@ class VLMJudge(Reward):
     def _text(self) -> str:
         return Path(self.template).read_text(encoding="utf-8") if self.template.endswith(".txt") else self.template
 
+    def _extra(self) -> dict[str, Any]:
+        extra = self.extra_body or {}
+        try:
+            if isinstance(extra, str):
+                extra = json.loads(Path(extra).read_text(encoding="utf-8") if extra.endswith(".json") else extra)
+            json.dumps(extra, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"extra_body of {self.__name__} is no JSON: {error}.") from error
+        if not isinstance(extra, dict) or "messages" in extra:
+            raise ValueError(
+                f"extra_body of {self.__name__} must be an object without messages, as in "
+                f'{{"max_tokens": null}}, but it is {str(extra)[:200]}.'
+            )
+        return extra
+
     def _endpoint(self) -> Endpoint:
         url = check_url(self.url, self.__name__)
         key = self.api_key or check_token(os.environ.get(self.api_key_env) or None)
@@ -238,6 +260,8 @@ class VLMJudge(Reward):
         }
         if self.answer == "yes_no":
             body |= {"logprobs": True, "top_logprobs": _TOP_LOGPROBS}
+        extra = self._extra()
+        body = {key: value for key, value in (body | extra).items() if extra.get(key, value) is not None}
         return json.dumps(body).encode()
 
     def _read(self, answer: Any) -> Scores:
@@ -294,11 +318,12 @@ class VLMJudge(Reward):
             for image, factor in zip(images, scale, strict=True)
         )
         text = sum(math.ceil(len(template.replace("{prompt}", prompt)) / 4) for prompt in prompts)
+        first = json.loads(bodies[0])
         logger.warning(
             "%s is a dry run, nothing was sent: %d requests to %s for %s, %.2f MB. About %d tokens of text, and %d of "
-            "images if the model takes one for 28 x 28 pixels, as Qwen's do. Answers of at most %d tokens each.",
+            "images if the model takes one for 28 x 28 pixels, as Qwen's do. Answers of at most %s tokens each.",
             *(self.__name__, len(bodies), self._endpoint().url, self.model, sum(map(len, bodies)) / 1e6),
-            *(text, patches, json.loads(bodies[0])["max_tokens"]),
+            *(text, patches, first.get("max_tokens") or first.get("max_completion_tokens", "any number of")),
         )
         return self._joined([None] * len(images))
 

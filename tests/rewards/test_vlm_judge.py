@@ -181,6 +181,24 @@ def test_unified_reward(server, version, text, expected):
     assert asked.endswith("Text Caption: [a cat]")
 
 
+def test_servers_that_want_another_body(server, tmp_path):
+    """Such as those that take neither max_tokens nor a temperature."""
+    server.judge = lambda number, attempt: says("yes")
+    extra = {"max_completion_tokens": 32, "max_tokens": None, "temperature": None, "seed": 1}
+    (file := tmp_path / "extra.json").write_text(json.dumps(extra))
+    for judge in (
+        VLMJudge(server.url, "a-model", extra_body=extra),
+        VLMJudge(server.url, "a-model", extra_body=json.dumps(extra)),
+        resolve_reward(f"vlm_judge:url={server.url},model=a-model,extra_body={file}"),
+    ):
+        assert judge(["a"], IMAGES[:1]) == [1.0]
+        sent = server.requests[-1][2]
+        assert sent.keys() == {"model", "messages", "logprobs", "top_logprobs", "max_completion_tokens", "seed"}
+        assert (sent["max_completion_tokens"], sent["seed"]) == (32, 1)
+    dry = VLMJudge(server.url, "a-model", extra_body=extra, dry_run=True)
+    assert dry(["a"], IMAGES[:1]) == [None]
+
+
 # Servers that are busy, away, or broken
 
 
@@ -325,6 +343,10 @@ def test_a_template_of_a_file(server, tmp_path):
         ({"timeout": -1}, "timeout of vlm_judge"),
         ({"api_key": "two words"}, "visible ASCII"),
         ({"url": "http://me:s3cret@host"}, "token as its own option"),
+        ({"extra_body": '{"seed": 1'}, "extra_body of vlm_judge is no JSON"),
+        ({"extra_body": {"seed": object()}}, "extra_body of vlm_judge is no JSON"),
+        ({"extra_body": "[1]"}, "must be an object"),
+        ({"extra_body": {"messages": []}}, "without messages"),
     ],
 )
 def test_options_that_cannot_be(options, message):
