@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 _BODY_SECONDS = 120.0  # for a body to arrive
 _LONGEST_ID = 200  # characters
+_MOST_VALUES = 1_000_000  # as objects of Python, they take many times the memory of their text
+_PARSED_AT_A_TIME = 2
 _LONGEST_MESSAGE = 2000
 
 
@@ -85,6 +87,9 @@ def parse_request(body: bytes | bytearray, limits: Limits) -> ScoreRequest:
     Raises:
         `RequestError`: for any other.
     """
+    values = sum(map(body.count, b"[{,"))  # and more if texts have these; pictures in base64 do not
+    if values > _MOST_VALUES:
+        raise RequestError(413, f"The body has {values} lists, objects and commas, more than {_MOST_VALUES}.")
     request = read_json(body)
     if not isinstance(request, dict):
         raise RequestError(400, f"The body is a {type(request).__name__}; expected an object.")
@@ -197,6 +202,7 @@ def make_app(reward: RewardFunc, limits: Limits | None = None, token: str | None
     expected = f"Bearer {token}".encode() if check_token(token) else None
     worker = ThreadPoolExecutor(1, thread_name_prefix="reward")
     turn = asyncio.Lock()
+    parsing = asyncio.Semaphore(_PARSED_AT_A_TIME)
     inside = 0  # requests that are read, wait or are scored
     # The documentation pages are left out: they need no token, and fetch scripts from elsewhere.
     app = FastAPI(title="slas-trl serve-reward", docs_url=None, redoc_url=None, openapi_url=None)
@@ -223,7 +229,8 @@ def make_app(reward: RewardFunc, limits: Limits | None = None, token: str | None
         inside += 1
         try:
             body = await read_body(request)
-            parsed = await asyncio.to_thread(parse_request, body, limits)
+            async with parsing:
+                parsed = await asyncio.to_thread(parse_request, body, limits)
             del body
             async with turn:
                 if await request.is_disconnected():  # nobody waits for it any more

@@ -23,6 +23,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
 from slas_trl import __version__  # noqa: E402
+from slas_trl.rewards import server as server_module  # noqa: E402
 from slas_trl.rewards.base import RewardUnavailableError  # noqa: E402
 from slas_trl.rewards.wire import encode_base64  # noqa: E402
 from tests.rewards.served_rewards import numbers, picture  # noqa: E402
@@ -72,6 +73,7 @@ def request(prompts, images, **more):
 
 
 GOOD = request(["a"], [picture(8)])
+JSON = {"Content-Type": "application/json"}
 
 
 def refused(answer: httpx2.Response, status: int, message: str) -> None:
@@ -239,6 +241,36 @@ def test_bombs(post):
         packed = base64.b64encode(image[:33] + extra + image[33:]).decode()
         assert post({**GOOD, "images": [packed]}).status_code in (200, 400)
     assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("value", [b"[]", b"{}", b"0"])
+def test_values_beyond_number(value):
+    """A body of 3 MB could take 100, and seconds to read."""
+    many = json.dumps({**GOOD, "columns": {"x": [[]]}}).encode().replace(b"[]", b"[" + value + b"," + value + b"]")
+    with served(numbers) as url:
+        assert httpx2.post(f"{url}/score", content=many, headers=JSON).status_code == 200
+        many = many.replace(b"," + value, (b"," + value) * 1_000_000)
+        refused(httpx2.post(f"{url}/score", content=many, headers=JSON), 413, "lists, objects and commas, more than")
+        honest = {**GOOD, "prompts": ["one, two, " * 40_000], "columns": {"boxes": [[[0.5, 1, 2, 3]] * 10_000]}}
+        assert httpx2.post(f"{url}/score", json=honest).json()["scores"] == [1.0]
+
+
+def test_two_are_parsed_at_a_time(monkeypatch):
+    running, most, parse = 0, 0, server_module.parse_request
+
+    def watched(body, limits):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.05)
+        running -= 1
+        return parse(body, limits)
+
+    monkeypatch.setattr(server_module, "parse_request", watched)
+    with served(numbers) as url, ThreadPoolExecutor(8) as clients:
+        for answer in clients.map(lambda _: httpx2.post(f"{url}/score", json=GOOD), range(16)):
+            assert answer.status_code == 200
+    assert most == 2
 
 
 def test_a_full_queue(server, post):
