@@ -226,6 +226,21 @@ def test_a_body_that_does_not_arrive(monkeypatch):
             assert httpx2.post(f"{url}/score", json=GOOD).json()["scores"] == [1.0]  # nobody is in its way
 
 
+def test_connections_over_which_nothing_is_asked(monkeypatch):
+    monkeypatch.setattr("slas_trl.scripts.serve_reward._HEADER_SECONDS", 0.3)
+    with served(numbers) as url, httpx2.Client() as honest:
+        assert honest.get(f"{url}/health").status_code == 200
+        address = (httpx2.URL(url).host, httpx2.URL(url).port)
+        silent = [socket.create_connection(address, timeout=10) for _ in range(30)]
+        for connection in silent:
+            connection.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\n")
+        slow = {**GOOD, "prompts": ["slow"]}  # for longer than that
+        assert honest.post(f"{url}/score", json=slow).json()["scores"] == [1.0]
+        for connection in silent:
+            assert connection.recv(10) == b""
+            connection.close()
+
+
 def test_bombs(post):
     start = time.monotonic()
     refused(post({**GOOD, "images": [bomb(20_000, 20_000)]}), 413, "Image 0 is too large")
