@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from slas_trl.rewards.base import RewardUnavailableError, load_once
+from slas_trl.rewards.exiting import CHECK_SECONDS, program_ends
 from slas_trl.rewards.wire import RequestError, read_json
 
 
@@ -25,6 +26,7 @@ _JITTER = random.Random()  # one's own: the global generator belongs to the trai
 _FIRST_WAIT = 0.5  # seconds between attempts; each next one is twice as long
 _LONGEST_WAIT = 30.0
 _LONGEST_RETRY_AFTER = 120.0  # if the server asks for it
+MAX_FAILED_CALLS = 5  # in a row, in which no image could be scored
 
 
 class AnswerError(ValueError):
@@ -33,6 +35,25 @@ class AnswerError(ValueError):
     def __init__(self, message: str, status: int):
         super().__init__(message)
         self.status = status
+
+
+class FailedCalls:
+    """
+    How many calls in a row have failed. An image that cannot be scored is no reason to end a training, even where it
+    is the only one of its call; but a reward that never scores any must not be silent.
+    """
+
+    def __init__(self):
+        self.lock, self.times = threading.Lock(), 0
+
+    def are_too_many(self, failed: bool) -> bool:
+        """With the one that just ended."""
+        with self.lock:
+            self.times = self.times + 1 if failed else 0
+            return self.times >= MAX_FAILED_CALLS
+
+    def __reduce__(self):
+        return FailedCalls, ()  # a copy counts for itself
 
 
 class _Transient(Exception):
@@ -80,7 +101,8 @@ class Endpoint:
             method (`str`): "GET" or "POST".
             read (`Callable`): Takes the parsed answer, and raises `ValueError` for one that is not understood.
             body (`bytes`, *optional*): JSON to send.
-            stop (`threading.Event`, *optional*): Ends the waiting for another attempt.
+            stop (`threading.Event`, *optional*):
+                Ends the waiting for another attempt, as the end of the program does.
 
         Raises:
             `AnswerError`: for a status that is an error, with the server's own message.
@@ -101,7 +123,7 @@ class Endpoint:
                 if error.retry_after is not None:
                     wait = max(wait, min(error.retry_after, _LONGEST_RETRY_AFTER))
                 logger.info("%s: %s: %s Trying again in %.1f s.", self.needed_by, self.url, message, wait)
-                if stop.wait(wait):
+                if _stopped(stop, wait):
                     raise RewardUnavailableError(f"{self.needed_by} has given up on {self.url}.") from None
             except AnswerError as error:
                 raise AnswerError(
@@ -151,6 +173,15 @@ class Endpoint:
     def _hidden(self, message: str) -> str:
         """Servers may repeat what they were sent."""
         return message.replace(self.secret, "***") if self.secret else message
+
+
+def _stopped(stop: threading.Event, seconds: float) -> bool:
+    """Waits so long, or until it is of no use any more."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        if stop.wait(min(left, CHECK_SECONDS)) or program_ends():
+            return True
+    return stop.is_set()
 
 
 def check_url(url: str, needed_by: str) -> str:

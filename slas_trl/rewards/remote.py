@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from PIL.Image import Image
 
 from slas_trl.rewards.base import Reward, check_pairs
-from slas_trl.rewards.http_client import Endpoint, check_patience, check_url
+from slas_trl.rewards.http_client import MAX_FAILED_CALLS, Endpoint, FailedCalls, check_patience, check_url
 from slas_trl.rewards.wire import (
     TOKEN_VARIABLE,
     check_scores,
@@ -38,7 +38,8 @@ class RemoteReward(Reward):
 
     While the server is away (being restarted, out of reach, with a full queue), the request is made again, with longer
     and longer pauses: about two minutes with the default of `retries`. An image that the reward there cannot score has
-    `None`, with a warning. May be called from several threads.
+    `None`, with a warning; after five calls in a row in which there was no other, an error ends the training. May be
+    called from several threads.
 
     Args:
         url (`str`): The server's, as it prints it: http://127.0.0.1:8000.
@@ -54,7 +55,8 @@ class RemoteReward(Reward):
 
     Raises:
         `RewardUnavailableError`: when no attempt was answered.
-        `ValueError`: when the server refuses, or the reward there fails for each image; with the server's own message.
+        `ValueError`: when the server refuses, the reward there cannot be used, or five calls in a row had no score;
+            with the server's own message.
     """
 
     default_name: ClassVar[str] = "remote"
@@ -63,6 +65,7 @@ class RemoteReward(Reward):
     timeout: float = 300.0
     retries: int = 10
     columns: str | Sequence[str] | None = None
+    _failed_calls: FailedCalls = field(default_factory=FailedCalls, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         check_url(self.url, self.__name__)
@@ -75,10 +78,14 @@ class RemoteReward(Reward):
             return []
         rows = list(self._rows(prompts, images, columns_of(columns, len(images))))
         answers = [self._ask(chunk) for chunk in self._chunks(rows)]
-        scores = {name: [score for found, _ in answers for score in found.get(name, ())] for name in answers[0][0]}
-        if any(found.keys() != scores.keys() for found, _ in answers):
+        scored = [found for found, errors in answers if None in errors]
+        if any(found.keys() != scored[0].keys() for found in scored):
             raise ValueError(f"{self.__name__}: {self.url} answered with other components from one batch to another.")
-        self._warn([error for _, errors in answers for error in errors if error is not None], len(images))
+        self._check([error for _, errors in answers for error in errors if error is not None], len(images))
+        scores = {
+            name: [score for found, errors in answers for score in found.get(name, [None] * len(errors))]
+            for name in (scored[0] if scored else [None])
+        }
         return scores.get(None, scores)
 
     def _endpoint(self, path: str) -> Endpoint:
@@ -152,9 +159,15 @@ class RemoteReward(Reward):
             "POST", lambda answer: _read_answer(answer, identity, len(rows)), json.dumps(body).encode()
         )
 
-    def _warn(self, errors: list[str], images: int) -> None:
+    def _check(self, errors: list[str], images: int) -> None:
+        """Warns of images that could not be scored, and raises if it has been nothing else for a while."""
+        message, times = Counter(errors).most_common(1)[0] if errors else ("", 0)
+        if self._failed_calls.are_too_many(len(errors) == images):
+            raise ValueError(
+                f"{self.__name__}: {self.url} could score no image in {MAX_FAILED_CALLS} calls in a row. Its last "
+                f"message: {message}"
+            )
         if errors:
-            message, times = Counter(errors).most_common(1)[0]
             logger.warning(
                 "%s: %s could not score %d of %d images, which have None. %s: %s",
                 *(self.__name__, self.url, len(errors), images),

@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 _BODY_SECONDS = 120.0  # for a body to arrive
 _LONGEST_ID = 200  # characters
+_MOST_VALUES = 1_000_000  # as objects of Python, they take many times the memory of their text
+_PARSED_AT_A_TIME = 2
 _LONGEST_MESSAGE = 2000
 
 
@@ -85,6 +87,9 @@ def parse_request(body: bytes | bytearray, limits: Limits) -> ScoreRequest:
     Raises:
         `RequestError`: for any other.
     """
+    values = sum(map(body.count, b"[{,"))  # and more if texts have these; pictures in base64 do not
+    if values > _MOST_VALUES:
+        raise RequestError(413, f"The body has {values} lists, objects and commas, more than {_MOST_VALUES}.")
     request = read_json(body)
     if not isinstance(request, dict):
         raise RequestError(400, f"The body is a {type(request).__name__}; expected an object.")
@@ -120,10 +125,11 @@ def parse_request(body: bytes | bytearray, limits: Limits) -> ScoreRequest:
 def score_request(reward: RewardFunc, request: ScoreRequest) -> dict[str, Any]:
     """
     The answer to a request. If the reward fails on all images together, each is tried alone, so that those which are
-    not to blame have their scores.
+    not to blame have their scores; the others have an error.
 
     Raises:
-        `RequestError`: 400 for broken pictures, 500 if every image fails, 503 if the reward is unavailable.
+        `RequestError`: 400 for broken pictures, 500 for a mistake in the reward that is no matter of an image (what it
+            returns, a package or a file that is missing), 503 if the reward is unavailable.
     """
     images = in_threads(decode_png, request.images, [f"Image {i}" for i in range(len(request.images))])
     columns = {name: decode_value(values, f"Column {name!r}") for name, values in request.columns.items()}
@@ -131,34 +137,36 @@ def score_request(reward: RewardFunc, request: ScoreRequest) -> dict[str, Any]:
     def score(rows: slice) -> dict[str | None, list[float | None]]:
         given = {name: values[rows] for name, values in columns.items()}
         prompts = request.prompts[rows]
-        result = call_reward(reward, prompts, images[rows], given)
+        try:
+            result = call_reward(reward, prompts, images[rows], given)
+        except RewardUnavailableError as error:
+            raise RequestError(503, _said(error)) from error
+        except (ImportError, FileNotFoundError) as error:
+            raise RequestError(500, f"The reward cannot be used: {_said(error)}") from error
         try:
             parts = result if isinstance(result, dict) and result else {None: result}
             scores = {name: numbers(values, prompts, "The reward") for name, values in parts.items()}
             return {name: [None if math.isnan(v) else v for v in values] for name, values in scores.items()}
-        except (TypeError, ValueError) as error:  # a mistake in the reward, not in an image
+        except (TypeError, ValueError, OverflowError) as error:  # a mistake in the reward, not in an image
             raise RequestError(500, _said(error)) from error
 
     errors: list[str | None] = [None] * len(images)
     try:
         scores = score(slice(None))
-    except RewardUnavailableError as error:
-        raise RequestError(503, _said(error)) from error
-    except RequestError:
+    except (RequestError, KeyboardInterrupt):
         raise
-    except Exception as error:  # whatever a reward raises
+    except BaseException as error:  # whatever a reward raises: a SystemExit would end the server
         logger.warning("The reward failed on a batch of %d images.", len(images), exc_info=True)
+        errors = [_said(error)] * len(images)
         alone: list[dict[str | None, list[float | None]]] = [{}] * len(images)
         for i in range(len(images)) if len(images) > 1 else ():
             try:
-                alone[i] = score(slice(i, i + 1))
-            except Exception as single:
+                alone[i], errors[i] = score(slice(i, i + 1)), None
+            except (RequestError, KeyboardInterrupt):
+                raise
+            except BaseException as single:
                 errors[i] = _said(single)
-        names = next((found.keys() for found in alone if found), None)
-        if names is None:
-            message = errors[0] or _said(error)
-            each = f"on each of {len(images)} images" if len(images) > 1 else "on the image"
-            raise RequestError(500, f"The reward failed {each}: {message}") from error
+        names = next((found.keys() for found in alone if found), [None])
         if any(found and found.keys() != names for found in alone):
             raise RequestError(500, "The reward returned other components from one image to another.") from error
         scores = {name: [found[name][0] if found else None for found in alone] for name in names}
@@ -171,7 +179,7 @@ def score_request(reward: RewardFunc, request: ScoreRequest) -> dict[str, Any]:
     }
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     """What a client is told of it: text that UTF-8 can say, and not a book."""
     return f"{type(error).__name__}: {error}"[:_LONGEST_MESSAGE].encode("utf-8", "replace").decode()
 
@@ -194,6 +202,7 @@ def make_app(reward: RewardFunc, limits: Limits | None = None, token: str | None
     expected = f"Bearer {token}".encode() if check_token(token) else None
     worker = ThreadPoolExecutor(1, thread_name_prefix="reward")
     turn = asyncio.Lock()
+    parsing = asyncio.Semaphore(_PARSED_AT_A_TIME)
     inside = 0  # requests that are read, wait or are scored
     # The documentation pages are left out: they need no token, and fetch scripts from elsewhere.
     app = FastAPI(title="slas-trl serve-reward", docs_url=None, redoc_url=None, openapi_url=None)
@@ -220,7 +229,8 @@ def make_app(reward: RewardFunc, limits: Limits | None = None, token: str | None
         inside += 1
         try:
             body = await read_body(request)
-            parsed = await asyncio.to_thread(parse_request, body, limits)
+            async with parsing:
+                parsed = await asyncio.to_thread(parse_request, body, limits)
             del body
             async with turn:
                 if await request.is_disconnected():  # nobody waits for it any more

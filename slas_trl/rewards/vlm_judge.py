@@ -16,7 +16,14 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from slas_trl.rewards.base import Reward, RewardUnavailableError, check_pairs, load_once
-from slas_trl.rewards.http_client import AnswerError, Endpoint, check_patience, check_url
+from slas_trl.rewards.http_client import (
+    MAX_FAILED_CALLS,
+    AnswerError,
+    Endpoint,
+    FailedCalls,
+    check_patience,
+    check_url,
+)
 from slas_trl.rewards.wire import PNG, check_token, encode_base64
 
 
@@ -66,6 +73,7 @@ UNIFIED_REWARD_PROMPTS = {
 
 _TOP_LOGPROBS = 20  # the most that OpenAI and vLLM give
 _LEAST_MASS = 0.1  # of yes and no together, below which the judge means to say something else
+_REFUSED = (400, 413, 422)  # what servers answer to one image: their policy, its size; not a wrong key or address
 _NUMBER = r"[-+]?\d+(?:\.\d+)?"
 _LAST_NUMBER = rf"(?<![\w./])(?<!out of ){_NUMBER}(?!\w)"  # but not the 10 of "8/10" or "8 out of 10"
 Scores = float | dict[str, float]
@@ -79,7 +87,8 @@ class _NoScoreError(Exception):
 class VLMJudge(Reward):
     """
     Asks a judge about each image, in a request of its own. An answer without a score in it is `None`, with a warning,
-    and so is an image that the server refuses, unless it refuses all.
+    and so is an image that the server refuses; after five calls in a row with refusals and no score, an error ends the
+    training.
 
     Args:
         url (`str`):
@@ -102,6 +111,11 @@ class VLMJudge(Reward):
         api_key_env (`str`, *optional*, defaults to `"SLAS_TRL_JUDGE_API_KEY"`): An environment variable's name.
         max_image_side (`int`, *optional*, defaults to `1024`): Larger images are made smaller, since tokens cost.
         max_tokens (`int`, *optional*): Longest answer; 16 tokens for yes and no by default, and 1024 for a number.
+        extra_body (`dict` or `str`, *optional*):
+            More for the body of each request, as a dictionary, JSON, or a file that ends in .json; null takes out what
+            is sent otherwise. For servers that take neither max_tokens nor a temperature:
+            {"max_completion_tokens": 16, "max_tokens": null, "temperature": null}. By name use a file, since a comma
+            begins another option.
         concurrency (`int`, *optional*, defaults to `8`): Requests at a time, over all threads.
         timeout (`float`, *optional*, defaults to `60`): Seconds for one attempt.
         retries (`int`, *optional*, defaults to `6`): Further attempts where the server is busy or away.
@@ -111,7 +125,8 @@ class VLMJudge(Reward):
 
     Raises:
         `RewardUnavailableError`: when the last attempt was not answered either.
-        `ValueError`: when the server refuses all images; with its own message.
+        `ValueError`: when the server refuses the key or the address, or images in five calls in a row without a score;
+            with its own message.
     """
 
     default_name: ClassVar[str] = "vlm_judge"
@@ -126,10 +141,12 @@ class VLMJudge(Reward):
     api_key_env: str = KEY_VARIABLE
     max_image_side: int = 1024
     max_tokens: int | None = None
+    extra_body: dict[str, Any] | str | None = None
     concurrency: int = 8
     timeout: float = 60.0
     retries: int = 6
     dry_run: bool = False
+    _failed_calls: FailedCalls = field(default_factory=FailedCalls, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         name = self.__name__
@@ -151,6 +168,7 @@ class VLMJudge(Reward):
             raise ValueError(f"pattern of {name} is no regular expression: {error}.") from error
         if "{prompt}" not in self._text():
             raise ValueError(f"template of {name} has no {{prompt}} in it: {self._text()[:200]!r}.")
+        self._extra()
 
     def __call__(self, prompts: list[str], images: list[Image.Image], **columns: Any) -> Any:
         check_pairs(prompts, images)
@@ -167,18 +185,21 @@ class VLMJudge(Reward):
             with slots:
                 try:
                     return self._endpoint().request("POST", self._read, self._body(template, prompt, image), stop)
-                except (_NoScoreError, AnswerError) as error:
+                except _NoScoreError as error:
                     return error
-                except Exception:
+                except Exception as error:
+                    if isinstance(error, AnswerError) and error.status in _REFUSED:
+                        return error
                     stop.set()  # the others need not wait for the same
                     raise
 
         with ThreadPoolExecutor(min(self.concurrency, len(images))) as threads:
             found = list(threads.map(ask, prompts, images))
         failed = [result for result in found if isinstance(result, Exception)]
-        if refused := [error for error in failed if not isinstance(error, _NoScoreError)]:
-            if len(refused) == len(found):
-                raise refused[0]
+        refused = [error for error in failed if isinstance(error, AnswerError)]
+        if self._failed_calls.are_too_many(bool(refused) and len(failed) == len(found)):
+            raise ValueError(f"No image had a score in {MAX_FAILED_CALLS} calls in a row. The last: {refused[0]}")
+        if refused:
             logger.warning(
                 "%s: %d of %d images have no score: %s", self.__name__, len(refused), len(found), refused[0]
             )
@@ -194,6 +215,21 @@ class VLMJudge(Reward):
 
     def _text(self) -> str:
         return Path(self.template).read_text(encoding="utf-8") if self.template.endswith(".txt") else self.template
+
+    def _extra(self) -> dict[str, Any]:
+        extra = self.extra_body or {}
+        try:
+            if isinstance(extra, str):
+                extra = json.loads(Path(extra).read_text(encoding="utf-8") if extra.endswith(".json") else extra)
+            json.dumps(extra, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"extra_body of {self.__name__} is no JSON: {error}.") from error
+        if not isinstance(extra, dict) or "messages" in extra:
+            raise ValueError(
+                f"extra_body of {self.__name__} must be an object without messages, as in "
+                f'{{"max_tokens": null}}, but it is {str(extra)[:200]}.'
+            )
+        return extra
 
     def _endpoint(self) -> Endpoint:
         url = check_url(self.url, self.__name__)
@@ -224,6 +260,8 @@ class VLMJudge(Reward):
         }
         if self.answer == "yes_no":
             body |= {"logprobs": True, "top_logprobs": _TOP_LOGPROBS}
+        extra = self._extra()
+        body = {key: value for key, value in (body | extra).items() if extra.get(key, value) is not None}
         return json.dumps(body).encode()
 
     def _read(self, answer: Any) -> Scores:
@@ -280,11 +318,12 @@ class VLMJudge(Reward):
             for image, factor in zip(images, scale, strict=True)
         )
         text = sum(math.ceil(len(template.replace("{prompt}", prompt)) / 4) for prompt in prompts)
+        first = json.loads(bodies[0])
         logger.warning(
             "%s is a dry run, nothing was sent: %d requests to %s for %s, %.2f MB. About %d tokens of text, and %d of "
-            "images if the model takes one for 28 x 28 pixels, as Qwen's do. Answers of at most %d tokens each.",
+            "images if the model takes one for 28 x 28 pixels, as Qwen's do. Answers of at most %s tokens each.",
             *(self.__name__, len(bodies), self._endpoint().url, self.model, sum(map(len, bodies)) / 1e6),
-            *(text, patches, json.loads(bodies[0])["max_tokens"]),
+            *(text, patches, first.get("max_tokens") or first.get("max_completion_tokens", "any number of")),
         )
         return self._joined([None] * len(images))
 

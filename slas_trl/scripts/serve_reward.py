@@ -4,6 +4,7 @@ beside one, in an environment of its own.
 """
 
 import argparse
+import asyncio
 import os
 import socket
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -20,6 +22,8 @@ from slas_trl.rewards.calling import call_reward
 from slas_trl.rewards.server import Limits, make_app
 from slas_trl.rewards.wire import TOKEN_VARIABLE, check_token
 
+
+_HEADER_SECONDS = 20.0  # for the header of a connection's first request to arrive
 
 HELP = {
     "max_batch_size": "images of a request",
@@ -112,11 +116,32 @@ def warm_up(reward: RewardFunc) -> None:
         )
 
 
+def protocol() -> type[asyncio.Protocol]:
+    """
+    Uvicorn's, but a connection over which nothing is asked is closed: it would be kept for ever, until no file
+    descriptors are left. Not `limit_concurrency`, which counts such connections and turns the honest ones away.
+    """
+    from uvicorn.protocols.http import auto
+
+    base: Any = auto.AutoHTTPProtocol  # of two classes with the same attributes
+
+    class ImpatientProtocol(base):
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            self.loop.call_later(_HEADER_SECONDS, self.close_if_silent)
+
+        def close_if_silent(self) -> None:
+            if self.cycle is None:  # no request has begun
+                self.transport.close()
+
+    return ImpatientProtocol
+
+
 def serve(listener: socket.socket, app: object, reward: RewardFunc) -> None:
     """Until Ctrl-C, which comes out of here, or SIGTERM; the request that is being scored is answered first."""
     import uvicorn
 
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30)  # type: ignore
+    config = uvicorn.Config(app, http=protocol(), log_level="warning", access_log=False, timeout_graceful_shutdown=30)  # type: ignore
     listener.listen(config.backlog)
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from slas_trl.rewards.server import Limits, make_app
-from slas_trl.scripts.serve_reward import listen
+from slas_trl.scripts.serve_reward import listen, protocol
 
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +59,9 @@ def served(reward, token: str | None = None, **limits: int) -> Iterator[str]:
 
     listener = listen("127.0.0.1", 0)
     listener.listen()
-    server = uvicorn.Server(uvicorn.Config(make_app(reward, Limits(**limits), token), log_level="error"))
+    server = uvicorn.Server(
+        uvicorn.Config(make_app(reward, Limits(**limits), token), http=protocol(), log_level="error")
+    )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     while not server.started:

@@ -1,15 +1,19 @@
 """A reward in a process of its own: the same scores, its errors, and what happens when it dies."""
 
 import copy
+import gc
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from PIL import Image
 
 from slas_trl.rewards import ProcessReward
@@ -48,6 +52,19 @@ def test_it_is_one_process_of_its_own(reward, capfd):
     assert capfd.readouterr().out == ""  # what it prints is on stderr
     other = copy.deepcopy(reward)
     assert other == reward and other._worker is not reward._worker
+
+
+def is_gone(process: int) -> bool:
+    """Or is about to be."""
+    for _ in range(100):
+        try:
+            if psutil.Process(process).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.1)
+    os.kill(process, 9)
+    return False
 
 
 def test_names(reward):
@@ -100,30 +117,80 @@ def test_not_for_ever(reward):
         reward(["a", "exit"], IMAGES[:2])
 
 
+def test_an_interrupted_call_leaves_no_answer_behind(reward):
+    reward(["a"], IMAGES[:1])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            reward(["slow"], IMAGES[:1])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert reward(["b"], IMAGES[1:2]) == [2]
+    assert reward(["c"], IMAGES[2:]) == [77777]
+
+
+def test_one_that_hangs():
+    with pytest.raises(RewardUnavailableError, match="did not answer within 0.5 s .* twice on the same 1 images"):
+        ProcessReward(NAME, timeout=0.5)(["hang"], IMAGES[:1])
+    with pytest.raises(ValueError, match="timeout of .* must be above 0"):
+        ProcessReward(NAME, timeout=0)
+
+
+def test_a_reward_that_is_gone_has_no_process(reward):
+    own = copy.copy(reward)
+    (process,) = map(int, own(["process"], IMAGES[:1]))
+    assert psutil.pid_exists(process)
+    del own
+    gc.collect()
+    assert is_gone(process)
+
+
+def test_what_is_printed_before_it_begins(reward, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("print('hello from an unrelated package')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert copy.copy(reward)(["a"], IMAGES[:1]) == [1]
+
+
+def test_columns_of_classes_of_the_script(reward, monkeypatch):
+    own = type("Own", (), {"__module__": "__main__"})
+    monkeypatch.setattr(sys.modules["__main__"], "Own", own, raising=False)
+    (before,) = reward(["process"], IMAGES[:1])
+    with pytest.raises(TypeError, match="Column 'strange' cannot be had in another process: .*'Own'.*__main__"):
+        reward(["a"], IMAGES[:1], usual=[1], strange=[own()])
+    assert reward(["process"], IMAGES[:1]) == [before]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_its_gpu_is_that_of_the_caller(reward):
+    last = torch.cuda.device_count() - 1
+    with torch.cuda.device(last):
+        torch.cuda.init()
+        assert copy.copy(reward)(["gpu"], IMAGES[:1]) == [last]
+
+
+def run_script(tmp_path, *lines: str) -> int:
+    """What the script prints, a process's id."""
+    script = tmp_path / "script.py"
+    imports = "import os, threading", "from PIL import Image", "from slas_trl.rewards import ProcessReward"
+    first = f"reward = ProcessReward('{NAME}')", "images = [Image.new('RGB', (2, 2))]"
+    tell = ("print(int(reward(['process'], images)[0]), flush=True)",)
+    script.write_text("\n".join([*imports, *first, *tell, *lines]))
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60
+    )
+    return int(done.stdout)
+
+
 def test_it_ends_with_its_parent(tmp_path):
     """However that ends. And a script need not be guarded: it is not run again."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import os\nfrom PIL import Image\nfrom slas_trl.rewards import ProcessReward\n"
-        f"reward = ProcessReward('{NAME}')\n"
-        "print(int(reward(['process'], [Image.new('RGB', (2, 2))])[0]), flush=True)\n"
-        "os.kill(os.getpid(), 9)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, script],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    child = int(done.stdout)
-    for _ in range(100):
-        try:
-            if psutil.Process(child).status() == psutil.STATUS_ZOMBIE:
-                return
-        except psutil.NoSuchProcess:
-            return
-        time.sleep(0.1)
-    os.kill(child, 9)
-    raise AssertionError("the process is still there")
+    assert is_gone(run_script(tmp_path, "os.kill(os.getpid(), 9)"))
+
+
+@pytest.mark.parametrize(
+    "thread", ["ThreadPoolExecutor(1).submit(reward, ['hang'], images)", "threading.Thread(target=hang).start()"]
+)
+def test_a_call_that_hangs_does_not_hold_its_parent(tmp_path, thread):
+    lines = "from concurrent.futures import ThreadPoolExecutor", "hang = lambda: reward(['hang'], images)"
+    assert is_gone(run_script(tmp_path, *lines, thread))

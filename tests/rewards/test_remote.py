@@ -1,9 +1,13 @@
 """A reward on another machine: its scores are those of here, whatever happens to the server in between."""
 
+import copy
 import itertools
 import logging
+import os
 import random
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +25,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
 from tests.rewards.served_rewards import later, numbers, picture, redness, with_columns  # noqa: E402
-from tests.rewards.serving import HERE, ServedProcess, served  # noqa: E402
+from tests.rewards.serving import HERE, ROOT, ServedProcess, served  # noqa: E402
 from tests.trainer.tiny_trainers import logged, tiny_trainer  # noqa: E402
 
 
@@ -110,10 +114,34 @@ def test_an_image_that_fails_is_none(url, caplog):
     assert "1 of 3 images" in record.message and "ValueError: the prompt is bad" in record.message
 
 
-def test_the_servers_message_when_all_fail(url):
-    with pytest.raises(ValueError, match="answered 500: .*each of 2 images: ValueError: the prompt is bad"):
-        RemoteReward(url)(["bad", "bad"], [picture(1), picture(2)])
-    assert RemoteReward(url)(["a"], [picture(8)]) == [1.0]
+def test_an_image_that_fails_is_none_in_any_company(url, caplog):
+    """However many images a call has, and a request."""
+    reward, bad, good = RemoteReward(url), picture(1), picture(8)
+    assert reward(["bad"], [bad]) == [None]
+    assert reward(["bad"] * 5 + ["a"], [bad] * 5 + [good]) == [None] * 5 + [1.0]  # four in a request
+    assert "5 of 6 images" in caplog.records[-1].message
+    assert copy.deepcopy(reward)(["bad"], [bad]) == [None]
+
+    def parts(prompts, images, **columns):
+        return {"a": numbers(prompts, images, images), "b": [2] * len(images)}
+
+    with served(parts, max_batch_size=1) as others:
+        assert RemoteReward(others)(["bad", "a"], [bad, good]) == {"a": [None, 1.0], "b": [None, 2.0]}
+        assert RemoteReward(others)(["bad"], [bad]) == [None]
+
+
+def test_a_reward_that_always_fails_is_not_silent(url):
+    reward, bad = RemoteReward(url), [picture(1), picture(2)]
+    for _ in range(2):
+        for _ in range(4):
+            assert reward(["bad", "bad"], bad) == [None, None]
+        assert reward(["a"], [picture(8)]) == [1.0]  # it begins anew
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: reward(["bad"], bad[:1]), range(4)))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no image in 5 calls in a row.*ValueError: the prompt is bad"):
+            reward(["bad", "bad"], bad)
+    assert reward(["a"], [picture(8)]) == [1.0]
 
 
 # What it sends
@@ -181,13 +209,30 @@ def test_tokens(monkeypatch, caplog, url):
 # Servers that are away, or are not what they seem
 
 
-def test_nobody_answers():
+@pytest.fixture
+def nobody():
     with socket.create_server(("127.0.0.1", 0)) as closed:
-        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        return f"http://127.0.0.1:{closed.getsockname()[1]}"
+
+
+def test_the_end_of_the_program_is_not_held(nobody, tmp_path):
+    """By a call in a thread that would wait for two minutes."""
+    (script := tmp_path / "script.py").write_text(
+        "import time\nfrom concurrent.futures import ThreadPoolExecutor\nfrom PIL import Image\n"
+        f"from slas_trl.rewards import remote\nreward = remote('{nobody}')\n"
+        "call = ThreadPoolExecutor(1).submit(reward, ['a'], [Image.new('RGB', (2, 2))])\n"
+        "time.sleep(0.5)\nprint(call.running())"
+    )
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script], env=environ, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
+def test_nobody_answers(nobody):
     with pytest.raises(
-        RewardUnavailableError, match=f"{url}/health did not answer in 3 attempts.*ConnectError.*serve"
+        RewardUnavailableError, match=f"{nobody}/health did not answer in 3 attempts.*ConnectError.*serve"
     ):
-        RemoteReward(url, retries=2)(["a"], [picture(8)])
+        RemoteReward(nobody, retries=2)(["a"], [picture(8)])
 
 
 class Strange(BaseHTTPRequestHandler):

@@ -1,5 +1,6 @@
 """The server of rewards, as a process that is sent what nobody should send; it says what is wrong, and lives on."""
 
+import asyncio
 import base64
 import io
 import json
@@ -22,6 +23,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
 from slas_trl import __version__  # noqa: E402
+from slas_trl.rewards import server as server_module  # noqa: E402
 from slas_trl.rewards.base import RewardUnavailableError  # noqa: E402
 from slas_trl.rewards.wire import encode_base64  # noqa: E402
 from tests.rewards.served_rewards import numbers, picture  # noqa: E402
@@ -71,6 +73,7 @@ def request(prompts, images, **more):
 
 
 GOOD = request(["a"], [picture(8)])
+JSON = {"Content-Type": "application/json"}
 
 
 def refused(answer: httpx2.Response, status: int, message: str) -> None:
@@ -223,6 +226,21 @@ def test_a_body_that_does_not_arrive(monkeypatch):
             assert httpx2.post(f"{url}/score", json=GOOD).json()["scores"] == [1.0]  # nobody is in its way
 
 
+def test_connections_over_which_nothing_is_asked(monkeypatch):
+    monkeypatch.setattr("slas_trl.scripts.serve_reward._HEADER_SECONDS", 0.3)
+    with served(numbers) as url, httpx2.Client() as honest:
+        assert honest.get(f"{url}/health").status_code == 200
+        address = (httpx2.URL(url).host, httpx2.URL(url).port)
+        silent = [socket.create_connection(address, timeout=10) for _ in range(30)]
+        for connection in silent:
+            connection.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\n")
+        slow = {**GOOD, "prompts": ["slow"]}  # for longer than that
+        assert honest.post(f"{url}/score", json=slow).json()["scores"] == [1.0]
+        for connection in silent:
+            assert connection.recv(10) == b""
+            connection.close()
+
+
 def test_bombs(post):
     start = time.monotonic()
     refused(post({**GOOD, "images": [bomb(20_000, 20_000)]}), 413, "Image 0 is too large")
@@ -238,6 +256,36 @@ def test_bombs(post):
         packed = base64.b64encode(image[:33] + extra + image[33:]).decode()
         assert post({**GOOD, "images": [packed]}).status_code in (200, 400)
     assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("value", [b"[]", b"{}", b"0"])
+def test_values_beyond_number(value):
+    """A body of 3 MB could take 100, and seconds to read."""
+    many = json.dumps({**GOOD, "columns": {"x": [[]]}}).encode().replace(b"[]", b"[" + value + b"," + value + b"]")
+    with served(numbers) as url:
+        assert httpx2.post(f"{url}/score", content=many, headers=JSON).status_code == 200
+        many = many.replace(b"," + value, (b"," + value) * 1_000_000)
+        refused(httpx2.post(f"{url}/score", content=many, headers=JSON), 413, "lists, objects and commas, more than")
+        honest = {**GOOD, "prompts": ["one, two, " * 40_000], "columns": {"boxes": [[[0.5, 1, 2, 3]] * 10_000]}}
+        assert httpx2.post(f"{url}/score", json=honest).json()["scores"] == [1.0]
+
+
+def test_two_are_parsed_at_a_time(monkeypatch):
+    running, most, parse = 0, 0, server_module.parse_request
+
+    def watched(body, limits):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.05)
+        running -= 1
+        return parse(body, limits)
+
+    monkeypatch.setattr(server_module, "parse_request", watched)
+    with served(numbers) as url, ThreadPoolExecutor(8) as clients:
+        for answer in clients.map(lambda _: httpx2.post(f"{url}/score", json=GOOD), range(16)):
+            assert answer.status_code == 200
+    assert most == 2
 
 
 def test_a_full_queue(server, post):
@@ -303,6 +351,7 @@ def test_what_nobody_waits_for_is_not_scored():
         ("abc", 500, "returned a str"),
         (None, 500, "returned a NoneType"),
         ([1, 2, float("inf")], 500, "returned inf for image 2"),
+        ([1, 2, 10**400], 500, "OverflowError"),
         ({"a": [1, 2, 3], "b": [None] * 3}, 200, {"a": [1.0, 2.0, 3.0], "b": [None] * 3}),
     ],
 )
@@ -335,6 +384,47 @@ def test_components_of_those_that_do_not_fail(caplog):
         answer = httpx2.post(f"{url}/score", json=request(["a", "bad"], [picture(8)] * 2)).json()
     assert answer["components"] == {"a": [1.0, None], "b": [2.0, None]}
     assert answer["errors"] == [None, "ValueError: half a character, ?"]
+
+
+@pytest.mark.parametrize("error", [ValueError, MemoryError, SystemExit, asyncio.CancelledError, StopIteration])
+@pytest.mark.parametrize("count", [1, 3])
+def test_whatever_it_raises_is_an_error_of_the_images(error, count):
+    def reward(prompts, images, **columns):
+        if "bad" in prompts:
+            raise error("of its own")
+        return [1] * len(images)
+
+    with served(reward) as url:
+        answer = httpx2.post(f"{url}/score", json=request(["bad"] * count, [picture(8)] * count))
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["scores"] == [None] * count
+        assert answer.json()["errors"] == [f"{error.__name__}: of its own"] * count
+        assert httpx2.post(f"{url}/score", json=GOOD).json()["scores"] == [1]
+
+
+@pytest.mark.parametrize("error", [ImportError, FileNotFoundError])
+def test_no_image_is_to_blame(error):
+    calls = []
+
+    def reward(prompts, images, **columns):
+        calls.append(prompts)
+        raise error("the file x.pt is missing")
+
+    with served(reward) as url:
+        for count in (1, 2):
+            answer = httpx2.post(f"{url}/score", json=request(["a"] * count, [picture(8)] * count))
+            refused(answer, 500, "cannot be used: " + error.__name__ + ": the file x.pt is missing")
+    assert len(calls) == 2
+
+
+def test_a_mistake_that_shows_only_image_by_image():
+    def reward(prompts, images, **columns):
+        if len(prompts) > 1:
+            raise ValueError("too many")
+        return ["1"]
+
+    with served(reward) as url:
+        refused(httpx2.post(f"{url}/score", json=request(["a"] * 2, [picture(8)] * 2)), 500, "'1' (str)")
 
 
 def test_a_reward_that_is_unavailable_itself():

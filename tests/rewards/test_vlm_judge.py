@@ -181,6 +181,24 @@ def test_unified_reward(server, version, text, expected):
     assert asked.endswith("Text Caption: [a cat]")
 
 
+def test_servers_that_want_another_body(server, tmp_path):
+    """Such as those that take neither max_tokens nor a temperature."""
+    server.judge = lambda number, attempt: says("yes")
+    extra = {"max_completion_tokens": 32, "max_tokens": None, "temperature": None, "seed": 1}
+    (file := tmp_path / "extra.json").write_text(json.dumps(extra))
+    for judge in (
+        VLMJudge(server.url, "a-model", extra_body=extra),
+        VLMJudge(server.url, "a-model", extra_body=json.dumps(extra)),
+        resolve_reward(f"vlm_judge:url={server.url},model=a-model,extra_body={file}"),
+    ):
+        assert judge(["a"], IMAGES[:1]) == [1.0]
+        sent = server.requests[-1][2]
+        assert sent.keys() == {"model", "messages", "logprobs", "top_logprobs", "max_completion_tokens", "seed"}
+        assert (sent["max_completion_tokens"], sent["seed"]) == (32, 1)
+    dry = VLMJudge(server.url, "a-model", extra_body=extra, dry_run=True)
+    assert dry(["a"], IMAGES[:1]) == [None]
+
+
 # Servers that are busy, away, or broken
 
 
@@ -234,8 +252,30 @@ def test_images_that_are_refused(server, caplog):
     assert VLMJudge(server.url, "a-model")(PROMPTS, IMAGES) == [0.5, 0.5, None, None, 0.5, 0.5]
     assert "1 of 6 images have no score: " in warnings(caplog)[0] and "against our policy" in warnings(caplog)[0]
     assert "I will not" in warnings(caplog)[1]
-    with pytest.raises(ValueError, match="answered 400: against our policy"):  # all of them
-        VLMJudge(server.url, "a-model")(["a"], [IMAGES[2]])
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_an_image_that_is_refused_alone(server, status):
+    server.judge = lambda number, attempt: (
+        (status, {"error": {"message": "against our policy"}}, {}) if number == 2 else says("yes")
+    )
+    judge = VLMJudge(server.url, "a-model")
+    for _ in range(2):
+        for _ in range(4):
+            assert judge(["a"], [IMAGES[2]]) == [None]
+        assert judge(["a"], [IMAGES[3]]) == [1.0]
+    for _ in range(4):
+        judge(["a"] * 2, [IMAGES[2]] * 2)
+    with pytest.raises(ValueError, match=f"in 5 calls in a row.*answered {status}: against our policy"):
+        judge(["a"], [IMAGES[2]])
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_what_is_no_matter_of_an_image(server, status):
+    """Not even if others are answered."""
+    server.judge = lambda number, attempt: (status, {"error": "no such model"}, {}) if number == 2 else says("yes")
+    with pytest.raises(ValueError, match=f"answered {status}: no such model"):
+        VLMJudge(server.url, "a-model")(PROMPTS, IMAGES)
 
 
 def test_so_many_requests_at_a_time(server):
@@ -303,6 +343,10 @@ def test_a_template_of_a_file(server, tmp_path):
         ({"timeout": -1}, "timeout of vlm_judge"),
         ({"api_key": "two words"}, "visible ASCII"),
         ({"url": "http://me:s3cret@host"}, "token as its own option"),
+        ({"extra_body": '{"seed": 1'}, "extra_body of vlm_judge is no JSON"),
+        ({"extra_body": {"seed": object()}}, "extra_body of vlm_judge is no JSON"),
+        ({"extra_body": "[1]"}, "must be an object"),
+        ({"extra_body": {"messages": []}}, "without messages"),
     ],
 )
 def test_options_that_cannot_be(options, message):
