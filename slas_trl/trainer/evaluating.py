@@ -50,11 +50,20 @@ class EvaluatingTrainer(ResumableTrainer):
             for values in (scores.rewards, *scores.components.values()):
                 values[~usable] = torch.nan
         parts = gathered((scores.rewards, scores.components))
-        for name in scoring.scorer.names:
-            found = [[key for key in components if key.startswith(f"{name}/")] for _, components in parts]
-            if any(set(keys) != set(found[0]) for keys in found):  # on another process; all of them see it
-                self._raise_reward_errors({name: other_components(name, found)})
-        components = {key: torch.cat([own[key] for _, own in parts]) for key in scores.components}
+        names: list[str] = []
+        for i, name in enumerate(scoring.scorer.names):
+            told = [
+                [key for key in components if key.startswith(f"{name}/")]
+                for rewards, components in parts
+                if not rewards[:, i].isnan().all()  # without a score it may be without components
+            ]
+            if any(set(keys) != set(told[0]) for keys in told):  # all processes see it
+                self._raise_reward_errors({name: other_components(name, told)})
+            names += told[0] if told else []
+        components = {
+            key: torch.cat([own.get(key, torch.full_like(rewards[:, 0], torch.nan)) for rewards, own in parts])
+            for key in names
+        }
         return Scores(torch.cat([rewards for rewards, _ in parts]), components, scores.seconds)
 
     def _raise_reward_errors(self, errors: dict[str, Exception]) -> None:

@@ -120,25 +120,22 @@ class Scoring:
         """Wait for the scores; and the first error of each reward that raised one, whose scores are NaN."""
         columns, components, seconds, errors = [], {}, [], {}
         for name, chunks in zip(self.scorer.names, self._chunks, strict=True):
-            values, parts, taken = [], [], 0.0
+            scored = []
             for chunk, size in zip(chunks, self._sizes, strict=True):
                 try:
-                    scored = chunk.result()
+                    scored.append(chunk.result())
                 except (ValueError, TypeError) as error:
                     errors.setdefault(name, error)
-                    scored = _ChunkScores([math.nan] * size, {}, 0.0)
-                values += scored.rewards
-                parts.append(scored.components)
-                taken += scored.seconds
-            columns.append(values)
-            seconds.append(taken)
-            if name in errors:
+                    scored.append(_ChunkScores([math.nan] * size, {}, 0.0))
+            columns.append([value for chunk in scored for value in chunk.rewards])
+            seconds.append(sum(chunk.seconds for chunk in scored))
+            # One in which nothing was scored may be without components: they are NaN as well.
+            told = [list(chunk.components) for chunk in scored if chunk.components or not chunk.is_empty]
+            if any(set(parts) != set(told[0]) for parts in told):
+                errors.setdefault(name, other_components(name, told))
                 continue
-            if any(chunk.keys() != parts[0].keys() for chunk in parts):
-                errors[name] = other_components(name, [list(chunk) for chunk in parts])
-                continue
-            for part in parts[0] if parts else ():
-                rows = [value for chunk in parts for value in chunk[part]]
+            for part in told[0] if told else ():
+                rows = [v for chunk in scored for v in chunk.components.get(part, [math.nan] * len(chunk.rewards))]
                 components[f"{name}/{part}"] = torch.tensor(rows, dtype=torch.float64)
         return Scores(torch.tensor(columns, dtype=torch.float64).T, components, seconds), errors
 
@@ -150,6 +147,10 @@ class _ChunkScores:
     rewards: list[float]
     components: dict[str, list[float]]
     seconds: float
+
+    @property
+    def is_empty(self) -> bool:
+        return all(map(math.isnan, self.rewards))
 
 
 def _use_device(device: torch.device | None) -> None:

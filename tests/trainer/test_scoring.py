@@ -273,6 +273,18 @@ def test_components_have_to_be_the_same_in_every_chunk():
         raise errors["uneven"]
 
 
+def test_a_chunk_without_any_score_may_be_without_components():
+    def away_for_one(prompts, images, **columns):
+        return [None] if len(images) == 1 else {"shape": [1.0] * len(images)}
+
+    with Scoring(RewardScorer(away_for_one)) as scoring:
+        scoring.add(PROMPTS[:1], IMAGES[:1], {})
+        scoring.add(PROMPTS, IMAGES, {})
+        scores, errors = scoring.result()
+    assert not errors and scores.rewards.nan_to_num(-1)[:, 0].tolist() == [-1.0, 1.0, 1.0, 1.0]
+    assert scores.components["away_for_one/shape"].nan_to_num(-1).tolist() == [-1.0, 1.0, 1.0, 1.0]
+
+
 def test_a_component_is_checked_and_named():
     with pytest.raises(ValueError, match="Reward 'strange/colour' returned 1 values for 3 images"):
         score(returning({"reward": [1.0, 2.0, 3.0], "colour": [1.0]}))
