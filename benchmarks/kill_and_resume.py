@@ -20,6 +20,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -44,7 +45,7 @@ IMPORTED_ONCE = [
     "trl.trainer.utils",
 ]
 KEPT = 2  # checkpoints
-TIMINGS = ("step_time", "images_per_second")
+TIMINGS = re.compile(r"step_time|images_per_second|rewards/.+/time")
 PATIENCE = 120.0  # seconds for what takes a few
 
 
@@ -217,7 +218,10 @@ def compare(whole: Path, run: Path, updates: int) -> list[str]:
     for name in sorted(name for name in names[0] if Path(name).suffix in (".pt", ".pth", ".safetensors")):
         found += differences(contents(folders[0] / name), contents(folders[1] / name), name)
     lines = [list(map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())) for folder in (whole, run)]
-    logs = [[{k: v for k, v in line.items() if k not in TIMINGS} for line in each if "loss" in line] for each in lines]
+    logs = [
+        [{k: v for k, v in line.items() if not TIMINGS.fullmatch(k)} for line in each if "loss" in line]
+        for each in lines
+    ]
     found += differences(logs[0], logs[1], "metrics.jsonl")
     kept = [sorted(path.name for path in folder.iterdir()) for folder in (whole, run)]
     found += [f"left over: {name}" for name in kept[1] if name not in kept[0]]

@@ -12,7 +12,7 @@ from tests.test_trust_region import dense_fisher
 from tests.tiny_pipelines import PIPELINES
 from tests.trainer.test_distributed import FSDP2, launch
 from tests.trainer.test_slas_config import config
-from tests.trainer.tiny_trainers import Watched, logged, lora, same, tiny_trainer, trained, trained_weights
+from tests.trainer.tiny_trainers import Watched, logged, lora, same, tiny_trainer, trained, trained_weights, untimed
 
 
 SGD = {"optim": "sgd", "max_grad_norm": 0.0, "weight_decay": 0.0, "learning_rate": 0.5}
@@ -171,8 +171,7 @@ def test_measuring_changes_nothing(tmp_path, settings):
         folder = tmp_path / str(fisher_update_steps)
         trainer = trained(folder, use_ema=True, max_steps=3, fisher_update_steps=fisher_update_steps, **settings)
         average = [parameter.clone() for parameter in trainer._ema.model.shadow_params]
-        figures = ("step_time", "images_per_second")
-        lines = [{k: v for k, v in line.items() if k not in figures and "trust" not in k} for line in logged(folder)]
+        lines = [{k: v for k, v in untimed(line).items() if "trust" not in k} for line in logged(folder)]
         runs.append((trained_weights(trainer), torch.get_rng_state(), average, lines))
     (weights, state, average, lines), others = runs
     assert same(weights, others[0]) and torch.equal(state, others[1]) and lines == others[3]
@@ -214,8 +213,7 @@ SCHEDULES = {
 
 
 def lines_of(folder) -> list[dict]:
-    timings = ("step_time", "images_per_second")
-    return [{k: v for k, v in line.items() if k not in timings} for line in logged(folder)]
+    return [untimed(line) for line in logged(folder)]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.trainer.test_slas_trainer import blueness
-from tests.trainer.tiny_trainers import Watched, logged, redness, same, tiny_trainer, trained, trained_weights
+from tests.trainer.tiny_trainers import Watched, logged, redness, same, tiny_trainer, trained, trained_weights, untimed
 
 
 def parts(prompts, images, **columns):
@@ -17,14 +17,6 @@ def parts(prompts, images, **columns):
         "reward": red,
         "double": [2 * value for value in red],
         "odd": [None if i % 2 else 1.0 for i in range(len(red))],
-    }
-
-
-def untimed(line: dict) -> dict:
-    return {
-        key: value
-        for key, value in line.items()
-        if key.startswith(("reward", "kl", "loss", "grad")) and "/time" not in key
     }
 
 

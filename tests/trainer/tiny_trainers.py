@@ -119,3 +119,9 @@ def logged(output_dir: Path, key: str = "loss") -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl` that have `key`; by default those of updates."""
     lines = [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if key in line]
+
+
+def untimed(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of a log without what differs from run to run."""
+    times = ("step_time", "images_per_second")
+    return {key: value for key, value in line.items() if key not in times and not key.endswith("/time")}
