@@ -250,6 +250,13 @@ class ResumableTrainer(Trainer):
         with checkpoints.on_interrupt(self._note_interrupt):
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing for a run that was at its end when it was resumed: the Trainer would make one update more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _note_interrupt(self) -> None:
         self._interrupted = True
         logger.warning(

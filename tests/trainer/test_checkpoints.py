@@ -181,6 +181,18 @@ def test_the_resumed_run_is_the_uninterrupted_one(tmp_path, family, settings, at
     assert same(load_file(saved[0]), load_file(saved[1]))
 
 
+@pytest.mark.parametrize(
+    "length", [{"max_steps": 2}, {"max_steps": -1, "num_train_epochs": 1}], ids=["steps", "epochs"]
+)
+def test_a_run_that_is_at_its_end_is_not_trained_further(tmp_path, length):
+    first = trained(tmp_path, **length, **EVERY_UPDATE)
+    lines, steps = logged(tmp_path), first.state.global_step
+    again = tiny_trainer(tmp_path, **length, **EVERY_UPDATE)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == steps and same(trained_weights(first), trained_weights(again))
+    assert logged(tmp_path) == lines and len(checkpoints_in(tmp_path)) == steps
+
+
 def test_across_epochs(tmp_path):
     settings = {"cls": Watched, "max_steps": -1, "num_train_epochs": 3, **EVERY_UPDATE}  # three updates each
     whole = trained(tmp_path / "whole", **settings)
