@@ -126,15 +126,17 @@ class Scoring:
                     scored.append(chunk.result())
                 except (ValueError, TypeError) as error:
                     errors.setdefault(name, error)
-                    scored.append(_ChunkScores([math.nan] * size, {}, 0.0))
+                    scored.append(_ChunkScores([math.nan] * size, {}, [], 0.0))
             columns.append([value for chunk in scored for value in chunk.rewards])
             seconds.append(sum(chunk.seconds for chunk in scored))
             # One in which nothing was scored may be without components: they are NaN as well.
-            told = [list(chunk.components) for chunk in scored if chunk.components or not chunk.is_empty]
+            told = [chunk.returned for chunk in scored if chunk.returned or not chunk.is_empty]
             if any(set(parts) != set(told[0]) for parts in told):
                 errors.setdefault(name, other_components(name, told))
                 continue
             for part in told[0] if told else ():
+                if part == "reward":
+                    continue
                 rows = [v for chunk in scored for v in chunk.components.get(part, [math.nan] * len(chunk.rewards))]
                 components[f"{name}/{part}"] = torch.tensor(rows, dtype=torch.float64)
         return Scores(torch.tensor(columns, dtype=torch.float64).T, components, seconds), errors
@@ -145,7 +147,8 @@ class _ChunkScores:
     """Of one reward."""
 
     rewards: list[float]
-    components: dict[str, list[float]]
+    components: dict[str, list[float]]  # all but "reward"
+    returned: list[str]  # the names of components, "reward" if it was one of them
     seconds: float
 
     @property
@@ -194,6 +197,7 @@ def _scores_of(
 ) -> _ChunkScores:
     start = time.perf_counter()
     result = _call(name, function, prompts, images, columns)
+    returned = list(result) if isinstance(result, dict) else []
     if not isinstance(result, dict):
         rewards, components = numbers(result, prompts, f"Reward {name!r}"), {}
     elif not result:
@@ -203,7 +207,7 @@ def _scores_of(
     else:
         components = {part: numbers(values, prompts, f"Reward '{name}/{part}'") for part, values in result.items()}
         rewards = components.pop("reward", None) or [sum(parts) for parts in zip(*components.values(), strict=True)]
-    return _ChunkScores(rewards, components, time.perf_counter() - start)
+    return _ChunkScores(rewards, components, returned, time.perf_counter() - start)
 
 
 def _call(
