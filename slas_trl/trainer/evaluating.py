@@ -35,7 +35,7 @@ class EvaluatingTrainer(ResumableTrainer):
         return dict.fromkeys(self.eval_scorer.names, 0.0) | dict(own)
 
     def _start_scoring(self, scorer: RewardScorer) -> Scoring:
-        return Scoring(scorer, self.accelerator.device, self.args.concurrent_rewards)
+        return Scoring(scorer, self.args.concurrent_rewards)
 
     def _add_images(self, scoring: Scoring, dataset: Dataset, indices: Sequence[int], images: list[Any]) -> None:
         rows = self.calls.rows(dataset, list(indices))

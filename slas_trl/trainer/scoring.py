@@ -82,14 +82,15 @@ class Scoring:
 
     Args:
         scorer ([`RewardScorer`]): The rewards.
-        device (`torch.device`, *optional*): The current one, in the rewards' threads.
         concurrent (`bool`, *optional*, defaults to `True`):
             `False` waits for every reward at every chunk. The calls are the same, and so are the scores.
     """
 
-    def __init__(self, scorer: RewardScorer, device: torch.device | None = None, concurrent: bool = True):
+    def __init__(self, scorer: RewardScorer, concurrent: bool = True):
         self.scorer, self.concurrent = scorer, concurrent
-        self._threads = [ThreadPoolExecutor(1, initializer=_use_device, initargs=(device,)) for _ in scorer.names]
+        # Which GPU is "cuda" is a matter of the thread: the same in theirs as in this one.
+        gpu = (torch.cuda.current_device(),) if torch.cuda.is_initialized() else ()
+        self._threads = [ThreadPoolExecutor(1, initializer=_use_gpu, initargs=gpu) for _ in scorer.names]
         self._chunks: list[list[Future[_ChunkScores]]] = [[] for _ in scorer.names]
         self._sizes: list[int] = []
 
@@ -156,10 +157,9 @@ class _ChunkScores:
         return all(map(math.isnan, self.rewards))
 
 
-def _use_device(device: torch.device | None) -> None:
-    """Which GPU is "cuda" is a matter of the thread."""
-    if device is not None and device.type == "cuda":
-        torch.cuda.set_device(device)
+def _use_gpu(index: int | None = None) -> None:
+    if index is not None:
+        torch.cuda.set_device(index)
 
 
 def other_components(name: str, found: list[list[str]]) -> ValueError:
