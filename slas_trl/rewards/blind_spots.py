@@ -30,8 +30,8 @@ MEASURES = {
 BLIND_SPOTS = {
     "aesthetic": "the prompt, so that it needs another reward beside it",
     "brightness": _PIXELS,
-    "clip_score": "counts, left and right, which colour belongs to what; prompts after 77 tokens; what the centre crop "
-    "removes",
+    "clip_score": "counts, left and right, which colour belongs to what; prompts after 77 tokens; what the centre "
+    "crop removes",
     "hpsv2": "detail below 224 pixels; has a taste for glossy pictures",
     "image_reward": "prompts after 33 tokens; what the centre crop removes; languages other than English",
     "incompressibility": _PIXELS,
