@@ -23,3 +23,25 @@ def interruptible():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A Hub on this machine, see `tests.hub`."""
+    from tests.hub import HubServer  # diffusers, not for tests that do without
+
+    with HubServer(tmp_path_factory.mktemp("hub")) as server:
+        yield server
+
+
+@pytest.fixture
+def online(server):
+    """This process talks to `server`, where the repository `REPO` is not there yet."""
+    from huggingface_hub import HfApi
+
+    from tests.hub import REPO
+
+    with server.in_process() as patch:
+        yield patch
+        server.heal()
+        HfApi(token="hf_good").delete_repo(REPO, missing_ok=True)

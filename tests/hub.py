@@ -42,6 +42,7 @@ from tests.hub_server import ROUTES
 
 
 ROOT = Path(__file__).parents[1]
+REPO = "user/run"  # what tests push to
 
 
 class HubServer:

@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -117,7 +117,10 @@ class PublishingTrainer(EvaluatingTrainer):
 
     def _write_card(self, facts: RunFacts) -> None:
         folder = self._output_dir
-        files = [] if self.is_in_train else hub.describe(hub.run_files(folder, folder, facts))
+        files = []
+        if not self.is_in_train:
+            with suppress(FileNotFoundError):  # nothing has been saved yet
+                files = hub.describe(hub.run_files(folder, folder, facts))
         hub.write_card(folder, facts, self.hub_model_id or hub.local_name(folder), self.args.hub_revision, files)
 
     def _facts(

@@ -1,0 +1,157 @@
+"""What a run puts on the Hub, read back from a server that speaks its protocol, by plain diffusers."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from huggingface_hub import HfApi, ModelCard
+from PIL import Image
+
+from tests.hub import REPO
+from tests.policy.zoo.all import FAMILIES
+from tests.tiny_pipelines import PIPELINES
+
+from .tiny_trainers import PROMPTS, lora, tiny_trainer, trained
+from .zoo_trainers import zoo_trainer
+
+
+PUSHED = {"push_to_hub": True, "hub_model_id": REPO}
+ADAPTER = "pytorch_lora_weights.safetensors"
+
+
+def drawn(pipe, call: dict, seed: int = 0) -> bytes:
+    generator = torch.Generator().manual_seed(seed)
+    output = pipe(prompt=[PROMPTS[0]["prompt"]], generator=[generator], num_inference_steps=3, **call)
+    return np.asarray(output[0][0]).tobytes()
+
+
+def python_in(card: str) -> str:
+    found = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    assert found
+    return found[1]
+
+
+# Loading
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux", "qwen-image"])
+def test_the_adapter_gives_the_trained_images(tmp_path, server, online, family):
+    """With lora_alpha that is not the rank."""
+    trainer = zoo_trainer(FAMILIES[family], tmp_path, **PUSHED, learning_rate=1e-2)
+    trainer.train()
+    trainer.push_to_hub()
+    call = {**FAMILIES[family].call, "output_type": "np"}
+    fresh = FAMILIES[family].build()
+    before = drawn(fresh, call)
+    fresh.load_lora_weights(REPO)
+    assert drawn(fresh, call) == drawn(trainer.pipe, call) != before
+
+
+def test_two_denoisers_and_a_moving_average(tmp_path, server, online):
+    family = FAMILIES["wan2.2"]
+    trainer = zoo_trainer(
+        family, tmp_path, **PUSHED, num_inference_steps=4, use_ema=True, max_steps=2, learning_rate=1e-2
+    )
+    trainer.train()
+    trainer.push_to_hub()
+    expected = trainer.draw(PROMPTS, [0], [torch.Generator().manual_seed(0)], 1)[0]  # by the moving average
+    fresh = family.build()
+    lines = python_in(server.files(REPO)["README.md"].decode()).splitlines()
+    exec("\n".join(line for line in lines if line.startswith("pipe.load_lora_weights")), {"pipe": fresh})
+    call = {**family.call, "num_inference_steps": 4, "output_type": "pil"}
+    (frames,) = fresh(prompt=[PROMPTS[0]["prompt"]], generator=[torch.Generator().manual_seed(0)], **call).frames
+    assert frames[0].tobytes() == expected.tobytes()
+    assert {name for name in server.files(REPO) if name.endswith("safetensors")} == {
+        ADAPTER,
+        "pytorch_lora_weights_transformer_2.safetensors",
+    }
+
+
+def test_all_weights_are_a_folder_of_the_denoiser(tmp_path, server, online, monkeypatch):
+    base = tmp_path / "secret-place" / "base"
+    PIPELINES["sd3"][0]().save_pretrained(base)
+    model = DiffusionPipeline.from_pretrained(base)
+    trainer = trained(tmp_path / "run", model=model, full=True, **PUSHED, learning_rate=1e-2)
+    trainer.push_to_hub()
+    files = server.files(REPO)
+    names = ["transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"]
+    assert [name for name in files if name.startswith("transformer")] == names and ADAPTER not in files
+    assert not any(b"secret-place" in content for content in files.values())
+    code = python_in(files["README.md"].decode()).replace('"path/to/base"', repr(str(base)))
+    found = {}
+    monkeypatch.chdir(tmp_path)
+    exec(code, found)
+    call = {**PIPELINES["sd3"][1], "output_type": "np"}
+    assert drawn(found["pipe"], call) == drawn(trainer.pipe, call)
+    card = ModelCard(files["README.md"].decode())
+    assert "lora" not in card.data.tags and card.data.library_name == "diffusers"
+
+
+# The card
+
+
+def test_the_card_names_the_base_model_and_its_license(tmp_path, server, online, monkeypatch):
+    base = tmp_path / "base"
+    PIPELINES["sd3"][0]().save_pretrained(base)
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE.md\n---\nx")
+    api = HfApi(token="hf_good")
+    api.create_repo("org/base", exist_ok=True)
+    api.upload_folder(repo_id="org/base", folder_path=base)
+    trainer = trained(tmp_path / "run", model="org/base", **PUSHED, max_steps=1)
+    trainer.push_to_hub(dataset_name="org/prompts", tags=["mine"])
+    text = server.files(REPO)["README.md"].decode()
+    data = yaml.safe_load(text.split("---\n")[1])
+    assert (data["base_model"], data["base_model_relation"]) == ("org/base", "adapter")
+    assert (data["license"], data["license_name"]) == ("other", "mine")
+    assert data["license_link"] == "https://huggingface.co/org/base/blob/main/LICENSE.md"
+    assert data["datasets"] == ["org/prompts"] and "mine" in data["tags"]
+    assert (tmp_path / "run" / "README.md").read_text() == text  # the same here and there
+    # The quick start, as pasted: base and adapter both come from the server.
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(python_in(text), found)
+    with Image.open("image.png") as image, Image.open(tmp_path / "run" / data["widget"][0]["output"]["url"]) as shown:
+        assert (np.asarray(image)[::10, ::10] == np.asarray(shown.resize((16, 16), 0))[::10, ::10]).all()
+    assert [entry["output"]["url"] in server.files(REPO) for entry in data["widget"]] == [True] * 8
+
+
+def test_evaluations_are_in_the_metadata_with_their_intervals(tmp_path):
+    trainer = trained(tmp_path, eval_dataset=PROMPTS, eval_strategy="steps", eval_steps=1, eval_on_start=True)
+    trainer.save_model()
+    trainer.create_model_card()
+    [result] = yaml.safe_load((tmp_path / "README.md").read_text().split("---\n")[1])["model-index"][0]["results"]
+    [metric] = result["metrics"]
+    scores = trainer._sample_and_score(PROMPTS).rewards.view(6, 4).mean(1)  # by hand: six prompts, four pictures each
+    half = 2.5706 * scores.std().item() / 6**0.5  # Student's t with five degrees of freedom
+    low, high = metric["args"]["confidence_interval_95"]
+    assert metric["type"] == "redness" and metric["value"] == pytest.approx(scores.mean().item(), abs=1e-6)
+    assert ((high - low) / 2, (high + low) / 2) == pytest.approx((half, metric["value"]), rel=1e-4)
+    assert metric["args"]["prompts"] == 6 and metric["args"]["before_training"] != metric["value"]
+
+
+def test_hacking_is_told(tmp_path):
+    trainer = tiny_trainer(tmp_path, eval_dataset=PROMPTS, eval_reward_funcs=[greenness], hacking_patience=2)
+    for step, value in enumerate([0.1, 0.2, 0.3]):
+        log = {"step": step, "eval_reward": value, "eval_rewards/greenness/mean": 1 - value}
+        trainer.state.log_history.append(log)
+    trainer.create_model_card()
+    assert "rose in 2 evaluations in a row (0.1 to 0.3)" in (tmp_path / "README.md").read_text()
+    trainer.state.log_history[-1]["eval_rewards/greenness/mean"] = 0.95
+    trainer.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert "no warning of reward hacking" in text and "`greenness`" in text
+
+
+def greenness(prompts, images, **columns):
+    return [float(np.asarray(image)[..., 1].mean()) / 255 for image in images]
+
+
+def test_an_adapter_that_has_to_be_there_too_is_told(tmp_path):
+    pipe = PIPELINES["sd3"][0]()
+    pipe.transformer.add_adapter(lora(init_lora_weights=False), adapter_name="theirs")
+    trainer = tiny_trainer(tmp_path, model=pipe)
+    trainer.create_model_card()
+    assert "`theirs`" in (tmp_path / "README.md").read_text()
