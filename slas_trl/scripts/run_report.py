@@ -16,7 +16,7 @@ from slas_trl.schedulers import FlowSDEScheduler
 from slas_trl.trainer import SLASTrainer
 from slas_trl.trainer.callbacks import METRICS_FILE
 from slas_trl.trainer.calls import is_picture_column
-from slas_trl.trainer.lora import ADAPTER_NAME, folder_of, plain_class
+from slas_trl.trainer.lora import ADAPTER_NAME, adapter_file, plain_class
 
 
 PICTURES_ON_SHEET = 12
@@ -187,15 +187,16 @@ class RunReport:
         else:
             lines += ["", f"pipe = DiffusionPipeline.from_pretrained({json.dumps(self.base_model)})"]
         for name in names:
-            folder = json.dumps(str(folder_of(name, names, run_dir)))
+            folder, weight_name = json.dumps(str(run_dir)), json.dumps(adapter_file(name, names))
             if not trainer.has_adapter:
                 place = f"{json.dumps(str(run_dir))}, subfolder={json.dumps(name)}"
                 lines += [f"pipe.{name} = {classes[name]}.from_pretrained({place})"]
             elif not isinstance(pipe, LoraBaseMixin):
-                lines += [f"pipe.{name}.load_lora_adapter({folder}, prefix=None, use_safetensors=True)"]
+                lines += [f"pipe.{name}.load_lora_adapter({folder}, prefix=None, weight_name={weight_name})"]
             elif name == names[0]:
                 lines += [f"pipe.load_lora_weights({folder})"]
             else:
-                lines += [f"pipe.load_lora_weights({folder}, load_into_{name}=True)"]
+                given = f"weight_name={weight_name}, load_into_{name}=True"
+                lines += [f"pipe.load_lora_weights({folder}, {given})"]
         given = "".join(f', {name}=load_image("{name}.png")' for name in pictures)
         return "\n".join([*lines, f"image = pipe(prompt={json.dumps(self.prompts[0])}{given}).images[0]"])

@@ -1,5 +1,6 @@
 """The trained weights on disk: LoRA adapters that plain diffusers loads, or whole denoisers."""
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -7,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.utils import CONFIG_NAME
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
@@ -68,9 +70,12 @@ def _adapter_layers(denoiser: Any) -> list[BaseTunerLayer]:
     return [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def folder_of(name: str, names: list[str], folder: str | Path) -> Path:
-    """Where the weights of denoiser `name` are: an adapter's in `folder` itself, a second denoiser's beside it."""
-    return Path(folder) if name == names[0] else Path(folder) / name
+def adapter_file(name: str, names: list[str]) -> str:
+    """
+    The file of denoiser `name`'s adapter. A second denoiser's lies beside the first's under a name that
+    `pipe.load_lora_weights` does not take for it, as it would take one in a subfolder of a repository.
+    """
+    return ADAPTER_FILE if name == names[0] else ADAPTER_FILE.replace(".", f"_{name}.")
 
 
 def save_weights(
@@ -79,7 +84,7 @@ def save_weights(
     """
     Write the trained weights of the components `names` into `folder`: `pytorch_lora_weights.safetensors`, which
     `pipe.load_lora_weights(folder)` reads, or the folder `name`, which the component's `from_pretrained` reads. An
-    adapter of a second denoiser is in the subfolder of its name. Of several processes all have to call it, since
+    adapter of a second denoiser is in the file of [`adapter_file`]. Of several processes all have to call it, since
     weights may be sharded, and the one that `writes` writes.
     """
     for name in names:
@@ -91,20 +96,19 @@ def save_weights(
         state_dict = {key: full_tensor(value.detach()).cpu().contiguous() for key, value in state_dict.items()}
         if not writes:
             continue
-        place = folder_of(name, names, folder)
-        place.mkdir(parents=True, exist_ok=True)
-        # lora_alpha is among the metadata, without which a reader takes alpha = r.
-        metadata = denoiser.peft_config[ADAPTER_NAME].to_dict()
+        # lora_alpha is among the metadata, without which a reader takes alpha = r. What is published names no path.
+        metadata = {**denoiser.peft_config[ADAPTER_NAME].to_dict(), "base_model_name_or_path": None}
+        file = adapter_file(name, names)
         if isinstance(pipe, LoraBaseMixin):
             # A pipeline's saving knows of one denoiser; the second is written, and read, as if it were that.
             layers = {f"{names[0]}_lora_layers": state_dict, f"{names[0]}_lora_adapter_metadata": metadata}
-            cast(Any, pipe).save_lora_weights(place, **layers)
+            cast(Any, pipe).save_lora_weights(folder, weight_name=file, **layers)
         else:
             LoraBaseMixin.write_lora_layers(
                 state_dict,
-                str(place),
+                str(folder),
                 is_main_process=True,
-                weight_name=ADAPTER_FILE,
+                weight_name=file,
                 save_function=None,  # type: ignore[arg-type]
                 safe_serialization=True,
                 lora_adapter_metadata=metadata,
@@ -120,6 +124,10 @@ def _save_denoiser(denoiser: Any, folder: Path, writes: bool) -> None:
         denoiser.load_state_dict(state, assign=True)
     if writes:
         denoiser.save_pretrained(folder)
+        # Where the model was loaded from: a folder of this machine, be it the Hub's cache.
+        file = folder / CONFIG_NAME
+        config = {key: value for key, value in json.loads(file.read_text()).items() if key != "_name_or_path"}
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def plain_class(denoiser: Any) -> Any:
@@ -138,7 +146,7 @@ def load_weights(pipe: DiffusionPipeline, names: list[str], folder: str | Path, 
         denoiser = pipe.components[name]
         if adapter:
             targets = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER_NAME)
-            saved = load_file(folder_of(name, names, folder) / ADAPTER_FILE)
+            saved = load_file(Path(folder) / adapter_file(name, names))
             saved = {key.removeprefix(f"{names[0]}."): value for key, value in saved.items()}
         else:
             targets = denoiser.state_dict()
