@@ -17,12 +17,15 @@ from scipy import stats
 
 from slas_trl import __version__
 from slas_trl.evaluation.shapes import Estimate
+from slas_trl.model_card import Sample
 
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 SMALLEST, LARGEST = 160, 320  # pixels of a picture's longer side on a sheet
 MARGIN = 10
 FONT_SIZE, LINE_HEIGHT = 13, 16
+GALLERY = 4  # prompts of a model card's gallery, each with a picture before and one after
+GALLERY_SIDE = 768  # pixels of their longer side, at most
 CAPTION_LINES = 6  # at most; longer captions end in an ellipsis
 
 
@@ -66,6 +69,55 @@ def sample_grid(images: Sequence[Image.Image], captions: Sequence[str], columns:
                 draw.text((left, below), text, fill="black", font=_font())
         top += picture_heights[row] + text_heights[row] + 2 * MARGIN
     return sheet
+
+
+def save_samples(
+    run_dir: str | Path,
+    prompts: Sequence[str],
+    after: Sequence[Image.Image],
+    before: Sequence[Image.Image] | None = None,
+) -> tuple[list[Sample], str]:
+    """
+    Write the pictures of a model card into the folder `samples` of a run: the first 4 prompts, one file a picture, for
+    the gallery, and one sheet of all, before and after side by side. Those over 768 pixels are reduced, small ones
+    enlarged without smoothing; photographs are JPEG, so that a card's pictures are a megabyte or two at most.
+
+    Args:
+        run_dir (`str` or `Path`): The run's folder.
+        prompts (`Sequence[str]`): P prompts.
+        after (`Sequence[PIL.Image.Image]`): P pictures; the i-th was drawn with seed i.
+        before (`Sequence[PIL.Image.Image]`, *optional*): The same prompts and seeds before training.
+
+    Returns the samples, and the sheet's path, both as seen from `run_dir`.
+    """
+    folder = Path(run_dir) / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def save(image: Image.Image, stem: str) -> str:
+        image = _readable_size(image.convert("RGB"), GALLERY_SIDE)
+        # Pixels drawn large stay sharp; of a photograph, a PNG would be several megabytes.
+        name = f"samples/{stem}.{'png' if max(image.size) <= LARGEST else 'jpg'}"
+        image.save(Path(run_dir) / name, quality=90)
+        return name
+
+    samples = [
+        Sample(
+            prompt=prompt,
+            before=None if before is None else save(before[i], f"{i + 1}_before"),
+            after=save(after[i], f"{i + 1}_after"),
+            seed=i,
+        )
+        for i, prompt in enumerate(prompts[:GALLERY])
+    ]
+    if before is None:
+        sheet = sample_grid(after, prompts)
+    else:
+        pairs = [image for pair in zip(before, after, strict=True) for image in pair]
+        captions = [f"{when}: {prompt}" for prompt in prompts for when in ("before", "after")]
+        sheet = sample_grid(pairs, captions, columns=4)
+    name = f"samples/comparison.{'png' if max(after[0].size) <= SMALLEST else 'jpg'}"
+    sheet.save(Path(run_dir) / name, quality=90)
+    return samples, name
 
 
 def plot_training(metrics_path: str | Path, output_path: str | Path) -> None:
@@ -145,11 +197,17 @@ def compare_scores(
     }
 
 
-def score_table(comparison: Mapping[str, Mapping[str, Estimate]], first_column: str = "reward") -> str:
-    """A table, in Markdown aligned for the terminal, of what [`compare_scores`] returns."""
+def score_rows(comparison: Mapping[str, Mapping[str, Estimate]], first_column: str = "reward") -> list[list[str]]:
+    """The head of the table that [`score_table`] makes, and its rows."""
     rows = [[first_column, "before", "after", "change"]]
     for name, estimates in comparison.items():
         rows.append([name, *(_written(estimates[column], "+" * (column == "change")) for column in rows[0][1:])])
+    return rows
+
+
+def score_table(comparison: Mapping[str, Mapping[str, Estimate]], first_column: str = "reward") -> str:
+    """A table, in Markdown aligned for the terminal, of what [`compare_scores`] returns."""
+    rows = score_rows(comparison, first_column)
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
@@ -231,10 +289,10 @@ def _font() -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", FONT_SIZE)
 
 
-def _readable_size(image: Image.Image) -> Image.Image:
+def _readable_size(image: Image.Image, largest: int = LARGEST) -> Image.Image:
     longest = max(image.size)
-    if longest > LARGEST:
-        return image.resize([max(1, round(side * LARGEST / longest)) for side in image.size], Image.Resampling.LANCZOS)
+    if longest > largest:
+        return image.resize([max(1, round(side * largest / longest)) for side in image.size], Image.Resampling.LANCZOS)
     factor = max(1, round(SMALLEST / longest))
     return image.resize([side * factor for side in image.size], Image.Resampling.NEAREST)
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "prompts": "score prompts by how much their rewards differ, and keep those worth training on",
     "serve-reward": "serve a reward over HTTP, to trainings on this or other machines",
     "generate": "make pictures with a pipeline, with or without a trained adapter",
+    "push": "put a run on the Hub: its adapter, model card and pictures",
     "env": "print versions and devices, for a bug report",
 }
 

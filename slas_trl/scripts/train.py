@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import Dataset
+from huggingface_hub import CommitInfo
 from transformers.trainer_utils import IntervalStrategy
 
+from slas_trl.hub import PushError
 from slas_trl.scripts.arguments import SLASScriptArguments, parse
 from slas_trl.scripts.run_report import RunReport
 from slas_trl.shapes import load_shapes_pipeline
@@ -49,13 +51,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BaseException:
         print(file=sys.stderr)  # ends the line of the progress bar, for the message that follows
         raise
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # pushed below, with the report
     if report is not None and before is not None:
         text = report.write(before, report.measure())
         if chief:
             print(f"\n{text}\n")
+    if config.push_to_hub:
+        push(trainer, script.dataset_name)
+    else:
+        trainer.create_model_card(dataset_name=script.dataset_name)
     if chief:
         print(f"Done. Look at {config.output_dir}: README.md says what is there and how to use it.")
+
+
+def push(trainer: SLASTrainer, dataset_name: str | None) -> None:
+    """Push the result. Where that fails, the run has ended well all the same, and says what to do."""
+    try:
+        done = trainer.push_to_hub(dataset_name=dataset_name)
+    except (PushError, ValueError) as error:  # ValueError on the processes that do not push
+        if trainer.is_world_process_zero():
+            print(f"slas-trl train: {error}", file=sys.stderr)
+    else:
+        if isinstance(done, CommitInfo):  # on the main process
+            print(f"Pushed: {done.commit_url}")
 
 
 def train_prompts(script: SLASScriptArguments) -> Dataset | None:

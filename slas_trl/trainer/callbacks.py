@@ -89,6 +89,12 @@ class MetricsFileCallback(StepFileCallback):
 
     file = METRICS_FILE
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        path = Path(args.output_dir or ".") / self.file
+        if state.is_world_process_zero and state.global_step and not path.exists():  # resumed in another folder
+            path.write_text("".join(json.dumps({"step": log["step"], **log}) + "\n" for log in state.log_history))
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
             self.append(args, {"step": state.global_step, **logs})

@@ -10,7 +10,7 @@ from datasets import Dataset
 from . import sampling
 from .calls import PipelineCalls, as_pictures
 from .collectives import gathered, raise_together, reshard
-from .metrics import reward_metrics, reward_times
+from .metrics import half_widths, reward_metrics, reward_times
 from .prompts import check_prompts
 from .resumable import ResumableTrainer
 from .scoring import RewardScorer, Scores, Scoring, other_components
@@ -22,6 +22,7 @@ class EvaluatingTrainer(ResumableTrainer):
     calls: PipelineCalls
     scorer: RewardScorer
     eval_scorer: RewardScorer  # those of `scorer`, and then the ones that are held out
+    output_field = "images"  # of what the pipeline returns; "frames" of some
 
     @property
     def trained_weights(self) -> list[float]:
@@ -82,7 +83,8 @@ class EvaluatingTrainer(ResumableTrainer):
 
         Returns:
             `dict[str, float]`: `eval_reward`, `eval_reward_std` (between images) of the rewards that are trained on;
-            `eval_rewards/{name}/mean`, `/std`, `/nan_share` and `/time` of these and of the held-out ones.
+            `eval_rewards/{name}/mean`, `/half_width` (of the mean's 95% interval, from the differences between
+            prompts), `/std`, `/nan_share` and `/time` of these and of the held-out ones.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
@@ -102,6 +104,7 @@ class EvaluatingTrainer(ResumableTrainer):
         total[(rewards.isnan() | (weights == 0)).all(1)] = torch.nan
         metrics = {"reward": total.nanmean().item(), "reward_std": total[~total.isnan()].std(correction=0).item()}
         metrics |= reward_metrics(self.eval_scorer.names, scores) | reward_times(self.eval_scorer.names, scores)
+        metrics |= half_widths(self.eval_scorer.names, scores.rewards, len(dataset))  # type: ignore[arg-type]
         metrics |= {"runtime": time.perf_counter() - start, "samples": len(rewards)}
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         self.log(metrics)
@@ -150,7 +153,9 @@ class EvaluatingTrainer(ResumableTrainer):
         with self._averaged_weights():
             for chunk in self.calls.chunks(dataset, indices, size):
                 rows = [indices[i] for i in chunk]
-                made = as_pictures(self.pipe(**self.calls.call(dataset, rows, [generators[i] for i in chunk]))[0])
+                output = self.pipe(**self.calls.call(dataset, rows, [generators[i] for i in chunk]))
+                self.output_field = next(iter(output)) if isinstance(output, dict) else self.output_field
+                made = as_pictures(output[0])
                 on_chunk(rows, made)
                 images += made
         reshard(cast(torch.nn.Module, self.model))

@@ -28,28 +28,49 @@ class RewardHackingCallback(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         for key in metrics or {}:
-            if match := re.fullmatch(r"(eval(?:_.+)?)_reward", key):
+            if match := _REWARD.fullmatch(key):
                 self._judge(match[1], state, control)
 
     def _judge(self, prefix: str, state: Any, control: Any) -> None:
-        evaluations = {log.get("step"): log for log in state.log_history if f"{prefix}_reward" in log}  # one a step
-        history = list(evaluations.values())[-self.patience - 1 :]
-        if len(history) <= self.patience or not _moves(history, f"{prefix}_reward", 1):
-            return
-        for name in self.held_out:
-            key = f"{prefix}_rewards/{name}/mean"
-            if not _moves(history, key, -1):
-                continue
-            first, last = history[0], history[-1]
-            logger.warning(
-                f"The trained reward rose in {self.patience} evaluations in a row ({first[f'{prefix}_reward']:.4g} to "
-                f"{last[f'{prefix}_reward']:.4g}), while the held-out {name!r} fell ({first[key]:.4g} to "
-                f"{last[key]:.4g}): likely reward hacking. Look at the samples; an earlier checkpoint may be the "
-                "better one."
-            )
+        history = _evaluations(state.log_history, prefix)[-self.patience - 1 :]
+        for warning in _warnings(history, prefix, self.held_out, self.patience):
+            logger.warning(f"{warning} Look at the samples; an earlier checkpoint may be the better one.")
             if self.action == "stop" and not control.should_training_stop:
                 logger.warning(f"Training ends at step {state.global_step} (hacking_action is 'stop').")
                 control.should_training_stop = True
+
+
+def find_hacking(log_history: Sequence[Mapping[str, Any]], held_out: Sequence[str], patience: int) -> list[str]:
+    """What [`RewardHackingCallback`] has warned of in a run, from its logs: the last warning for each reward."""
+    last: dict[tuple[str, str], str] = {}
+    for prefix in dict.fromkeys(m[1] for log in log_history for key in log if (m := _REWARD.fullmatch(key))):
+        history = _evaluations(log_history, prefix)
+        for end in range(patience + 1, len(history) + 1):
+            for name in held_out:
+                for warning in _warnings(history[end - patience - 1 : end], prefix, [name], patience):
+                    last[prefix, name] = warning
+    return list(last.values())
+
+
+_REWARD = re.compile(r"(eval(?:_.+)?)_reward")
+
+
+def _evaluations(log_history: Sequence[Mapping[str, Any]], prefix: str) -> list[Mapping[str, Any]]:
+    return list({log.get("step"): log for log in log_history if f"{prefix}_reward" in log}.values())  # one a step
+
+
+def _warnings(history: Sequence[Mapping[str, Any]], prefix: str, held_out: Sequence[str], patience: int) -> list[str]:
+    """One for each held-out reward that fell throughout `history` while the trained one rose."""
+    if len(history) <= patience or not _moves(history, f"{prefix}_reward", 1):
+        return []
+    first, last = history[0], history[-1]
+    return [
+        f"The trained reward rose in {patience} evaluations in a row ({first[f'{prefix}_reward']:.4g} to "
+        f"{last[f'{prefix}_reward']:.4g}), while the held-out {name!r} fell ({first[key]:.4g} to {last[key]:.4g}): "
+        "likely reward hacking."
+        for name in held_out
+        if _moves(history, key := f"{prefix}_rewards/{name}/mean", -1)
+    ]
 
 
 def _moves(history: Sequence[Mapping[str, float]], key: str, sign: int) -> bool:

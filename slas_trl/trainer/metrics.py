@@ -3,6 +3,7 @@
 import math
 
 import torch
+from scipy.special import stdtrit
 from transformers.utils import logging
 
 from ..advantages import Advantages
@@ -42,6 +43,22 @@ def reward_metrics(names: list[str], scores: Scores) -> dict[str, float]:
         metrics[f"rewards/{name}/std"] = scored.std(correction=0).item() if len(scored) else float("nan")
     for name, column in zip(names, scores.rewards.T, strict=True):
         metrics[f"rewards/{name}/nan_share"] = column.isnan().double().mean().item()
+    return metrics
+
+
+def half_widths(names: list[str], rewards: torch.Tensor, prompts: int) -> dict[str, float]:
+    """
+    Half width of the 95% interval around the mean of each reward `(N, K)` of `prompts` prompts, N / prompts
+    consecutive images each. Student's t on the means of the prompts: images of one prompt are no independent tests of
+    the policy. Left out with fewer than two prompts that have a score.
+    """
+    metrics = {}
+    for name, column in zip(names, rewards.T, strict=True):
+        means = column.view(prompts, -1).nanmean(1)
+        means = means[~means.isnan()]
+        if len(means) > 1:
+            error = means.std().item() / math.sqrt(len(means))
+            metrics[f"rewards/{name}/half_width"] = float(stdtrit(len(means) - 1, 0.975)) * error
     return metrics
 
 

@@ -108,8 +108,6 @@ class ResumableTrainer(Trainer):
             folder.mkdir(parents=True, exist_ok=True)
         with self._averaged_weights():
             lora.save_weights(self.pipe, self.denoiser_names, folder, self.has_adapter, self.args.should_save)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _load_weights(self, folder: str | Path) -> None:
         lora.load_weights(self.pipe, self.denoiser_names, folder, self.has_adapter)
@@ -161,10 +159,6 @@ class ResumableTrainer(Trainer):
             checkpoints.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._writing is None:  # an upload takes its time, and needs the final name
-            super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Without the model's weights, which the Trainer adds under FSDP: `save_model` has written what is trained."""

@@ -44,13 +44,13 @@ from .callbacks import (
 )
 from .calls import PipelineCalls, as_pictures
 from .collectives import average_gradients, gathered, raise_together, reshard
-from .evaluating import EvaluatingTrainer
 from .experts import as_model, calls_of
 from .gamma import GammaControl
 from .hacking import RewardHackingCallback
 from .metrics import reward_times, rollout_metrics, warn_of_advantages, warn_of_resolution
 from .precision import autocast_forward, autocast_sharded
 from .prompts import check_prompts, load_prompts
+from .publishing import PublishingTrainer
 from .resumable import Buffer
 from .scoring import RewardScorer, Scores
 from .slas_config import SLASConfig
@@ -59,7 +59,7 @@ from .slas_config import SLASConfig
 logger = logging.get_logger(__name__)
 
 
-class SLASTrainer(EvaluatingTrainer):
+class SLASTrainer(PublishingTrainer):
     """
     Trainer for Super-Linear Advantage Shaping (SLAS), and with `scale_rewards="group", gamma=0` for GRPO.
 
@@ -119,6 +119,7 @@ class SLASTrainer(EvaluatingTrainer):
         pipe = load_pipeline(model, cast(dict, args.model_init_kwargs or {})) if isinstance(model, str) else model
         check_pipeline(pipe)
         self.calls = PipelineCalls(pipe, args)
+        self.dataset_name = args.prompt_dataset if train_dataset is None else None
         data = (
             load_prompts(args.prompt_dataset)
             if train_dataset is None

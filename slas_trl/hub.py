@@ -1,0 +1,345 @@
+"""
+What of a run goes to the Hub, and what comes from there.
+
+A repository holds at its root what plain diffusers loads, the card and its pictures, and nothing else; what a training
+needs to go on is in folders, `last-checkpoint` or `checkpoint-20`. Files are listed by name: whatever else is in a
+run's folder stays there.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RevisionNotFoundError,
+)
+from transformers.utils import logging
+
+from .model_card import CARD_FILE, FACTS_FILE, Base, RunFacts, render
+
+
+logger = logging.get_logger(__name__)
+
+LAST_CHECKPOINT = "last-checkpoint"  # transformers' name
+CHECKPOINT_STRATEGIES = ("checkpoint", ALL_CHECKPOINTS := "all_checkpoints")
+PICTURES = "samples"  # folder of those in the gallery
+OLD_PICTURES = rf"{PICTURES}/(\d+_(before|after)|comparison)\.(png|jpg)"
+OLD_CHECKPOINT = rf"{LAST_CHECKPOINT}/.*"
+# What goes wrong with a network, a server or a file. Errors of an LFS upload come as RuntimeError.
+FAILURES = (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError)
+
+
+@dataclass
+class Push:
+    """
+    One commit.
+
+    Attributes:
+        repo_id (`str`): `"user/name"`, or `"name"` for a repository of the token's owner.
+        files (`dict[str, Path | bytes]`): by their paths in the repository.
+        message (`str`): of the commit.
+        run_dir (`Path`): the run's folder, for the command that does it later.
+        strategy (`str`): `"end"`, or one of `CHECKPOINT_STRATEGIES`, for the same.
+        revision (`str`, *optional*): branch, which is made if it is not there; the main one by default.
+        private (`bool`, *optional*): for a repository that is made.
+        token (`str`, *optional*): by default the one of `hf auth login` or the environment.
+        replaces (`str`, *optional*): pattern of files of which none stays that is not in `files`.
+    """
+
+    repo_id: str
+    files: dict[str, Path | bytes]
+    message: str
+    run_dir: Path
+    strategy: str = "end"
+    revision: str | None = None
+    private: bool | None = None
+    token: str | None = None
+    replaces: str | None = None
+
+
+def create_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> str:
+    """Make the repository, if it is not there, and return its whole id."""
+    return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+
+
+def publish(facts: RunFacts, push: Push, card: Callable[[str], str] | None = None) -> CommitInfo:
+    """
+    Push files with their model card, in one commit, so that weights, card and checkpoint are always of the same
+    update. Nothing new is no commit. The repository is made if it is not there; `push.repo_id` has its whole name
+    afterwards, and `facts` the license of the base model.
+
+    Args:
+        facts ([`RunFacts`]): for the card.
+        push ([`Push`]): what, and where to.
+        card (`Callable`, *optional*): makes the card, given the repository, where it is not to be written from
+        `facts`.
+
+    Raises:
+        [`PushError`]: when nothing was pushed; the message says why, and how to do it later.
+    """
+    try:
+        push.repo_id = create_repository(push.repo_id, push.private, push.token)
+        license_of(facts.base, push.token)
+        text = render(facts, push.repo_id, push.revision, describe(push.files)) if card is None else card(push.repo_id)
+        push.files[CARD_FILE] = text.encode()
+        return _commit(push)
+    except (*FAILURES, ValueError) as error:
+        raise PushError(
+            f"Nothing was pushed to {push.repo_id!r}: {reason(error)}. Not there: {_listed(push.files)}. All of it is "
+            f"in {str(push.run_dir)!r}; push it later with\n    {command(push)}"
+        ) from error
+
+
+class PushError(OSError):
+    """Nothing was pushed."""
+
+
+def command(push: Push) -> str:
+    """What to type, to do it later."""
+    words = ["slas-trl", "push", str(push.run_dir), push.repo_id]
+    words += ["--private"] if push.private else []
+    words += ["--revision", push.revision] if push.revision else []
+    words += ["--hub_strategy", push.strategy] if push.strategy != "end" else []
+    return shlex.join(words)
+
+
+def _listed(files: Mapping[str, object]) -> str:
+    names = list(dict.fromkeys(name.split("/")[0] + "/" * ("/" in name) for name in sorted(files)))
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _commit(push: Push) -> CommitInfo:
+    api = HfApi(token=push.token)
+
+    def commit() -> CommitInfo:
+        # Made anew for a second try: they remember what has been uploaded.
+        operations = [CommitOperationAdd(name, file) for name, file in sorted(push.files.items())]
+        deleted = [CommitOperationDelete(name) for name in _stale(api, push)]
+        return api.create_commit(
+            push.repo_id, [*operations, *deleted], commit_message=push.message, revision=push.revision
+        )
+
+    try:
+        return commit()
+    except RevisionNotFoundError:
+        if push.revision is None:
+            raise
+        api.create_branch(push.repo_id, branch=push.revision, exist_ok=True)
+        return commit()
+
+
+def _stale(api: HfApi, push: Push) -> list[str]:
+    if push.replaces is None:
+        return []
+    there = api.list_repo_files(push.repo_id, revision=push.revision)
+    return [name for name in there if re.fullmatch(push.replaces, name) and name not in push.files]
+
+
+def check_token(token: str | None = None) -> None:
+    """Raise `ValueError` for a token that may only read: to know it before a run, not after."""
+    account = HfApi(token=token).whoami()
+    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise ValueError("the token may only read; make one that may write, at https://huggingface.co/settings/tokens")
+
+
+def local_name(folder: Path) -> str:
+    """A folder for the card of a run that is not on the Hub: as seen from here, without the path to here."""
+    here, there = Path.cwd(), folder.resolve()
+    return there.relative_to(here).as_posix() if there.is_relative_to(here) else "."
+
+
+def reason(error: BaseException) -> str:
+    """Why nothing came of a push, in a sentence for its user."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, so that the Hub is not asked"
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        if status in (401, 403):
+            return (
+                f"the Hub refused the token ({status}): it must be one that may write there; log in with "
+                "`hf auth login`, or set HF_TOKEN"
+            )
+        return f"the Hub answered {status}: {(error.server_message or str(error)).strip().splitlines()[0]}"
+    if isinstance(error, httpx2.HTTPError | ConnectionError):
+        return f"the Hub could not be reached ({str(error).strip() or type(error).__name__})"
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # huggingface_hub's around an LFS upload
+        return f"{error}: {reason(error.__cause__)}"
+    return str(error) or type(error).__name__
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the Hub was there, and will not have it: a later try would end alike."""
+    return isinstance(error, ValueError) or (
+        isinstance(error, HfHubHTTPError) and error.response.status_code in (400, 401, 403)
+    )
+
+
+class Uploads:
+    """Pushes in the background, one after the other. None of them ends a run: what failed is told, and kept."""
+
+    def __init__(self):
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="push")
+        self._last: Future[CommitInfo] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether one is under way."""
+        return self._last is not None and not self._last.done()
+
+    def start(self, job: Callable[[], CommitInfo]) -> "Future[CommitInfo]":
+        """Run `job` when those before it are done."""
+        self._last = self._executor.submit(job)
+        return self._last
+
+    def wait(self) -> None:
+        """Until none is under way."""
+        if self._last is not None:
+            self._last.exception()
+
+
+# What is pushed
+
+
+def weight_files(folder: Path, facts: RunFacts) -> dict[str, Path]:
+    """
+    The files at a repository's root that diffusers loads.
+
+    Raises:
+        `FileNotFoundError`: when they are not in `folder`.
+    """
+    if facts.adapter:
+        files = {path.name: path for path in folder.glob("pytorch_lora_weights*.safetensors")}
+        expected = "pytorch_lora_weights.safetensors"
+    else:
+        paths = [path for name in facts.denoisers for path in sorted((folder / name).glob("*"))]
+        files = {path.relative_to(folder).as_posix(): path for path in paths if _is_model_file(path)}
+        expected = f"{next(iter(facts.denoisers))}/config.json"
+    if expected not in files:
+        raise FileNotFoundError(f"There are no trained weights in {str(folder)!r}: {expected} is not there.")
+    return files
+
+
+def _is_model_file(path: Path) -> bool:
+    return path.suffix == ".safetensors" or path.name == "config.json" or path.name.endswith(".index.json")
+
+
+def run_files(run_dir: Path, weights: Path, facts: RunFacts) -> dict[str, Path | bytes]:
+    """Weights, from the folder `weights`, and the pictures that the card shows; without the card."""
+    files: dict[str, Path | bytes] = dict(weight_files(weights, facts))
+    files |= {name: run_dir / name for name in facts.pictures if (run_dir / name).is_file()}
+    return files
+
+
+def keep(files: Mapping[str, Path | bytes], folder: Path) -> dict[str, Path | bytes]:
+    """
+    The same files under `folder`: what is uploaded must not change, nor be removed with its checkpoint, meanwhile.
+    Hard links, where there are such.
+    """
+    kept = dict(files)
+    for name, file in files.items():
+        if isinstance(file, Path):
+            place = folder / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(file, place)
+            except OSError:  # another disk, or one without links
+                shutil.copy(file, place)
+            kept[name] = place
+    return kept
+
+
+def describe(files: Mapping[str, object]) -> list[tuple[str, str]]:
+    """The card's list: each file at the root, and each folder, with what it is."""
+    found: dict[str, str] = {}
+    for name in sorted([*files, CARD_FILE]):
+        top, _, rest = name.partition("/")
+        if not rest:
+            found[name] = _FILES.get(name, _adapter(name))
+        elif top == PICTURES:
+            found[f"{top}/"] = "pictures before and after training"
+        elif top == LAST_CHECKPOINT or top.startswith("checkpoint-"):
+            found[f"{top}/"] = "what a training needs to go on; not for use"
+        else:
+            found[f"{top}/"] = f"the trained {top}"
+    return list(found.items())
+
+
+_FILES = {
+    CARD_FILE: "this card",
+    "training.png": "curves of the training",
+    "calibration.png": "which groups of images decided the updates, and what held-out rewards say",
+    "pytorch_lora_weights.safetensors": "the adapter",
+}
+
+
+def _adapter(name: str) -> str:
+    return f"the adapter of {name.removeprefix('pytorch_lora_weights_').removesuffix('.safetensors')}"
+
+
+# The card in a run's folder
+
+
+def write_card(
+    folder: Path, facts: RunFacts, location: str, revision: str | None, files: list[tuple[str, str]]
+) -> None:
+    """Write the card, and the facts that it can be written from again for another place."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = render(facts, location, revision, files)
+    record = {"facts": facts.to_dict(), "location": location, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    (folder / FACTS_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (folder / CARD_FILE).write_text(text, encoding="utf-8")
+
+
+def read_card(folder: Path) -> tuple[RunFacts, Callable[[str], str] | None]:
+    """
+    The facts of a run, and, if somebody has written in its card since, what makes that card for a repository: the
+    same, but for the repository's name in its code.
+
+    Raises:
+        `FileNotFoundError`: when this is no run's folder.
+    """
+    try:
+        record = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{str(folder)!r} is no run's folder: there is no {FACTS_FILE} in it, which is written at the first "
+            "checkpoint, and at the end."
+        ) from error
+    path = folder / CARD_FILE
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if not text or hashlib.sha256(text.encode()).hexdigest() == record["sha256"]:
+        edited = None
+    else:
+        edited = functools.partial(text.replace, json.dumps(record["location"]))
+    return RunFacts.from_dict(record["facts"]), None if edited is None else lambda repo: edited(json.dumps(repo))
+
+
+# What is read
+
+
+def license_of(base: Base, token: str | None = None) -> None:
+    """Fill in the license that the base model's own card names. Nothing, where the Hub cannot be asked."""
+    if base.hub_id is None or base.license is not None:
+        return
+    try:
+        card = HfApi(token=token).model_info(base.hub_id, timeout=10).card_data
+    except (*FAILURES, ValueError) as error:
+        logger.info(f"The license of {base.hub_id} is not known: {reason(error)}.")
+        return
+    if card is not None:
+        named = {name: card.get(name) for name in ("license", "license_name", "license_link")}
+        base.license, base.license_name, base.license_link = (
+            value if isinstance(value, str) else None for value in named.values()
+        )

@@ -1,0 +1,90 @@
+"""
+Text that somebody else wrote, in Markdown, YAML and Python: it is read as it was written, and does nothing else.
+
+Prompts and names come from users, and a card is shown on a website that allows HTML in Markdown.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+
+# Control characters, overrides of the direction of writing, and halves of characters: no page can show them.
+_UNSHOWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+# What begins something in Markdown, HTML or formulas, and what makes a link of an address; underscores within words do
+# not. At the start of a line more does.
+_ACTIVE = re.compile(r"[&<>*`~|\\$#@\[\]{}]|(?<!\w)_|_(?!\w)|:(?=//)|(?<=www)\.", re.IGNORECASE)
+_STARTING = re.compile(r"^([^\w&]|\d(?=\d*[.)]))")
+_PLAIN_CODE = re.compile(r"[\w.,:;/=+()% -]+", re.ASCII)
+# Numbers of YAML 1.2, as the Hub reads it, that are none to PyYAML, which reads 1.1: 1e-4, for one.
+_NUMBER = re.compile(r"^[-+]?(0o[0-7_]+|0x[\da-fA-F_]+|0b[01_]+|(\d[\d_]*(\.[\d_]*)?|\.[\d_]+)([eE][-+]?\d+)?)$")
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
+
+
+def to_yaml(data: dict[str, Any]) -> str:
+    """A mapping of plain objects as a block of YAML that both versions of the language read alike."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def shown(text: str) -> str:
+    """The text without what no page can show; a mark is in its place. Lines stay lines."""
+    return _UNSHOWABLE.sub("\N{REPLACEMENT CHARACTER}", re.sub("\r\n|[\r\u2028\u2029]", "\n", text))
+
+
+def one_line(text: str) -> str:
+    """[`shown`], on one line."""
+    return " ".join(shown(text).split())
+
+
+def as_text(text: str) -> str:
+    """Markdown that reads as `text`, within a line: no markup, no link."""
+    return _ACTIVE.sub(_entity, one_line(text))
+
+
+def as_paragraph(text: str) -> str:
+    """[`as_text`] for the start of a line, where more is markup."""
+    return _STARTING.sub(_entity, as_text(text))
+
+
+def _entity(found: re.Match) -> str:
+    return f"&#{ord(found[0])};"
+
+
+def as_code(text: str) -> str:
+    """Markdown that shows `text` as code, on one line."""
+    line = one_line(text)
+    return f"`{line}`" if _PLAIN_CODE.fullmatch(line) else f"<code>{as_text(line)}</code>"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of cells that are Markdown already."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def as_python(value: Any) -> str:
+    """Python for a value of JSON, with double quotes, in which nothing is hidden: `eval` of it is `value`."""
+    if isinstance(value, str):
+        return '"' + "".join(_in_quotes(letter) for letter in value) + '"'
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{as_python(key)}: {as_python(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(as_python, value)) + "]"
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return f'float("{value}")'
+    return repr(value)
+
+
+def _in_quotes(letter: str) -> str:
+    if letter in '"\\':
+        return f"\\{letter}"
+    return letter if letter.isprintable() else ascii(letter)[1:-1]

@@ -1,0 +1,469 @@
+"""
+The model card of a run: what it made, how to use it, how well it does, and what not to trust.
+
+The trainer gathers the facts, [`RunFacts`]. They are kept as JSON beside the card, so that it can be written anew for
+another place: `runs/shapes` becomes `user/shapes` in its code when a run is pushed.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from slas_trl.markdown import as_code, as_paragraph, as_text, one_line, shown, table, to_yaml
+from slas_trl.quick_start import quick_start
+
+
+FACTS_FILE = "model_card.json"  # stays in the run's folder
+CARD_FILE = "README.md"
+TEMPLATES = Path(__file__).parent / "templates"
+HUB = "https://huggingface.co"
+
+# Of settings that need a word, for people who know the field but not this project.
+MEANINGS = {
+    "gamma": "γ: an advantage is sign(x)·abs(x)^(1+γ), x being the scaled reward. At 0 it is linear, as in "
+    "GRPO; above, large differences count for more than their size, and small ones for less.",
+    "gamma_schedule": "how γ changes during training",
+    "gamma_max": "the largest γ of the schedule",
+    "scale_rewards": "what divides a reward's distance from its group's mean: the std of the whole batch (SLAS), of "
+    "the group (GRPO), or nothing",
+    "shape_order": "whether rewards are scaled first, or shaped first",
+    "batch_std_of": "rewards whose std it is: centred in each group, or as they are",
+    "shaping_baseline": "what is subtracted in each group before shaping: its mean, or what makes advantages sum to "
+    "zero",
+    "advantage_clip": "bound on the scaled reward, in stds",
+    "min_group_std": "groups that differ less are left out",
+    "multi_objective_aggregation": "whether several rewards are summed before they are scaled, or after",
+    "num_generations": "group size: pictures of one prompt that are compared with each other",
+    "generation_batch_size": "pictures per rollout",
+    "num_iterations": "passes over each rollout",
+    "epsilon": "clip range of the policy's ratio",
+    "epsilon_high": "its upper end, where that is another",
+    "beta": "weight of the KL divergence from the model before training; at 0 nothing but the clipping holds it back",
+    "num_inference_steps": "denoising steps while training",
+    "guidance_scale": "guidance while training",
+    "eta": "noise of a sampling step while training",
+    "noise_schedule": "kind of noise in sampling while training",
+    "noise_level": "its level",
+    "timestep_fraction": "share of the sampling steps that are trained",
+    "sde_window_size": "number of sampling steps that are noisy",
+    "learning_rate": "of AdamW",
+    "lora_r": "rank of the adapter",
+    "lora_alpha": "its scale is lora_alpha / lora_r",
+    "updates": "optimizer steps",
+}
+
+
+@dataclass
+class Base:
+    """
+    What was trained from.
+
+    Attributes:
+        pipeline (`str`): class of the pipeline, such as `"FluxPipeline"`.
+        hub_id (`str`, *optional*): where it is on the Hub; `None` if it is not there, or nobody knows.
+        embedded (`bool`): whether it is the one that comes with this package.
+        name (`str`, *optional*): of the folder it was loaded from; its own name only, no path.
+        init_kwargs (`dict[str, Any]`): arguments of `from_pretrained` that belong to the model, such as `variant`.
+        dtype (`str`): of the denoiser's weights, such as `"bfloat16"`.
+        license, license_name, license_link (`str`, *optional*): as its own card says.
+    """
+
+    pipeline: str
+    hub_id: str | None = None
+    embedded: bool = False
+    name: str | None = None
+    init_kwargs: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+
+
+@dataclass
+class Reward:
+    """
+    One reward.
+
+    Attributes:
+        name (`str`): in the logs.
+        weight (`float`): 0 for one that was only watched.
+        blind_to, measures (`str`, *optional*):
+            see [`~rewards.blind_spots.BLIND_SPOTS`]; `None` for one that is not of this package.
+    """
+
+    name: str
+    weight: float
+    blind_to: str | None = None
+    measures: str | None = None
+
+
+@dataclass
+class Sample:
+    """A prompt and its pictures, by their paths in the run's folder; the seed is that of both."""
+
+    prompt: str
+    after: str
+    before: str | None = None
+    seed: int = 0
+
+
+@dataclass
+class Metric:
+    """A mean over `prompts` prompts after training, the ends of its 95% interval, and the mean before training."""
+
+    name: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    prompts: int | None = None
+    before: float | None = None
+
+
+@dataclass
+class Evaluation:
+    """
+    Scores, as they were measured.
+
+    Attributes:
+        how (`str`): one or two sentences: which prompts, how many pictures, which sampler, what ± is.
+        columns (`list[str]`): heads of the table, such as `["reward", "before", "after", "change"]`.
+        rows (`list[list[str]]`): its cells, as text.
+        metrics (`list[Metric]`): the same as numbers, for the metadata.
+        prompts_are (`str`): `"held-out"`, `"evaluation"` or `"training"`.
+    """
+
+    how: str
+    columns: list[str]
+    rows: list[list[str]]
+    metrics: list[Metric] = field(default_factory=list)
+    prompts_are: str = "evaluation"
+
+
+@dataclass
+class RunFacts:
+    """
+    All that the card says of a run.
+
+    Attributes:
+        name (`str`): of the model; by default that of the folder or of the repository.
+        base ([`Base`]): what was trained from.
+        adapter (`bool`): whether the result is a LoRA adapter; otherwise it is whole denoisers.
+        denoisers (`dict[str, str]`): component and class of each that was trained, the first one first:
+            `{"transformer": "WanTransformer3DModel", "transformer_2": "WanTransformer3DModel"}`.
+        loads_lora (`bool`):
+            whether the pipeline has `load_lora_weights`; if not, its denoisers have `load_lora_adapter`.
+        picture_arguments (`list[str]`): arguments of the call that are images, of pipelines that edit.
+        output (`str`): field of the pipeline's output: `"images"` or `"frames"`.
+        call (`dict[str, Any]`): arguments of the call beside the prompt, such as steps and guidance.
+        prompt (`str`): one, for the quick start.
+        rewards (`list[Reward]`): those trained on, and the held-out ones.
+        settings (`dict[str, Any]`): name and value of the settings that make the result.
+        step (`int`): updates made.
+        max_steps (`int`): updates planned; the card of a run under way says so.
+        dataset (`str`, *optional*): of the prompts: a Hub id, a file's name, or that of the embedded set.
+        dataset_on_hub (`bool`): whether `dataset` is a Hub id.
+        train_prompts (`int`): how many.
+        started_from (`str`, *optional*): the adapter that training went on from.
+        evaluation ([`Evaluation`], *optional*): the scores.
+        samples (`list[Sample]`): pictures for the gallery.
+        sheets (`list[str]`): paths of larger pictures: the comparison grid.
+        curves, calibration (`str`, *optional*): paths of these plots.
+        reading (`str`, *optional*): what the calibration panel says of the rewards, see [`~calibration.read_rewards`].
+        hacking (`list[str]`): warnings of reward hacking during training.
+        ema_decay (`float`, *optional*): where the weights are a moving average.
+        versions (`dict[str, str]`): of the packages, by name.
+        tags (`list[str]`): further ones for the Hub.
+    """
+
+    name: str
+    base: Base
+    adapter: bool
+    denoisers: dict[str, str]
+    loads_lora: bool = True
+    picture_arguments: list[str] = field(default_factory=list)
+    output: str = "images"
+    call: dict[str, Any] = field(default_factory=dict)
+    prompt: str = ""
+    rewards: list[Reward] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+    max_steps: int = 0
+    dataset: str | None = None
+    dataset_on_hub: bool = False
+    train_prompts: int = 0
+    started_from: str | None = None
+    evaluation: Evaluation | None = None
+    samples: list[Sample] = field(default_factory=list)
+    sheets: list[str] = field(default_factory=list)
+    curves: str | None = None
+    calibration: str | None = None
+    reading: str | None = None
+    hacking: list[str] = field(default_factory=list)
+    ema_decay: float | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    tags: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "RunFacts":
+        """The opposite of [`to_dict`]."""
+        scores = data.get("evaluation")
+        if scores is not None:
+            scores = Evaluation(**{**scores, "metrics": [Metric(**metric) for metric in scores["metrics"]]})
+        parts = {
+            "base": Base(**data["base"]),
+            "rewards": [Reward(**reward) for reward in data.get("rewards", [])],
+            "samples": [Sample(**sample) for sample in data.get("samples", [])],
+            "evaluation": scores,
+        }
+        return cls(**{**data, **parts})
+
+    @property
+    def pictures(self) -> list[str]:
+        """Paths of all pictures that the card shows: those that are pushed with it."""
+        gallery = [path for sample in self.samples for path in (sample.before, sample.after)]
+        paths = [*gallery, *self.sheets, self.curves, self.calibration]
+        return list(dict.fromkeys(path for path in paths if path))
+
+
+def render(facts: RunFacts, location: str, revision: str | None = None, files: Sequence[tuple[str, str]] = ()) -> str:
+    """
+    The card as Markdown, with its metadata in YAML.
+
+    Args:
+        facts ([`RunFacts`]): what to say.
+        location (`str`): folder or Hub id from which the quick start loads the result.
+        revision (`str`, *optional*): branch of the repository, where it is not the main one.
+        files (`Sequence[tuple[str, str]]`): what is in the repository: path, and what it is in a few words.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    # The template has nothing to escape: all of these are Markdown already.
+    text = environment.get_template("model_card.md").render(
+        title=as_text(facts.name),
+        facts=facts,
+        base=_base(facts.base),
+        method=_method(facts),
+        rewarded=_rewarded(facts),
+        data=_data(facts),
+        quick_start=quick_start(facts, location, revision),
+        sheets=[_path(path) for path in facts.sheets],
+        curves=facts.curves and _path(facts.curves),
+        calibration=facts.calibration and _path(facts.calibration),
+        evaluation=_evaluation(facts.evaluation) if facts.evaluation else "",
+        rewards=_reward_table(facts.rewards),
+        doubts=_doubts(facts),
+        settings=_setting_table(facts.settings),
+        started_from=facts.started_from and as_code(facts.started_from),
+        files=table(["file", "what it is"], [[as_code(path), as_text(what)] for path, what in files]) if files else "",
+        license=_license(facts.base),
+        versions=[f"{as_text(name)} {as_text(version)}" for name, version in facts.versions.items()],
+    )
+    return f"---\n{to_yaml(_metadata(facts).to_dict())}---\n\n{text}"
+
+
+def _metadata(facts: RunFacts) -> ModelCardData:
+    base = facts.base
+    task = "image-to-image" if facts.picture_arguments else "text-to-image"
+    tags = ["slas", "slas-trl", "trl", *(["lora"] if facts.adapter else [])]
+    tags += ["reinforcement-learning", task, "diffusers", *facts.tags]
+    widget = []
+    for sample in facts.samples:
+        widget += [{"text": shown(sample.prompt), "output": {"url": shown(sample.after)}}]
+        if sample.before:
+            widget += [{"text": f"Before training: {shown(sample.prompt)}", "output": {"url": shown(sample.before)}}]
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=task,
+        base_model=base.hub_id,
+        base_model_relation=base.hub_id and ("adapter" if facts.adapter else "finetune"),
+        license=base.license,
+        license_name=base.license_name and one_line(base.license_name),
+        license_link=_license_link(base),
+        tags=[one_line(tag) for tag in tags],
+        datasets=[facts.dataset] if facts.dataset and facts.dataset_on_hub else None,
+        model_name=one_line(facts.name),
+        eval_results=_eval_results(facts, task) or None,
+        widget=widget or None,
+    )
+
+
+def _eval_results(facts: RunFacts, task: str) -> list[EvalResult]:
+    scores = facts.evaluation
+    if scores is None:
+        return []
+    # The evaluation's prompts may be of another data set than those of training.
+    trained_on = scores.prompts_are == "training"
+    data = one_line(facts.dataset) if facts.dataset and scores.prompts_are != "evaluation" else None
+    return [
+        EvalResult(
+            task_type=task,
+            task_name=task.title().replace("To", "to"),
+            dataset_type=data if data and trained_on and facts.dataset_on_hub else "prompts",
+            dataset_name=f"{scores.prompts_are} prompts of {data}" if data else f"{scores.prompts_are} prompts",
+            dataset_split="train" if trained_on else "test",
+            metric_type=one_line(metric.name),
+            metric_name=f"{one_line(metric.name)}, mean over prompts",
+            metric_value=metric.value,
+            metric_args=_finite(
+                {
+                    "confidence_interval_95": [metric.low, metric.high],
+                    "prompts": metric.prompts,
+                    "before_training": metric.before,
+                }
+            ),
+        )
+        for metric in scores.metrics
+        if _finite({"value": metric.value})
+    ]
+
+
+def _finite(numbers: dict[str, Any]) -> dict[str, Any]:
+    """Those that are numbers, or lists of them: the Hub takes no NaN."""
+    return {
+        name: value
+        for name, value in numbers.items()
+        if all(item is not None and math.isfinite(item) for item in (value if isinstance(value, list) else [value]))
+    }
+
+
+def _license_link(base: Base) -> str | None:
+    """An address. The file that a card names without one is in its own repository."""
+    link = base.license_link
+    if not link or link.startswith(("https://", "http://")):
+        return link and quote(link, safe=":/?#=&%~+")
+    file = link.removeprefix("./").lstrip("/")
+    return f"{HUB}/{quote(base.hub_id)}/blob/main/{quote(file)}" if base.hub_id else None
+
+
+def _license(base: Base) -> str:
+    if base.license is None:
+        return (
+            "**Unknown.** That of the base model was not found when this card was written. Find it before you use or "
+            "share this model: what is made from a model is bound by its licence."
+        )
+    name = as_code(base.license_name or base.license)
+    link = _license_link(base)
+    terms = f"[{name}]({link})" if link else name
+    where = "the package's" if base.embedded else "as the base model's own card says"
+    return f"{terms}: that of the base model, {where}. Read it before you use or share this model."
+
+
+def _base(base: Base) -> str:
+    if base.embedded:
+        return "the small text-to-image pipeline that comes with the package `slas-trl`, and draws plain shapes"
+    if base.hub_id:
+        return f"[{as_text(base.hub_id)}]({HUB}/{quote(base.hub_id)})"
+    return f"{as_code(base.name) if base.name else 'a pipeline'} (a {as_text(base.pipeline)} that is not on the Hub)"
+
+
+def _method(facts: RunFacts) -> str:
+    if facts.settings.get("gamma") == 0 and facts.settings.get("gamma_schedule", "constant") == "constant":
+        return "Here it was switched off (γ = 0): a picture counts by how far its score is from the others'."
+    return (
+        "What sets Super-Linear Advantage Shaping (SLAS) apart is how much a picture counts: large differences in "
+        "score count for more than their size, and small ones, which are mostly noise, for less."
+    )
+
+
+def _rewarded(facts: RunFacts) -> str:
+    trained = [reward for reward in facts.rewards if reward.weight]
+    names = [f"{as_code(r.name)} ({as_text(r.measures)})" if r.measures else as_code(r.name) for r in trained]
+    return ", and ".join(names)
+
+
+def _data(facts: RunFacts) -> str:
+    if not facts.dataset:
+        return f"{facts.train_prompts} prompts"
+    name = as_text(facts.dataset)
+    name = f"[{name}]({HUB}/datasets/{quote(facts.dataset)})" if facts.dataset_on_hub else as_code(facts.dataset)
+    return f"{facts.train_prompts} prompts of {name}"
+
+
+def _evaluation(scores: Evaluation) -> str:
+    rows = [[as_text(cell) for cell in row] for row in scores.rows]
+    note = {
+        "training": "**These are the prompts that it was trained on:** the figures say nothing of other prompts.",
+        "held-out": "It was not trained on these prompts.",
+    }.get(scores.prompts_are, "")
+    return "\n\n".join(
+        [f"{as_paragraph(scores.how)} {note}".strip(), table([as_text(c) for c in scores.columns], rows)]
+    )
+
+
+def _reward_table(rewards: Sequence[Reward]) -> str:
+    rows = [
+        [
+            as_code(reward.name) + (f"<br>{as_text(reward.measures)}" if reward.measures else ""),
+            f"{reward.weight:g}" if reward.weight else "held out",
+            as_text(reward.blind_to) if reward.blind_to else "unknown: its author has not said",
+        ]
+        for reward in rewards
+    ]
+    return table(["reward", "weight", "blind to"], rows)
+
+
+def _doubts(facts: RunFacts) -> list[str]:
+    """What not to trust, one point each."""
+    points = []
+    for reward in facts.rewards:
+        if reward.weight:
+            spot = as_text(reward.blind_to) if reward.blind_to else "unknown, for its author has not said"
+            points.append(f"What {as_code(reward.name)} is blind to: {spot}. Training may have given that up.")
+    points.append(
+        "The reward that was trained on rises in any training that works. That alone does not make better pictures: "
+        "look at them, and at the rewards that were held out."
+    )
+    if facts.reading:
+        points.append(f"What the rewards say together, by the calibration panel: {as_text(facts.reading)}")
+    held_out = [as_code(reward.name) for reward in facts.rewards if not reward.weight]
+    points += [f"Warning during training: {as_text(warning)}" for warning in facts.hacking]
+    if not held_out:
+        points.append(
+            "Whether the reward was hacked, nobody can tell: no other reward was watched that was not trained on."
+        )
+    elif not facts.hacking:
+        points.append(
+            f"There was no warning of reward hacking during training, with {', '.join(held_out)} held out. That is no "
+            "proof that there was none."
+        )
+    counts = [metric.prompts for metric in facts.evaluation.metrics if metric.prompts] if facts.evaluation else []
+    if counts:
+        points.append(f"The figures are of {max(counts)} prompts, and of prompts like these.")
+    if facts.evaluation is None:
+        points.append("Nothing was measured before and after training.")
+    return points
+
+
+def _setting_table(settings: dict[str, Any]) -> str:
+    rows = [
+        [as_code(name), _setting(value), as_text(MEANINGS.get(name, ""))]
+        for name, value in settings.items()
+        if value is not None
+    ]
+    return table(["setting", "value", "what it is"], rows)
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}".replace("e-0", "e-")
+    if isinstance(value, list | tuple):
+        return ", ".join(_setting(item) for item in value)
+    return as_text(str(value))
+
+
+def _path(path: str) -> str:
+    """A picture's address in Markdown."""
+    return quote(shown(path))

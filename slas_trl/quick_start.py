@@ -1,0 +1,74 @@
+"""Python for a model card: it loads the result of a run with plain diffusers, and makes a picture."""
+
+from typing import TYPE_CHECKING, Any
+
+from slas_trl.markdown import as_python
+
+
+if TYPE_CHECKING:
+    from slas_trl.model_card import RunFacts
+
+WEIGHTS = "pytorch_lora_weights"
+LINE = 88  # columns
+
+
+def quick_start(facts: "RunFacts", location: str, revision: str | None = None) -> str:
+    """Python that loads the result from `location`, a folder or Hub id, with plain diffusers, and makes a picture."""
+    base, dtype = facts.base, facts.base.dtype
+    place = {"": location, **({"revision": revision} if revision else {})}
+    precision = {"torch_dtype": _Name(f"torch.{dtype}")} if dtype in ("bfloat16", "float16") else {}
+    classes = [] if base.embedded else ["DiffusionPipeline"]
+    classes += [] if facts.adapter else sorted(set(facts.denoisers.values()))
+    lines = ["import torch"]
+    lines += [f"from diffusers import {', '.join(classes)}"] if classes else []
+    lines += ["from diffusers.utils import load_image"] if facts.picture_arguments else []
+    if base.embedded:
+        lines += ["from slas_trl.shapes import load_shapes_pipeline", ""]
+        lines += [f"pipe = {_call('load_shapes_pipeline', precision)}"]
+    else:
+        lines += [
+            "",
+            *([] if base.hub_id else [f"# The {base.pipeline} that was trained is not on the Hub: its folder."]),
+        ]
+        source = base.hub_id or f"path/to/{base.name or 'base-model'}"
+        arguments = {"": source, **precision, **base.init_kwargs}
+        lines += [f"pipe = {_call('DiffusionPipeline.from_pretrained', arguments)}"]
+    for i, (name, kind) in enumerate(facts.denoisers.items()):
+        file = {"weight_name": f"{WEIGHTS}_{name}.safetensors"} if i else {}
+        if not facts.adapter:
+            arguments = {**place, "subfolder": name, **precision}
+            lines += [f"pipe.{name} = {_call(f'{kind}.from_pretrained', arguments)}"]
+        elif facts.loads_lora:
+            into = {f"load_into_{name}": True} if i else {}
+            lines += [_call("pipe.load_lora_weights", {**place, **file, **into})]
+        else:
+            arguments = {**place, "prefix": None, "use_safetensors": True, **file}
+            lines += [_call(f"pipe.{name}.load_lora_adapter", arguments)]
+    lines += ['pipe.to("cuda" if torch.cuda.is_available() else "cpu")', ""]
+    prompt, seed = (facts.samples[0].prompt, facts.samples[0].seed) if facts.samples else (facts.prompt, 0)
+    images = {name: _Name(f'load_image("{name}.png")') for name in facts.picture_arguments}
+    pillow = {"output_type": "pil"} if facts.output == "frames" else {}
+    noise = {"generator": _Name(f"torch.Generator().manual_seed({seed})")}
+    arguments = {"prompt": prompt, **images, **pillow, **facts.call, **noise}
+    first = "frames[0][0]" if facts.output == "frames" else "images[0]"
+    lines += [f"image = {_call('pipe', arguments, one_line=False)}.{first}", 'image.save("image.png")']
+    return "\n".join(lines)
+
+
+class _Name:
+    """Code among values."""
+
+    def __init__(self, code: str):
+        self.code = code
+
+
+def _call(function: str, arguments: dict[str, Any], one_line: bool = True) -> str:
+    """Python that calls it; the argument without a name comes first, and many have a line each."""
+    written = [
+        (f"{name}=" if name else "") + (value.code if isinstance(value, _Name) else as_python(value))
+        for name, value in arguments.items()
+    ]
+    line = f"{function}({', '.join(written)})"
+    if one_line and len(line) <= LINE:
+        return line
+    return f"{function}(\n" + "".join(f"    {argument},\n" for argument in written) + ")"

@@ -1,0 +1,119 @@
+"""`slas-trl push`: put a run, finished or not, on the Hub, as `push_to_hub` would have done."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from slas_trl import hub
+from slas_trl.model_card import RunFacts
+from slas_trl.trainer.checkpoints import (
+    STATE_FILE,
+    TRAINER_STATE_FILE,
+    checkpoints_in,
+    last_whole_checkpoint,
+    read_state,
+)
+from slas_trl.trainer.hub_checkpoints import checkpoint_files
+
+
+def make_parser(prog: str = "slas-trl push") -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False, description=__doc__)
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="a run's output_dir, or one of its checkpoints")
+    parser.add_argument("repo", metavar="REPO", help="user/name, or a name of your own; made if it is not there")
+    parser.add_argument("--private", action="store_true", default=None, help="make the repository a private one")
+    parser.add_argument("--revision", help="branch, made if it is not there (default: the main one)")
+    parser.add_argument(
+        "--hub_strategy",
+        choices=["end", *hub.CHECKPOINT_STRATEGIES],
+        default="end",
+        help="also push the last checkpoint, or all of them, for a training to go on from (default: end, none)",
+    )
+    parser.add_argument("--base_model", help="Hub id of what was trained, where the run had it from a folder")
+    parser.add_argument("--commit_message", help="of the commit")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    run_dir = Path(args.run_dir)
+    if not run_dir.is_dir():
+        raise FileNotFoundError(f"there is no folder {args.run_dir}; RUN_DIR is a run's output_dir.")
+    facts, edited, weights = find_result(run_dir)
+    if edited is not None:
+        print("README.md has been edited, and is pushed as it stands.", file=sys.stderr)
+    if args.base_model is not None:
+        facts.base = replace(facts.base, hub_id=args.base_model, name=None, embedded=False, license=None)
+    files = hub.run_files(run_dir, weights, facts)
+    files |= chosen_checkpoints(run_dir, args.hub_strategy)
+    done = hub.publish(
+        facts,
+        hub.Push(
+            repo_id=args.repo,
+            files=files,
+            message=args.commit_message or f"Model after {facts.step} updates",
+            run_dir=run_dir,
+            strategy=args.hub_strategy,
+            revision=args.revision,
+            private=args.private,
+            replaces=hub.OLD_PICTURES if args.hub_strategy == "end" else f"{hub.OLD_PICTURES}|{hub.OLD_CHECKPOINT}",
+        ),
+        card=edited,
+    )
+    for name, what in hub.describe(files):
+        print(f"{name:40} {what}")
+    print(f"Pushed: {done.commit_url}")
+
+
+def find_result(run_dir: Path) -> tuple[RunFacts, Callable[[str], str] | None, Path]:
+    """
+    The facts for the card, the card if it was edited, and the folder of the weights: that of the run, if it has come
+    to its end, or else its last whole checkpoint.
+    """
+    if (run_dir / STATE_FILE).is_file():
+        read_state(run_dir)
+        return of_checkpoint(hub.read_card(run_dir.resolve().parent)[0], run_dir), None, run_dir
+    facts, edited = hub.read_card(run_dir)
+    last = last_whole_checkpoint(run_dir)
+    if facts.step < facts.max_steps and last is not None:
+        print(f"The run has not come to its end: the weights are those of {last.name}.", file=sys.stderr)
+        return of_checkpoint(facts, last), edited, last
+    return facts, edited, run_dir
+
+
+def of_checkpoint(facts: RunFacts, checkpoint: Path) -> RunFacts:
+    """Those of a run, without what was measured at its end."""
+    step = json.loads((checkpoint / TRAINER_STATE_FILE).read_text())["global_step"]
+    if step == facts.step:
+        return facts
+    return replace(
+        facts,
+        step=step,
+        evaluation=None,
+        samples=[],
+        sheets=[],
+        curves=None,
+        calibration=None,
+        reading=None,
+        hacking=[],
+    )
+
+
+def chosen_checkpoints(run_dir: Path, strategy: str) -> dict[str, Path | bytes]:
+    """Files of the checkpoints that `strategy` asks for."""
+    if strategy == "end":
+        return {}
+    if strategy == hub.ALL_CHECKPOINTS:
+        folders = {folder: folder.name for folder in checkpoints_in(run_dir)}
+        for folder in folders:
+            read_state(folder)
+    else:
+        last = last_whole_checkpoint(run_dir)
+        folders = {} if last is None else {last: hub.LAST_CHECKPOINT}
+    if not folders:
+        raise FileNotFoundError(
+            f"there is no checkpoint in {run_dir}; leave out --hub_strategy to push the result alone."
+        )
+    return {name: file for folder, place in folders.items() for name, file in checkpoint_files(folder, place).items()}

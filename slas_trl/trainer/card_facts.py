@@ -1,0 +1,163 @@
+"""What the model card says of a run, gathered from the trainer's parts. No path of this machine is in it."""
+
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from .. import __version__
+from ..calibration import CALIBRATION_FILE, read_rewards, read_rollouts, reward_curves
+from ..model_card import Base, Evaluation, Metric
+from ..schedulers import FlowSDEScheduler
+from .callbacks import METRICS_FILE
+from .slas_config import SLASConfig
+
+
+# Settings that decide the result.
+SETTINGS = (
+    "scale_rewards",
+    "gamma",
+    "gamma_schedule",
+    "shape_order",
+    "batch_std_of",
+    "shaping_baseline",
+    "advantage_clip",
+    "multi_objective_aggregation",
+    "num_generations",
+    "generation_batch_size",
+    "num_iterations",
+    "epsilon",
+    "beta",
+    "num_inference_steps",
+    "guidance_scale",
+    "timestep_fraction",
+    "sde_window_size",
+    "learning_rate",
+    "seed",
+)
+PACKAGES = ("torch", "diffusers", "transformers", "trl", "peft", "accelerate", "datasets", "huggingface_hub")
+CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")  # folder of a repository in the Hub's cache
+
+
+def base_of(pipe: DiffusionPipeline, denoiser: torch.nn.Module, init_kwargs: Mapping[str, Any]) -> Base:
+    """Where the pipeline came from: its name on the Hub, or that of its folder."""
+    # Those that choose what is loaded; not where from, nor with which token.
+    chosen = {k: v for k, v in init_kwargs.items() if v is None or k in ("variant", "revision")}
+    # The base's weights, which are frozen under an adapter in float32.
+    parameters = sorted(denoiser.parameters(), key=lambda parameter: parameter.requires_grad)
+    dtype = str(parameters[0].dtype).removeprefix("torch.")
+    base = Base(type(pipe).__name__, init_kwargs=chosen, dtype=dtype)
+    origin = pipe.name_or_path
+    if origin is None:
+        return base
+    path = Path(origin)
+    if path.exists():
+        from ..shapes.pipeline import weights_folder
+
+        cached = [match for part in path.parts if (match := CACHED.fullmatch(part))]
+        base.embedded = path == Path(weights_folder("pipeline"))
+        if base.embedded:
+            base.license = "apache-2.0"
+        elif cached:
+            base.hub_id = "/".join(cached[-1].groups())
+        else:
+            base.name = path.resolve().name
+    elif is_hub_id(origin):
+        base.hub_id = origin
+    return base
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether this can be the name of a repository: `"user/name"`, or `"name"`."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def settings_of(args: SLASConfig, scheduler: object) -> dict[str, Any]:
+    """Name and value of the settings that decide the result."""
+    # The one kind of noise that the pipeline's scheduler takes.
+    noise = ("noise_schedule", "noise_level") if isinstance(scheduler, FlowSDEScheduler) else ("eta",)
+    return {name: value for name in (*SETTINGS, *noise) if (value := getattr(args, name)) is not None}
+
+
+def dataset_of(name: str | None) -> tuple[str | None, bool]:
+    """A data set's name without its folder, and whether it is one on the Hub."""
+    if name is None or name == "shapes":
+        return name, False
+    path = Path(name)
+    on_hub = not path.exists() and not path.suffix and is_hub_id(name)
+    return (name, True) if on_hub else (path.name, False)
+
+
+def evaluation_of(history: Sequence[Mapping[str, Any]], names: Sequence[str], images: int) -> Evaluation | None:
+    """
+    From the Trainer's history of logs: the last evaluation, beside the one before training if there was one. `None`
+    without any.
+
+    Args:
+        history (`Sequence[Mapping[str, Any]]`): of the `TrainerState`.
+        names (`Sequence[str]`): of the rewards.
+        images (`int`): of each prompt.
+    """
+    logs = [log for log in history if any(re.fullmatch(r"eval_(.+_)?reward", key) for key in log)]
+    if not logs:
+        return None
+    first = {k: v for log in logs if log["step"] == 0 for k, v in log.items()}
+    last = {k: v for log in logs if log["step"] == logs[-1]["step"] for k, v in log.items()}
+    metrics = []
+    for key, value in last.items():
+        match = re.fullmatch(r"eval_(?:(.+)_)?rewards/([^/]+)/mean", key)
+        if match is None or match[2] not in names:
+            continue
+        half = last.get(f"{key.removesuffix('mean')}half_width")
+        count = last.get(f"eval_{match[1]}_samples" if match[1] else "eval_samples")
+        metrics.append(
+            Metric(
+                name=match[2] if match[1] is None else f"{match[2]} ({match[1]})",
+                value=value,
+                low=None if half is None else value - half,
+                high=None if half is None else value + half,
+                prompts=None if count is None else count // images,
+                before=first.get(key),
+            )
+        )
+    if not metrics:
+        return None
+    columns = ["reward", *(["before"] if first else []), f"after {last['step']} updates"]
+    rows = []
+    for metric in metrics:
+        before = [] if not first else ["" if metric.before is None else f"{metric.before:.4f}"]
+        width = "" if metric.high is None else f" ± {metric.high - metric.value:.4f}"
+        rows.append([metric.name, *before, f"{metric.value:.4f}{width}"])
+    how = (
+        f"Mean rewards on {metrics[0].prompts} evaluation prompts, {images} pictures each, drawn by the pipeline's "
+        "own sampler; ± is the half width of a 95% interval, from the differences between prompts."
+    )
+    return Evaluation(how, columns, rows, metrics, "evaluation")
+
+
+def reading_of(run_dir: Path) -> str | None:
+    """What the calibration panel says of the rewards, if the run has one."""
+    if not (run_dir / CALIBRATION_FILE).is_file():
+        return None
+    from ..reporting import read_metrics  # matplotlib, not before it is needed
+
+    try:
+        logged = read_metrics(run_dir / METRICS_FILE) if (run_dir / METRICS_FILE).is_file() else {}
+        return read_rewards(*reward_curves(read_rollouts(run_dir / CALIBRATION_FILE), logged)).text
+    except ValueError:  # no rollout yet
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that the result depends on."""
+    return {"slas-trl": __version__} | {name: version(name) for name in PACKAGES}
