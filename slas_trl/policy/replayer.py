@@ -186,10 +186,11 @@ class PipelineReplayer:
         step: int,
         models: Mapping[str, Callable] | None = None,
         adapter: str | None = None,
+        instead: str | None = None,
     ) -> StepOutput:
         """
-        The same step under the reference policy, without gradients: without `adapter` (by default, without any), or by
-        the denoisers in `models` (frozen copies, for full fine-tuning).
+        The same step under the reference policy, without gradients: without `adapter` (by default, without any), with
+        the adapter `instead` in its place, or by the denoisers in `models` (frozen copies, for full fine-tuning).
         """
         if models is not None:
             return self.replay(rollout, step, models)
@@ -199,8 +200,9 @@ class PipelineReplayer:
             raise ValueError("The denoiser has no adapter to disable; pass `models` with a frozen copy of it.")
         # Not by the methods for it, which also set requires_grad, frozen adapters' too.
         active = [list(layer.active_adapters) for layer in adapted]
+        others = [] if instead is None else [instead]
         for layer, names in zip(adapted, active, strict=True):
-            layer._active_adapter = [] if adapter is None else [name for name in names if name != adapter]
+            layer._active_adapter = others + ([] if adapter is None else [name for name in names if name != adapter])
         try:
             return self.replay(rollout, step)
         finally:

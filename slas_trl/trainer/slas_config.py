@@ -44,6 +44,9 @@ class SLASConfig(TrainingArguments):
             Upper clip range; by default `epsilon`.
         beta (`float`, *optional*, defaults to `0.0`):
             Weight of the KL divergence to the reference policy (adapters disabled, or a frozen copy of the denoiser).
+        kl_reference (`str`, *optional*, defaults to `"initial"`):
+            The reference of a run that goes on from an adapter: the policy with the adapter as it came, or the
+            `"base"` model without it.
         scale_rewards (`str`, *optional*, defaults to `"batch"`):
             What centred rewards are divided by: the std of the `"batch"` (SLAS), of the `"group"` (GRPO), or `"none"`.
         gamma (`float`, *optional*, defaults to `0.5`):
@@ -170,6 +173,13 @@ class SLASConfig(TrainingArguments):
     epsilon: float = field(default=1e-4, metadata={"help": "Clip range of the ratio."})
     epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range. Default: epsilon."})
     beta: float = field(default=0.0, metadata={"help": "Weight of the KL divergence to the reference policy."})
+    kl_reference: str = field(
+        default="initial",
+        metadata={
+            "help": "Reference when training goes on from an adapter: that adapter as it came, or the base model.",
+            "choices": ["initial", "base"],
+        },
+    )
 
     # Advantages
     scale_rewards: str = field(
@@ -326,7 +336,8 @@ class SLASConfig(TrainingArguments):
                  "gradient_accumulation_steps", "num_iterations", "num_inference_steps", "world_size",
                  "num_trained_timesteps", "train_final_step", "sde_window_size", "sde_window_start",
                  "sde_window_slide_every", "init_same_noise", "pipeline_columns",
-                 "noise_schedule", "noise_level", "eta", "guidance_scale", "height", "width", "use_ema")  # fmt: skip
+                 "noise_schedule", "noise_level", "eta", "guidance_scale", "height", "width", "use_ema",
+                 "kl_reference")  # fmt: skip
         return {name: getattr(self, name) for name in names} | {"pipeline_kwargs": repr(self.pipeline_kwargs)}
 
     def __post_init__(self):

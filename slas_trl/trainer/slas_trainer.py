@@ -75,7 +75,8 @@ class SLASTrainer(PublishingTrainer):
         eval_dataset (`Dataset`, *optional*): prompts for [`~SLASTrainer.evaluate`].
         callbacks (`list[TrainerCallback]`, *optional*): further callbacks.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`): optimizer and learning-rate scheduler.
-        peft_config (`LoraConfig`, *optional*): trains an adapter; without it, the whole denoiser is trained.
+        peft_config (`LoraConfig`, *optional*):
+            Trains a new adapter. Without it, the one that the pipeline carries is trained on, or else all weights.
         eval_reward_funcs (`Callable`, `str` or a list of them, *optional*):
             Held-out rewards: scored and logged in evaluation, never trained on. See `hacking_patience` of
             [`SLASConfig`].
@@ -140,18 +141,17 @@ class SLASTrainer(PublishingTrainer):
         denoisers: dict[str, Any] = denoisers_of(pipe)
         self.denoiser_names = list(denoisers)
         set_seed(args.seed)  # before the adapter's random weights
-        self.has_adapter = peft_config is not None
+        self.has_adapter = peft_config is not None or any(map(lora.carries_adapter, denoisers.values()))
+        self.continued = None if peft_config or not self.has_adapter else lora.continue_adapter(pipe, [*denoisers])
+        keeps = self.continued is not None and args.beta and args.kl_reference == "initial"
+        self.kept_adapter = lora.REFERENCE_NAME if keeps else None  # in place of the trained one, in the reference
         for denoiser in denoisers.values():
             if peft_config is not None:
                 lora.add_adapter(denoiser, copy.deepcopy(peft_config))
-            elif lora.carries_adapter(denoiser):
-                raise ValueError(
-                    "The denoiser carries an adapter already. Pass a peft_config, to train another one on top of it, "
-                    "or merge it with `pipe.fuse_lora()` and `pipe.unload_lora_weights()`, to train all weights; the "
-                    "reference policy has it in both cases."
-                )
-            else:
+            elif not self.has_adapter:
                 denoiser.requires_grad_(True)
+            elif self.kept_adapter is not None:
+                lora.keep_reference(denoiser)
             if args.activation_checkpointing:
                 denoiser.enable_gradient_checkpointing()  # diffusers' name; the Trainer knows only transformers'
         args.activation_checkpointing = args.gradient_checkpointing = False
@@ -220,6 +220,10 @@ class SLASTrainer(PublishingTrainer):
             self.callback_handler.callbacks.insert(0, self._calibration)  # before the trackers, to draw while they run
 
         self._reset_progress()
+
+    @property
+    def _layout(self) -> dict[str, Any]:
+        return {**super()._layout, "continued": self.continued}
 
     def _reset_progress(self) -> None:
         super()._reset_progress()
@@ -394,7 +398,7 @@ class SLASTrainer(PublishingTrainer):
         args, rollout, step = self.args, inputs["rollout"], inputs["step"]
         reference = None
         if args.beta:
-            reference = self.replayer.reference(rollout, step, self._reference, lora.ADAPTER_NAME)
+            reference = self.replayer.reference(rollout, step, self._reference, lora.ADAPTER_NAME, self.kept_adapter)
         policy = self.replayer.replay(rollout, step)
         self._gamma.note_micro_step(rollout, step, policy)
         ratio = importance_ratio(policy.log_prob, rollout.log_probs[:, step])

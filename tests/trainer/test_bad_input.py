@@ -41,13 +41,6 @@ def test_dropout_in_the_denoiser(tmp_path):
         tiny_trainer(tmp_path, "sd", model=pipe)
 
 
-def test_an_adapter_that_is_there_already(tmp_path):
-    pipe = sd3_pipeline()
-    pipe.transformer.add_adapter(lora())
-    with pytest.raises(ValueError, match="carries an adapter already. Pass a peft_config"):
-        tiny_trainer(tmp_path, model=pipe, full=True)
-
-
 def test_what_is_no_adapter(tmp_path):
     with pytest.raises(TypeError, match="peft_config must be a peft.LoraConfig, but it is a dict"):
         SLASTrainer(sd3_pipeline(), redness, tiny_config(tmp_path), train_dataset=PROMPTS, peft_config={"r": 4})

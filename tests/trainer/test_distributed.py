@@ -12,7 +12,7 @@ from diffusers import SD3Transformer2DModel
 
 from tests.tiny_pipelines import PIPELINES
 from tests.trainer.tiny_trainers import logged, same
-from tests.trainer.two_processes import one_of_the_zoo, one_update_for_each_rollout
+from tests.trainer.two_processes import going_on_from_an_adapter, one_of_the_zoo, one_update_for_each_rollout
 
 
 pytestmark = pytest.mark.distributed
@@ -204,6 +204,19 @@ def test_what_a_sharded_run_saves_is_plain(sharded, fsdp_folder):
     assert (config.r, config.lora_alpha) == (4, 8)
     # No second copy of the weights, which for a large base model would be most of the checkpoint.
     assert not list(checkpoint.glob("pytorch_model*"))
+
+
+# Both
+
+
+def test_going_on_from_an_adapter_is_as_with_one_process(two, sharded, tmp_path):
+    alone = going_on_from_an_adapter(tmp_path, 1)
+    for found in (*two, *sharded):
+        assert_close(found["continued"]["weights"], alone["weights"])
+        logs = found["continued"]["logs"]
+        assert [log["ratio/max_deviation"] for log in logs] == [0.0] * 3
+        assert logs[0]["kl"] == 0.0 and logs[2]["kl"] == pytest.approx(alone["logs"][2]["kl"], rel=1e-3)
+    assert not two[0]["continued"]["sharded"] and sharded[0]["continued"]["sharded"]
 
 
 # Ends

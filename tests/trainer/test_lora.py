@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 
 from slas_trl.trainer.lora import ADAPTER_NAME
@@ -102,6 +102,20 @@ def test_a_fused_adapter_is_refused(tmp_path, published):
         tiny_trainer(tmp_path, model=pipe)
 
 
+# What is written
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_nothing_tells_where_the_model_was(tmp_path, full):
+    PIPELINES["sd"][0]().save_pretrained(tmp_path / "model")
+    trainer = trained(tmp_path / "run", "sd", model=str(tmp_path / "model"), full=full, max_steps=1)
+    trainer.save_model()
+    written = [path for path in (tmp_path / "run").rglob("*") if path.suffix in (".safetensors", ".json")]
+    assert written and not any(str(tmp_path).encode() in path.read_bytes() for path in written)
+    if full:
+        UNet2DConditionModel.from_pretrained(tmp_path / "run" / "unet")
+
+
 # Two denoisers
 
 
@@ -121,7 +135,8 @@ def test_both_experts_are_trained_and_saved(tmp_path):
     expected = trainer.draw(PROMPTS, [0], [torch.Generator().manual_seed(0)], 1)[0]  # by the moving average
     pipe = family.build()
     pipe.load_lora_weights(tmp_path / "checkpoint-3")
-    pipe.load_lora_weights(tmp_path / "checkpoint-3" / "transformer_2", load_into_transformer_2=True)
+    second = "pytorch_lora_weights_transformer_2.safetensors"
+    pipe.load_lora_weights(tmp_path / "checkpoint-3", weight_name=second, load_into_transformer_2=True)
     call = {**family.call, "num_inference_steps": 4, "output_type": "pil"}
     (frames,) = pipe(prompt=[PROMPTS[0]["prompt"]], generator=[torch.Generator().manual_seed(0)], **call).frames
     assert frames[0].tobytes() == expected.tobytes()

@@ -14,6 +14,7 @@ from slas_trl.trainer import lora as adapters
 from slas_trl.trainer.collectives import full_tensor, gathered
 from tests.policy.zoo.all import FAMILIES
 from tests.test_trust_region import dense_fisher
+from tests.tiny_pipelines import PIPELINES
 from tests.trainer.tiny_trainers import PROMPTS, Watched, logged, lora, redness, tiny_trainer, trained_weights
 from tests.trainer.zoo_trainers import zoo_trainer
 
@@ -59,6 +60,14 @@ def resumed_within_a_rollout(folder: Path, **settings: Any) -> dict[str, Any]:
         resumed.train(resume_from_checkpoint=str(folder / "whole" / f"checkpoint-{at}"))
         found[f"from-{at}"] = whole(resumed)
     return found
+
+
+def going_on_from_an_adapter(folder: Path, processes: int) -> dict[str, Any]:
+    """With a copy of it as the reference."""
+    pipe = PIPELINES["flux"][0]()
+    torch.manual_seed(5)
+    adapters.add_adapter(pipe.transformer, lora(init_lora_weights=False))
+    return one_update_for_each_rollout(folder, processes, model=pipe, peft_config=None, beta=0.1, use_ema=True)
 
 
 def adapter_saved(folder: Path) -> None:
@@ -133,6 +142,7 @@ def ddp(folder: Path, state: PartialState) -> dict[str, Any]:
         "resumed": resumed_within_a_rollout(folder / "resumed", full=True),
         "wan2.2": one_of_the_zoo("wan2.2", folder / "experts", 2),
         "sd3.5-slg": one_of_the_zoo("sd3.5-slg", folder / "skipping", 2),
+        "continued": going_on_from_an_adapter(folder / "continued", 2),
         "skipped": nan_on_one_process(folder / "skipped", state.process_index),
         "components": components(folder / "components", state.process_index),
     }
@@ -147,6 +157,7 @@ def fsdp(folder: Path, state: PartialState) -> dict[str, Any]:
         "lora": one_update_for_each_rollout(folder / "lora", 2, beta=0.1, use_ema=True),
         "full": one_update_for_each_rollout(folder / "full", 2, full=True, optim="sgd", beta=0.1, use_ema=True),
     }
+    found["continued"] = going_on_from_an_adapter(folder / "continued", 2)
     for kind, full in (("lora", False), ("full", True)):
         found[f"{kind} bf16"] = one_update_for_each_rollout(folder / f"{kind}-bf16", 2, full=full, bf16=True, beta=0.1)
         found[f"{kind} resumed"] = resumed_within_a_rollout(folder / f"{kind}-resumed", full=full, use_ema=True)

@@ -27,8 +27,8 @@ def adapter_for(denoiser: torch.nn.Module) -> LoraConfig | None:
 def zoo_trainer(
     family: Family, output_dir: Path, reward: Any = redness, train_dataset: Dataset = PROMPTS, **settings: Any
 ) -> SLASTrainer:
-    """One update on two groups of two images, in chunks of two; `settings` are the configuration's."""
-    pipe = family.build()
+    """One update on two groups of two images, in chunks of two; `settings` are the configuration's, or `pipe`."""
+    pipe = settings.pop("pipe", None) or family.build()
     call = dict(family.call)
     own = {key: call.pop(key) for key in ("height", "width", "guidance_scale") if key in call}
     denoiser = pipe.components["unet" if "unet" in pipe.components else "transformer"]
