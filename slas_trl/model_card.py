@@ -170,6 +170,7 @@ class RunFacts:
         dataset_on_hub (`bool`): whether `dataset` is a Hub id.
         train_prompts (`int`): how many.
         started_from (`str`, *optional*): the adapter that training went on from.
+        beside (`list[str]`): names of other adapters that the pipeline had, without which the result is another.
         evaluation ([`Evaluation`], *optional*): the scores.
         samples (`list[Sample]`): pictures for the gallery.
         sheets (`list[str]`): paths of larger pictures: the comparison grid.
@@ -198,6 +199,7 @@ class RunFacts:
     dataset_on_hub: bool = False
     train_prompts: int = 0
     started_from: str | None = None
+    beside: list[str] = field(default_factory=list)
     evaluation: Evaluation | None = None
     samples: list[Sample] = field(default_factory=list)
     sheets: list[str] = field(default_factory=list)
@@ -416,6 +418,11 @@ def _reward_table(rewards: Sequence[Reward]) -> str:
 def _doubts(facts: RunFacts) -> list[str]:
     """What not to trust, one point each."""
     points = []
+    if facts.beside:
+        points.append(
+            f"It was trained on top of other adapters ({', '.join(map(as_code, facts.beside))}), which are not in this "
+            "repository. Without them its pictures are not those shown here."
+        )
     for reward in facts.rewards:
         if reward.weight:
             spot = as_text(reward.blind_to) if reward.blind_to else "unknown, for its author has not said"

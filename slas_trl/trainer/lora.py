@@ -199,6 +199,14 @@ def _adapter_layers(denoiser: Any) -> list[BaseTunerLayer]:
     return [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
 
 
+def adapters_beside(denoiser: torch.nn.Module) -> list[str]:
+    """Names of the adapters that are active beside the one that is trained."""
+    active = [
+        name for layer in _adapter_layers(denoiser) if not layer.disable_adapters for name in layer.active_adapters
+    ]
+    return [name for name in dict.fromkeys(active) if name != ADAPTER_NAME]
+
+
 def adapter_file(name: str, names: list[str]) -> str:
     """
     The file of denoiser `name`'s adapter. A second denoiser's lies beside the first's under a name that
@@ -242,6 +250,21 @@ def save_weights(
                 safe_serialization=True,
                 lora_adapter_metadata=metadata,
             )
+        _settle(Path(folder) / file)
+
+
+def _settle(path: Path) -> None:
+    """
+    Put a safetensors file's metadata in order: they are written in another one every time, so that the same adapter
+    would be another file, and another commit on the Hub.
+    """
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # where the tensors begin is a multiple of 8
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[start:])
 
 
 def _save_denoiser(denoiser: Any, folder: Path, writes: bool) -> None:

@@ -128,7 +128,7 @@ class PublishingTrainer(EvaluatingTrainer):
     ) -> RunFacts:
         args, pipe, names, data = self.args, self.pipe, self.denoiser_names, self.train_dataset
         denoiser, folder = pipe.components[names[0]], self._output_dir
-        settings = card_facts.settings_of(args, self.replayer.scheduler)
+        settings = card_facts.settings_of(args, self.replayer.scheduler) | {"updates": self.state.global_step}
         if self.has_adapter:
             config = denoiser.peft_config[lora.ADAPTER_NAME]
             settings |= {"lora_r": config.r, "lora_alpha": config.lora_alpha}
@@ -163,6 +163,7 @@ class PublishingTrainer(EvaluatingTrainer):
             dataset_on_hub=on_hub,
             train_prompts=len(data),
             started_from=self.started_from,
+            beside=lora.adapters_beside(denoiser),
             evaluation=self.evaluation if ended and self.evaluation is not None else evaluated,
             samples=self._samples or [] if shown else [],
             sheets=[self._sheet] if shown and self._sheet else [],

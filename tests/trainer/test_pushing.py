@@ -6,6 +6,7 @@ import re
 import shutil
 import socket
 import sys
+from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi
@@ -257,12 +258,16 @@ def test_a_connection_that_comes_back(tmp_path, server, online):
     assert [commit["title"] for commit in server.commits(REPO)][0] == "Training in progress, checkpoint 2"
 
 
-@pytest.mark.parametrize(
-    ("token", "expected"), [("hf_bad", "401"), ("hf_read", "may only read"), ("hf_read", "write")]
-)
-def test_a_token_that_may_not_write_is_known_before_training(tmp_path, online, token, expected):
-    online.setenv("HF_TOKEN", token)
-    with pytest.raises(ValueError, match=f"push_to_hub cannot push to '{REPO}'.*{expected}"):
+def test_a_token_that_may_not_write_is_known_before_training(tmp_path, online):
+    refused = f"push_to_hub cannot push to '{REPO}'"
+    online.setenv("HF_TOKEN", "hf_bad")
+    with pytest.raises(ValueError, match=f"{refused}.*401.*hf auth login"):
+        tiny_trainer(tmp_path, **PUSHED)
+    online.setenv("HF_TOKEN", "hf_read")
+    with pytest.raises(ValueError, match=f"{refused}.*403"):
+        tiny_trainer(tmp_path, **PUSHED)
+    HfApi(token="hf_good").create_repo(REPO)
+    with pytest.raises(ValueError, match=f"{refused}.*may only read"):
         tiny_trainer(tmp_path, **PUSHED)
 
 
@@ -297,10 +302,11 @@ def test_nothing_of_the_machine_is_pushed(tmp_path, server, online):
     )  # fmt: skip
     trainer.train()
     trainer.push_to_hub()
-    words = {str(tmp_path), "home-of-alice", "sesame-open", "hf_good", socket.gethostname(), os.getcwd(), sys.prefix}
-    words |= {os.environ.get("HOME", "/root") + "/"}
+    words = [str(tmp_path), "home-of-alice", "sesame-open", "hf_good", os.getcwd(), sys.prefix, f"{Path.home()}/"]
     for name, content in server.files(REPO).items():
         found = [word for word in words if word.encode() in content]
+        if name.endswith((".md", ".json")):  # a short host name is in any picture
+            found += re.findall(rf"\b{re.escape(socket.gethostname())}\b", content.decode())
         assert not found, f"{name} holds {found}"
         assert name.startswith("last-checkpoint/") or not name.endswith((".pt", ".pth", ".bin", ".pkl"))
     assert "home-of-alice" not in (home / "run" / "README.md").read_text()
