@@ -1,13 +1,15 @@
 """A server on this machine that speaks the Hub's HTTP protocol, as far as huggingface_hub 2.4 asks for it.
 
 `python -m tests.hub_server FOLDER [--port 0] [--uploads lfs|regular]` prints its address and serves what is in the
-folder until it is killed: it may be started again with the same folder and port. Tests start it by `tests.hub`.
+folder until it is killed: it may be started again with the same folder and port. Tests start it by `tests.local_hub`.
 
 Tokens: "hf_good" writes, "hf_read" reads, any other is refused (401). Without one, public repositories can be read.
 Both belong to the user "user", who may also create repositories under "org" (elsewhere: 403).
 
 `--uploads lfs` lets binary files, by their ending or a NUL in the first 512 bytes, go by git-lfs and the others in the
 commit; `--uploads regular` lets all go in the commit.
+
+`/_control/faults` is told which routes go wrong from now on, `/_control/requests` tells what was asked.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -128,6 +131,7 @@ class Handler(BaseHTTPRequestHandler):
     """One request: its route's method `on_...` returns what is sent as JSON, or None where it has answered."""
 
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # an answer in two packets waits 40 ms for the client's acknowledgement of the first
     server: "Server"
 
     def log_message(self, *args: Any) -> None:
@@ -395,6 +399,10 @@ class Server(ThreadingHTTPServer):
         self.faults: dict[str, dict | None] = {}
         self.log: list[dict] = []
         self.changed = threading.Condition()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a client that went away
+            super().handle_error(request, client_address)
 
     def control(self, what: str, given: dict) -> Any:
         """`/_control/requests` tells the log; `/_control/faults` takes faults by route, null for none."""

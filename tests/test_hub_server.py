@@ -25,10 +25,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.hf_api import RepoFile
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from tests.hub import HubServer
+from tests.local_hub import HubServer
 from tests.tiny_pipelines import sd_pipeline
 
 
@@ -97,14 +98,16 @@ def test_what_a_repository_tells_of_itself(hub, folder):
     huggingface_hub.upload_folder(repo_id=NAME, folder_path=folder)
     info = huggingface_hub.model_info(NAME)
     assert info.private and info.library_name == "diffusers" and info.tags == ["lora", "slas"]
-    assert info.card_data.library_name == "diffusers" and info.sha == hub.commits(NAME)[0]["oid"]
-    assert {sibling.rfilename for sibling in info.siblings} == {".gitattributes", *contents(folder)}
+    assert info.card_data and info.card_data.library_name == "diffusers"
+    assert info.sha == hub.commits(NAME)[0]["oid"]
+    assert {sibling.rfilename for sibling in info.siblings or []} == {".gitattributes", *contents(folder)}
     assert huggingface_hub.list_repo_files(NAME) == sorted([".gitattributes", *contents(folder)])
     top = {entry.path for entry in huggingface_hub.list_repo_tree(NAME)}
     assert top == {".gitattributes", "README.md", "samples", "weights.safetensors"}
     assert [file.path for file in huggingface_hub.list_repo_tree(NAME, "samples")] == ["samples/a b.txt"]
     weights, below, *rest = huggingface_hub.get_paths_info(NAME, ["weights.safetensors", "samples", "none"])
-    assert weights.size == len(WEIGHTS) and below.path == "samples" and not rest
+    assert isinstance(weights, RepoFile) and weights.size == len(WEIGHTS)
+    assert below.path == "samples" and not rest
     assert (weights.lfs is not None) == (hub.uploads == "lfs")
     assert [commit.title for commit in huggingface_hub.list_repo_commits(NAME)][1:] == ["initial commit"]
     assert huggingface_hub.file_exists(NAME, "README.md") and not huggingface_hub.file_exists(NAME, "config.json")
@@ -289,7 +292,7 @@ def test_diffusers_loads_what_was_pushed(hub, tmp_path):
     assert torch.equal(images_of(loaded), plain)
 
     pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    pipe.save_lora_weights(tmp_path / "lora", get_peft_model_state_dict(pipe.unet))
+    pipe.save_lora_weights(tmp_path / "lora", dict(get_peft_model_state_dict(pipe.unet)))
     huggingface_hub.create_repo(NAME)
     huggingface_hub.upload_folder(repo_id=NAME, folder_path=tmp_path / "lora")
     loaded.load_lora_weights(NAME)
