@@ -265,7 +265,7 @@ def render(facts: RunFacts, location: str, revision: str | None = None, files: S
         doubts=_doubts(facts),
         settings=_setting_table(facts.settings),
         started_from=facts.started_from and as_code(facts.started_from),
-        files=table(["file", "what it is"], [[as_code(path), as_text(what)] for path, what in files]) if files else "",
+        files=[f"{as_code(path)}: {as_text(what)}" for path, what in files],
         license=_license(facts.base),
         versions=[f"{as_text(name)} {as_text(version)}" for name, version in facts.versions.items()],
     )
@@ -369,7 +369,10 @@ def _base(base: Base) -> str:
 
 def _method(facts: RunFacts) -> str:
     if facts.settings.get("gamma") == 0 and facts.settings.get("gamma_schedule", "constant") == "constant":
-        return "Here it was switched off (γ = 0): a picture counts by how far its score is from the others'."
+        return (
+            "Super-Linear Advantage Shaping (SLAS), by which large differences in score count for more, was switched "
+            "off (γ = 0)."
+        )
     return (
         "What sets Super-Linear Advantage Shaping (SLAS) apart is how much a picture counts: large differences in "
         "score count for more than their size, and small ones, which are mostly noise, for less."
@@ -379,19 +382,21 @@ def _method(facts: RunFacts) -> str:
 def _rewarded(facts: RunFacts) -> str:
     trained = [reward for reward in facts.rewards if reward.weight]
     names = [f"{as_code(r.name)} ({as_text(r.measures)})" if r.measures else as_code(r.name) for r in trained]
-    return ", and ".join(names)
+    return " and ".join([*([", ".join(names[:-1])] if names[:-1] else []), *names[-1:]])
 
 
 def _data(facts: RunFacts) -> str:
+    count = f"{facts.train_prompts} prompts" if facts.train_prompts else "prompts"
     if not facts.dataset:
-        return f"{facts.train_prompts} prompts"
-    name = as_text(facts.dataset)
-    name = f"[{name}]({HUB}/datasets/{quote(facts.dataset)})" if facts.dataset_on_hub else as_code(facts.dataset)
-    return f"{facts.train_prompts} prompts of {name}"
+        return count
+    if facts.dataset_on_hub:
+        return f"{count} of [{as_text(facts.dataset)}]({HUB}/datasets/{quote(facts.dataset)})"
+    return f"{count} of {as_code(facts.dataset)}"
 
 
 def _evaluation(scores: Evaluation) -> str:
-    rows = [[as_text(cell) for cell in row] for row in scores.rows]
+    # On a narrow page, 0.51 ± 0.02 breaks before the sign rather than on both sides of it.
+    rows = [[as_text(cell).replace("± ", "±\N{NO-BREAK SPACE}") for cell in row] for row in scores.rows]
     note = {
         "training": "**These are the prompts that it was trained on:** the figures say nothing of other prompts.",
         "held-out": "It was not trained on these prompts.",
@@ -404,7 +409,7 @@ def _evaluation(scores: Evaluation) -> str:
 def _reward_table(rewards: Sequence[Reward]) -> str:
     rows = [
         [
-            as_code(reward.name) + (f"<br>{as_text(reward.measures)}" if reward.measures else ""),
+            _explained(reward.name, reward.measures),
             f"{reward.weight:g}" if reward.weight else "held out",
             as_text(reward.blind_to) if reward.blind_to else "unknown: its author has not said",
         ]
@@ -439,24 +444,25 @@ def _doubts(facts: RunFacts) -> list[str]:
         )
     counts = [metric.prompts for metric in facts.evaluation.metrics if metric.prompts] if facts.evaluation else []
     if counts:
-        points.append(f"The figures are of {max(counts)} prompts, and of prompts like these.")
+        points.append(f"The figures come from {max(counts)} prompts. With prompts of another kind they may differ.")
     if facts.evaluation is None:
         points.append("Nothing was measured before and after training.")
     return points
 
 
 def _setting_table(settings: dict[str, Any]) -> str:
-    rows = [
-        [as_code(name), _setting(value), as_text(MEANINGS.get(name, ""))]
-        for name, value in settings.items()
-        if value is not None
-    ]
-    return table(["setting", "value", "what it is"], rows)
+    rows = [[_explained(name, MEANINGS.get(name)), _setting(settings[name])] for name in settings]
+    return table(["setting", "value"], rows)
+
+
+def _explained(name: str, meaning: str | None) -> str:
+    """For one cell: a column of its own would leave none of them room on a phone."""
+    return f"{as_code(name)}<br>{as_text(meaning)}" if meaning else as_code(name)
 
 
 def _setting(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
     if isinstance(value, float):
         return f"{value:.6g}".replace("e-0", "e-")
     if isinstance(value, list | tuple):
