@@ -263,7 +263,10 @@ def render(facts: RunFacts, location: str, revision: str | None = None, files: S
         evaluation=_evaluation(facts.evaluation) if facts.evaluation else "",
         rewards=_reward_table(facts.rewards),
         doubts=_doubts(facts),
-        settings=_setting_table(facts.settings),
+        settings=[
+            f"{as_code(name)} **{_setting(value)}**" + (f": {as_text(MEANINGS[name])}" if name in MEANINGS else "")
+            for name, value in facts.settings.items()
+        ],
         started_from=facts.started_from and as_code(facts.started_from),
         files=[f"{as_code(path)}: {as_text(what)}" for path, what in files],
         license=_license(facts.base),
@@ -277,6 +280,7 @@ def _metadata(facts: RunFacts) -> ModelCardData:
     task = "image-to-image" if facts.picture_arguments else "text-to-image"
     tags = ["slas", "slas-trl", "trl", *(["lora"] if facts.adapter else [])]
     tags += ["reinforcement-learning", task, "diffusers", *facts.tags]
+    results = _eval_results(facts, task)
     widget = []
     for sample in facts.samples:
         widget += [{"text": shown(sample.prompt), "output": {"url": shown(sample.after)}}]
@@ -292,8 +296,7 @@ def _metadata(facts: RunFacts) -> ModelCardData:
         license_link=_license_link(base),
         tags=[one_line(tag) for tag in tags],
         datasets=[facts.dataset] if facts.dataset and facts.dataset_on_hub else None,
-        model_name=one_line(facts.name),
-        eval_results=_eval_results(facts, task) or None,
+        **({"model_name": one_line(facts.name), "eval_results": results} if results else {}),
         widget=widget or None,
     )
 
@@ -355,8 +358,8 @@ def _license(base: Base) -> str:
     name = as_code(base.license_name or base.license)
     link = _license_link(base)
     terms = f"[{name}]({link})" if link else name
-    where = "the package's" if base.embedded else "as the base model's own card says"
-    return f"{terms}: that of the base model, {where}. Read it before you use or share this model."
+    where = "comes with the package `slas-trl`" if base.embedded else "says so in its own card"
+    return f"{terms}: that of the base model, which {where}. Read it before you use or share this model."
 
 
 def _base(base: Base) -> str:
@@ -448,11 +451,6 @@ def _doubts(facts: RunFacts) -> list[str]:
     if facts.evaluation is None:
         points.append("Nothing was measured before and after training.")
     return points
-
-
-def _setting_table(settings: dict[str, Any]) -> str:
-    rows = [[_explained(name, MEANINGS.get(name)), _setting(settings[name])] for name in settings]
-    return table(["setting", "value"], rows)
 
 
 def _explained(name: str, meaning: str | None) -> str:
