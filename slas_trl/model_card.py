@@ -26,7 +26,7 @@ HUB = "https://huggingface.co"
 
 # Of settings that need a word, for people who know the field but not this project.
 MEANINGS = {
-    "gamma": "γ: an advantage is sign(x)·abs(x)^(1+γ), x being the scaled reward. At 0 it is linear, as in "
+    "gamma": "an advantage is sign(x)·abs(x)^(1+γ), x being the scaled reward. At 0 it is linear, as in "
     "GRPO; above, large differences count for more than their size, and small ones for less.",
     "gamma_schedule": "how γ changes during training",
     "gamma_max": "the largest γ of the schedule",
@@ -422,20 +422,11 @@ def _reward_table(rewards: Sequence[Reward]) -> str:
 
 
 def _doubts(facts: RunFacts) -> list[str]:
-    """What not to trust, one point each."""
-    points = []
-    for reward in facts.rewards:
-        if reward.weight:
-            spot = as_text(reward.blind_to) if reward.blind_to else "unknown, for its author has not said"
-            points.append(f"What {as_code(reward.name)} is blind to: {spot}. Training may have given that up.")
-    points.append(
-        "The reward that was trained on rises in any training that works. That alone does not make better pictures: "
-        "look at them, and at the rewards that were held out."
-    )
+    """What not to trust, one point each, the gravest first."""
+    points = [f"Warning during training: {as_text(warning)}" for warning in facts.hacking]
     if facts.reading:
         points.append(f"What the rewards say together, by the calibration panel: {as_text(facts.reading)}")
     held_out = [as_code(reward.name) for reward in facts.rewards if not reward.weight]
-    points += [f"Warning during training: {as_text(warning)}" for warning in facts.hacking]
     if not held_out:
         points.append(
             "Whether the reward was hacked, nobody can tell: no other reward was watched that was not trained on."
@@ -445,6 +436,14 @@ def _doubts(facts: RunFacts) -> list[str]:
             f"There was no warning of reward hacking during training, with {', '.join(held_out)} held out. That is no "
             "proof that there was none."
         )
+    for reward in facts.rewards:
+        if reward.weight:
+            spot = as_text(reward.blind_to) if reward.blind_to else "unknown, for its author has not said"
+            points.append(f"What {as_code(reward.name)} is blind to: {spot}. Training may have given that up.")
+    points.append(
+        "The reward that was trained on rises in any training that works. That alone does not make better pictures: "
+        "look at them, and at the rewards that were held out."
+    )
     counts = [metric.prompts for metric in facts.evaluation.metrics if metric.prompts] if facts.evaluation else []
     if counts:
         points.append(f"The figures come from {max(counts)} prompts. With prompts of another kind they may differ.")
