@@ -15,7 +15,7 @@ import yaml
 _UNSHOWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 # What begins something in Markdown, HTML or formulas, and what makes a link of an address; underscores within words do
 # not. At the start of a line more does.
-_ACTIVE = re.compile(r"[&<>*`~|\\$#@\[\]{}]|(?<!\w)_|_(?!\w)|:(?=//)|(?<=www)\.", re.IGNORECASE)
+_ACTIVE = re.compile(r"[&<>*`~|\\$#@\[\]{}]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.", re.IGNORECASE)
 _STARTING = re.compile(r"^([^\w&]|\d(?=\d*[.)]))")
 _PLAIN_CODE = re.compile(r"[\w.,:;/=+()% -]+", re.ASCII)
 # Numbers of YAML 1.2, as the Hub reads it, that are none to PyYAML, which reads 1.1: 1e-4, for one.

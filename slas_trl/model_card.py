@@ -26,7 +26,7 @@ HUB = "https://huggingface.co"
 
 # Of settings that need a word, for people who know the field but not this project.
 MEANINGS = {
-    "gamma": "γ: an advantage is sign(x)·abs(x)^(1+γ), x being the scaled reward. At 0 it is linear, as in "
+    "gamma": "an advantage is sign(x)·abs(x)^(1+γ), x being the scaled reward. At 0 it is linear, as in "
     "GRPO; above, large differences count for more than their size, and small ones for less.",
     "gamma_schedule": "how γ changes during training",
     "gamma_max": "the largest γ of the schedule",
@@ -265,9 +265,12 @@ def render(facts: RunFacts, location: str, revision: str | None = None, files: S
         evaluation=_evaluation(facts.evaluation) if facts.evaluation else "",
         rewards=_reward_table(facts.rewards),
         doubts=_doubts(facts),
-        settings=_setting_table(facts.settings),
+        settings=[
+            f"{as_code(name)} **{_setting(value)}**" + (f": {as_text(MEANINGS[name])}" if name in MEANINGS else "")
+            for name, value in facts.settings.items()
+        ],
         started_from=facts.started_from and as_code(facts.started_from),
-        files=table(["file", "what it is"], [[as_code(path), as_text(what)] for path, what in files]) if files else "",
+        files=[f"{as_code(path)}: {as_text(what)}" for path, what in files],
         license=_license(facts.base),
         versions=[f"{as_text(name)} {as_text(version)}" for name, version in facts.versions.items()],
     )
@@ -279,6 +282,7 @@ def _metadata(facts: RunFacts) -> ModelCardData:
     task = "image-to-image" if facts.picture_arguments else "text-to-image"
     tags = ["slas", "slas-trl", "trl", *(["lora"] if facts.adapter else [])]
     tags += ["reinforcement-learning", task, "diffusers", *facts.tags]
+    results = _eval_results(facts, task)
     widget = []
     for sample in facts.samples:
         widget += [{"text": shown(sample.prompt), "output": {"url": shown(sample.after)}}]
@@ -294,8 +298,7 @@ def _metadata(facts: RunFacts) -> ModelCardData:
         license_link=_license_link(base),
         tags=[one_line(tag) for tag in tags],
         datasets=[facts.dataset] if facts.dataset and facts.dataset_on_hub else None,
-        model_name=one_line(facts.name),
-        eval_results=_eval_results(facts, task) or None,
+        **({"model_name": one_line(facts.name), "eval_results": results} if results else {}),
         widget=widget or None,
     )
 
@@ -357,8 +360,8 @@ def _license(base: Base) -> str:
     name = as_code(base.license_name or base.license)
     link = _license_link(base)
     terms = f"[{name}]({link})" if link else name
-    where = "the package's" if base.embedded else "as the base model's own card says"
-    return f"{terms}: that of the base model, {where}. Read it before you use or share this model."
+    where = "comes with the package `slas-trl`" if base.embedded else "says so in its own card"
+    return f"{terms}: that of the base model, which {where}. Read it before you use or share this model."
 
 
 def _base(base: Base) -> str:
@@ -371,7 +374,10 @@ def _base(base: Base) -> str:
 
 def _method(facts: RunFacts) -> str:
     if facts.settings.get("gamma") == 0 and facts.settings.get("gamma_schedule", "constant") == "constant":
-        return "Here it was switched off (γ = 0): a picture counts by how far its score is from the others'."
+        return (
+            "Super-Linear Advantage Shaping (SLAS), by which large differences in score count for more, was switched "
+            "off (γ = 0)."
+        )
     return (
         "What sets Super-Linear Advantage Shaping (SLAS) apart is how much a picture counts: large differences in "
         "score count for more than their size, and small ones, which are mostly noise, for less."
@@ -381,19 +387,21 @@ def _method(facts: RunFacts) -> str:
 def _rewarded(facts: RunFacts) -> str:
     trained = [reward for reward in facts.rewards if reward.weight]
     names = [f"{as_code(r.name)} ({as_text(r.measures)})" if r.measures else as_code(r.name) for r in trained]
-    return ", and ".join(names)
+    return " and ".join([*([", ".join(names[:-1])] if names[:-1] else []), *names[-1:]])
 
 
 def _data(facts: RunFacts) -> str:
+    count = f"{facts.train_prompts} prompts" if facts.train_prompts else "prompts"
     if not facts.dataset:
-        return f"{facts.train_prompts} prompts"
-    name = as_text(facts.dataset)
-    name = f"[{name}]({HUB}/datasets/{quote(facts.dataset)})" if facts.dataset_on_hub else as_code(facts.dataset)
-    return f"{facts.train_prompts} prompts of {name}"
+        return count
+    if facts.dataset_on_hub:
+        return f"{count} of [{as_text(facts.dataset)}]({HUB}/datasets/{quote(facts.dataset)})"
+    return f"{count} of {as_code(facts.dataset)}"
 
 
 def _evaluation(scores: Evaluation) -> str:
-    rows = [[as_text(cell) for cell in row] for row in scores.rows]
+    # On a narrow page, 0.51 ± 0.02 breaks before the sign rather than on both sides of it.
+    rows = [[as_text(cell).replace("± ", "±\N{NO-BREAK SPACE}") for cell in row] for row in scores.rows]
     note = {
         "training": "**These are the prompts that it was trained on:** the figures say nothing of other prompts.",
         "held-out": "It was not trained on these prompts.",
@@ -406,7 +414,7 @@ def _evaluation(scores: Evaluation) -> str:
 def _reward_table(rewards: Sequence[Reward]) -> str:
     rows = [
         [
-            as_code(reward.name) + (f"<br>{as_text(reward.measures)}" if reward.measures else ""),
+            _explained(reward.name, reward.measures),
             f"{reward.weight:g}" if reward.weight else "held out",
             as_text(reward.blind_to) if reward.blind_to else "unknown: its author has not said",
         ]
@@ -416,25 +424,16 @@ def _reward_table(rewards: Sequence[Reward]) -> str:
 
 
 def _doubts(facts: RunFacts) -> list[str]:
-    """What not to trust, one point each."""
-    points = []
+    """What not to trust, one point each, the gravest first."""
+    points = [f"Warning during training: {as_text(warning)}" for warning in facts.hacking]
     if facts.beside:
         points.append(
-            f"It was trained on top of other adapters ({', '.join(map(as_code, facts.beside))}), which are not in this "
-            "repository. Without them its pictures are not those shown here."
+            f"It was trained on top of other adapters ({', '.join(map(as_code, facts.beside))}), which are not in "
+            "this repository. Without them its pictures are not those shown here."
         )
-    for reward in facts.rewards:
-        if reward.weight:
-            spot = as_text(reward.blind_to) if reward.blind_to else "unknown, for its author has not said"
-            points.append(f"What {as_code(reward.name)} is blind to: {spot}. Training may have given that up.")
-    points.append(
-        "The reward that was trained on rises in any training that works. That alone does not make better pictures: "
-        "look at them, and at the rewards that were held out."
-    )
     if facts.reading:
         points.append(f"What the rewards say together, by the calibration panel: {as_text(facts.reading)}")
     held_out = [as_code(reward.name) for reward in facts.rewards if not reward.weight]
-    points += [f"Warning during training: {as_text(warning)}" for warning in facts.hacking]
     if not held_out:
         points.append(
             "Whether the reward was hacked, nobody can tell: no other reward was watched that was not trained on."
@@ -444,26 +443,30 @@ def _doubts(facts: RunFacts) -> list[str]:
             f"There was no warning of reward hacking during training, with {', '.join(held_out)} held out. That is no "
             "proof that there was none."
         )
+    for reward in facts.rewards:
+        if reward.weight:
+            spot = as_text(reward.blind_to) if reward.blind_to else "unknown, for its author has not said"
+            points.append(f"What {as_code(reward.name)} is blind to: {spot}. Training may have given that up.")
+    points.append(
+        "The reward that was trained on rises in any training that works. That alone does not make better pictures: "
+        "look at them, and at the rewards that were held out."
+    )
     counts = [metric.prompts for metric in facts.evaluation.metrics if metric.prompts] if facts.evaluation else []
     if counts:
-        points.append(f"The figures are of {max(counts)} prompts, and of prompts like these.")
+        points.append(f"The figures come from {max(counts)} prompts. With prompts of another kind they may differ.")
     if facts.evaluation is None:
         points.append("Nothing was measured before and after training.")
     return points
 
 
-def _setting_table(settings: dict[str, Any]) -> str:
-    rows = [
-        [as_code(name), _setting(value), as_text(MEANINGS.get(name, ""))]
-        for name, value in settings.items()
-        if value is not None
-    ]
-    return table(["setting", "value", "what it is"], rows)
+def _explained(name: str, meaning: str | None) -> str:
+    """For one cell: a column of its own would leave none of them room on a phone."""
+    return f"{as_code(name)}<br>{as_text(meaning)}" if meaning else as_code(name)
 
 
 def _setting(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
     if isinstance(value, float):
         return f"{value:.6g}".replace("e-0", "e-")
     if isinstance(value, list | tuple):

@@ -1,5 +1,6 @@
 """Python for a model card: it loads the result of a run with plain diffusers, and makes a picture."""
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from slas_trl.markdown import as_python
@@ -26,12 +27,9 @@ def quick_start(facts: "RunFacts", location: str, revision: str | None = None) -
         lines += ["from slas_trl.shapes import load_shapes_pipeline", ""]
         lines += [f"pipe = {_call('load_shapes_pipeline', precision)}"]
     else:
-        lines += [
-            "",
-            *([] if base.hub_id else [f"# The {base.pipeline} that was trained is not on the Hub: its folder."]),
-        ]
+        lines += [""] if base.hub_id else ["", f"# The {base.pipeline} that was trained, which is not on the Hub:"]
         source = base.hub_id or f"path/to/{base.name or 'base-model'}"
-        arguments = {"": source, **precision, **base.init_kwargs}
+        arguments = {"": source, **base.init_kwargs, **precision}
         lines += [f"pipe = {_call('DiffusionPipeline.from_pretrained', arguments)}"]
     for i, (name, kind) in enumerate(facts.denoisers.items()):
         file = {"weight_name": f"{WEIGHTS}_{name}.safetensors"} if i else {}
@@ -64,11 +62,28 @@ class _Name:
 
 def _call(function: str, arguments: dict[str, Any], one_line: bool = True) -> str:
     """Python that calls it; the argument without a name comes first, and many have a line each."""
-    written = [
-        (f"{name}=" if name else "") + (value.code if isinstance(value, _Name) else as_python(value))
-        for name, value in arguments.items()
-    ]
-    line = f"{function}({', '.join(written)})"
+    line = f"{function}({', '.join(_argument(name, value, wrapped=False) for name, value in arguments.items())})"
     if one_line and len(line) <= LINE:
         return line
-    return f"{function}(\n" + "".join(f"    {argument},\n" for argument in written) + ")"
+    lines = "".join(f"    {_argument(name, value, wrapped=True)},\n" for name, value in arguments.items())
+    return f"{function}(\n{lines})"
+
+
+def _argument(name: str, value: Any, wrapped: bool) -> str:
+    prefix = f"{name}=" if name else ""
+    if isinstance(value, _Name):
+        return prefix + value.code
+    parts = _lines(value) if wrapped and isinstance(value, str) else [value]
+    if len(parts) == 1:
+        return prefix + as_python(value)
+    return f"{prefix}(\n" + "".join(f"        {as_python(part)}\n" for part in parts) + "    )"
+
+
+def _lines(text: str) -> list[str]:
+    """The text in parts, cut between words."""
+    lines = [""]
+    for word in re.findall(r"\S*\s+|\S+", text):
+        if lines[-1] and len(lines[-1] + word) > LINE - 12:
+            lines.append("")
+        lines[-1] += word
+    return lines

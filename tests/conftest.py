@@ -27,8 +27,8 @@ def interruptible():
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """A Hub on this machine, see `tests.hub`."""
-    from tests.hub import HubServer  # diffusers, not for tests that do without
+    """A Hub on this machine, see `tests.local_hub`."""
+    from tests.local_hub import HubServer  # diffusers, not for tests that do without
 
     with HubServer(tmp_path_factory.mktemp("hub")) as server:
         yield server
@@ -39,7 +39,7 @@ def online(server):
     """This process talks to `server`, where the repository `REPO` is not there yet."""
     from huggingface_hub import HfApi
 
-    from tests.hub import REPO
+    from tests.local_hub import REPO
 
     with server.in_process() as patch:
         yield patch

@@ -22,7 +22,8 @@ pre { padding: 16px; overflow: auto } pre code { padding: 0; font-size: 100% }
 table { border-collapse: collapse; display: block; overflow: auto; width: max-content; max-width: 100% }
 td, th { border: 1px solid #d1d9e0; padding: 6px 13px } blockquote { border-left: 4px solid #d1d9e0; margin: 0;
   padding: 0 1em; color: #59636e }
-img { max-width: 100% } .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 8px }
+img { max-width: 100% }
+.gallery { display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)) }
 figure { margin: 0; background: #f0f1f3 } figure img { width: 100% } figcaption { font-size: 13px; padding: 8px;
   max-height: 5em; overflow: auto }
 """
@@ -40,11 +41,10 @@ def to_html(markdown: str) -> str:
 
 def to_page(card: str) -> str:
     metadata, text = split_card(card)
-    figures = "".join(
-        f'<figure><img src="{html.escape(entry["output"]["url"])}"><figcaption>{html.escape(entry["text"])}</figcaption>'
-        "</figure>"
-        for entry in metadata.get("widget", [])
-    )
+    figures = ""
+    for entry in metadata.get("widget", []):
+        url, caption = html.escape(entry["output"]["url"]), html.escape(entry["text"])
+        figures += f'<figure><img src="{url}"><figcaption>{caption}</figcaption></figure>'
     body = to_html(text).replace("<Gallery />", f'<div class="gallery">{figures}</div>')
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
     return f"<!doctype html>{head}<body>{body}</body>"

@@ -42,8 +42,8 @@ BLIND_SPOTS = {
     "remote": "what the reward on the other machine is blind to",
     "shapes_clip": "what is left of what, mostly which shape has which colour",
     "shapes_coloured_area": _PIXELS,
-    "shapes_verifier": "nothing in its world of plain shapes, and everything outside of it",
-    "shapes_verifier_strict": "nothing in its world of plain shapes, and everything outside of it",
+    "shapes_verifier": "everything outside its world of plain shapes",
+    "shapes_verifier_strict": "everything outside its world of plain shapes",
     "unified_reward": "what a 7B model does not see",
     "vlm_judge": "what the judge does not see; mostly near 0 or 1, without log-probabilities only 0 or 1",
 }

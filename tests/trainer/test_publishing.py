@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 
-from tests.hub import REPO
+from tests.local_hub import REPO
 from tests.policy.zoo.all import FAMILIES
 from tests.tiny_pipelines import PIPELINES
 

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from slas_trl import hub
 from slas_trl.trainer.publishing import PublishingTrainer
-from tests.hub import REPO, HubServer
+from tests.local_hub import REPO, HubServer
 
 from .tiny_trainers import PROMPTS, logged, same, tiny_trainer, trained, trained_weights, untimed
 
