@@ -1,4 +1,4 @@
-"""What a run leaves for people to look at: sheets of captioned pictures, curves, and the model card."""
+"""What a run leaves for people to look at: sheets of captioned pictures, curves, and tables of scores."""
 
 import json
 import math
@@ -8,19 +8,16 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from huggingface_hub import ModelCard, ModelCardData
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from scipy import stats
 
-from slas_trl import __version__
 from slas_trl.evaluation.shapes import Estimate
 from slas_trl.model_card import Sample
 
 
-TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 SMALLEST, LARGEST = 160, 320  # pixels of a picture's longer side on a sheet
 MARGIN = 10
 FONT_SIZE, LINE_HEIGHT = 13, 16
@@ -214,55 +211,6 @@ def score_table(comparison: Mapping[str, Mapping[str, Estimate]], first_column: 
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
-
-
-def write_model_card(
-    run_dir: str | Path,
-    *,
-    base_model: str,
-    base_model_id: str | None,
-    load_code: str,
-    rewards: Mapping[str, float],
-    settings: Mapping[str, object],
-    evaluation: str,
-    adapter: bool = True,
-) -> Path:
-    """
-    Write a run's `README.md`, which is its model card too. Works without a network.
-
-    Args:
-        run_dir (`str` or `Path`): The run's folder, which exists.
-        base_model (`str`): What was trained, for people.
-        base_model_id (`str` or `None`): The same as a Hub id. `None` if it is not on the Hub.
-        load_code (`str`): Python that loads the result and makes a picture.
-        rewards (`Mapping[str, float]`): Weight of each reward. Those of weight 0 were logged only.
-        settings (`Mapping[str, object]`): Name and value of the settings that make the result.
-        evaluation (`str`): Markdown: the scores before and after, and how they were made. May be empty.
-        adapter (`bool`, *optional*, defaults to `True`): Whether the result is a LoRA adapter, not a whole model.
-
-    Returns the `Path` written.
-    """
-    run_dir = Path(run_dir)
-    tags = ["text-to-image", "diffusers", "reinforcement-learning", "slas", "slas-trl", *(["lora"] if adapter else [])]
-    data = ModelCardData(base_model=base_model_id, library_name="diffusers", pipeline_tag="text-to-image", tags=tags)
-    card = ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATE),
-        name=run_dir.resolve().name,
-        version=__version__,
-        base_model=base_model,
-        load_code=load_code.strip(),
-        rewards=dict(rewards),
-        settings=dict(settings),
-        evaluation=evaluation.strip(),
-        adapter=adapter,
-        pictures=[name for name in ("samples/before.png", "samples/after.png") if (run_dir / name).is_file()],
-        curves=(run_dir / "training.png").is_file(),
-        calibration=(run_dir / "calibration.png").is_file(),
-    )
-    path = run_dir / "README.md"
-    path.write_text(str(card), encoding="utf-8")
-    return path
 
 
 def _estimate(values: Sequence[float] | np.ndarray) -> Estimate:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from slas_trl.reporting import plot_training, read_metrics, sample_grid, write_model_card
+from slas_trl.reporting import plot_training, read_metrics, sample_grid
 
 
 def pictures(count: int, size: tuple[int, int] = (32, 32)) -> list[Image.Image]:
@@ -105,45 +105,3 @@ class TestMetrics:
     def test_missing_metrics_leave_their_panel_empty(self, tmp_path, records):
         plot_training(self.write(tmp_path / "metrics.jsonl", records), tmp_path / "training.png")
         assert (tmp_path / "training.png").stat().st_size > 5_000
-
-
-class TestModelCard:
-    def card(self, run_dir, **changes):
-        arguments = {
-            "base_model": "`org/model`",
-            "base_model_id": "org/model",
-            "load_code": "pipe.load_lora_weights('x')\n",
-            "rewards": {"clip_score": 1.0, "shapes_clip": 0.0},
-            "settings": {"gamma": 0.5, "scale_rewards": "batch"},
-            "evaluation": "| category | before |\n|---|---|\n| all | 0.5 |",
-        }
-        return write_model_card(run_dir, **{**arguments, **changes})
-
-    def test_metadata_is_what_the_hub_reads(self, tmp_path):
-        from huggingface_hub import ModelCard
-
-        data = ModelCard.load(self.card(tmp_path)).data
-        assert data.base_model == "org/model"
-        assert data.library_name == "diffusers"
-        assert "lora" in data.tags
-        whole = ModelCard.load(self.card(tmp_path, base_model_id=None, adapter=False)).data
-        assert "base_model" not in whole.to_dict()
-        assert "lora" not in whole.tags
-
-    def test_says_how_it_was_made_and_how_to_use_it(self, tmp_path):
-        text = self.card(tmp_path).read_text(encoding="utf-8")
-        assert "```python\npipe.load_lora_weights('x')\n```" in text
-        assert "| `clip_score` | 1.0 |\n| `shapes_clip` | logged only |" in text
-        assert "| `gamma` | 0.5 |\n| `scale_rewards` | batch |" in text
-        assert "| all | 0.5 |" in text
-        assert "Super-Linear Advantage Shaping" in text and "@article" in text
-
-    def test_shows_the_pictures_there_are(self, tmp_path):
-        assert "](samples/" not in self.card(tmp_path).read_text(encoding="utf-8")
-        (tmp_path / "samples").mkdir()
-        pictures = ("samples/before.png", "samples/after.png", "training.png", "calibration.png")
-        assert "calibration" not in self.card(tmp_path).read_text(encoding="utf-8")
-        for name in pictures:
-            (tmp_path / name).write_bytes(b"")
-        text = self.card(tmp_path).read_text(encoding="utf-8")
-        assert all(f"]({name})" in text for name in pictures)
