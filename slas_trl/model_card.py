@@ -176,7 +176,8 @@ class RunFacts:
         sheets (`list[str]`): paths of larger pictures: the comparison grid.
         curves, calibration (`str`, *optional*): paths of these plots.
         reading (`str`, *optional*): what the calibration panel says of the rewards, see [`~calibration.read_rewards`].
-        hacking (`list[str]`): warnings of reward hacking during training.
+        hacking (`list[str]`, *optional*):
+            warnings of reward hacking during training; `None` where there could be none, for want of evaluations.
         ema_decay (`float`, *optional*): where the weights are a moving average.
         versions (`dict[str, str]`): of the packages, by name.
         tags (`list[str]`): further ones for the Hub.
@@ -206,7 +207,7 @@ class RunFacts:
     curves: str | None = None
     calibration: str | None = None
     reading: str | None = None
-    hacking: list[str] = field(default_factory=list)
+    hacking: list[str] | None = None
     ema_decay: float | None = None
     versions: dict[str, str] = field(default_factory=dict)
     tags: list[str] = field(default_factory=list)
@@ -235,6 +236,12 @@ class RunFacts:
         gallery = [path for sample in self.samples for path in (sample.before, sample.after)]
         paths = [*gallery, *self.sheets, self.curves, self.calibration]
         return list(dict.fromkeys(path for path in paths if path))
+
+
+def spread(available: int, wanted: int) -> list[int]:
+    """Places of those to show, not all at the beginning: prompts may be sorted, by category for one."""
+    count = min(available, wanted)
+    return [i * available // count for i in range(count)]
 
 
 def render(facts: RunFacts, location: str, revision: str | None = None, files: Sequence[tuple[str, str]] = ()) -> str:
@@ -425,7 +432,7 @@ def _reward_table(rewards: Sequence[Reward]) -> str:
 
 def _doubts(facts: RunFacts) -> list[str]:
     """What not to trust, one point each, the gravest first."""
-    points = [f"Warning during training: {as_text(warning)}" for warning in facts.hacking]
+    points = [f"Warning during training: {as_text(warning)}" for warning in facts.hacking or []]
     if facts.beside:
         points.append(
             f"It was trained on top of other adapters ({', '.join(map(as_code, facts.beside))}), which are not in "
@@ -437,6 +444,11 @@ def _doubts(facts: RunFacts) -> list[str]:
     if not held_out:
         points.append(
             "Whether the reward was hacked, nobody can tell: no other reward was watched that was not trained on."
+        )
+    elif facts.hacking is None:
+        points.append(
+            f"{', '.join(held_out)} was held out, but not evaluated often enough in training for a warning of reward "
+            "hacking."
         )
     elif not facts.hacking:
         points.append(

@@ -32,7 +32,9 @@ def quick_start(facts: "RunFacts", location: str, revision: str | None = None) -
         arguments = {"": source, **base.init_kwargs, **precision}
         lines += [f"pipe = {_call('DiffusionPipeline.from_pretrained', arguments)}"]
     for i, (name, kind) in enumerate(facts.denoisers.items()):
-        file = {"weight_name": f"{WEIGHTS}_{name}.safetensors"} if i else {}
+        # Of the first, diffusers finds the name, but looks for it in the main branch.
+        suffix = f"_{name}" if i else ""
+        file = {"weight_name": f"{WEIGHTS}{suffix}.safetensors"} if i or revision else {}
         if not facts.adapter:
             arguments = {**place, "subfolder": name, **precision}
             lines += [f"pipe.{name} = {_call(f'{kind}.from_pretrained', arguments)}"]

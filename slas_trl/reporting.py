@@ -15,43 +15,54 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import stats
 
 from slas_trl.evaluation.shapes import Estimate
-from slas_trl.model_card import Sample
+from slas_trl.model_card import Sample, spread
 
 
 SMALLEST, LARGEST = 160, 320  # pixels of a picture's longer side on a sheet
 MARGIN = 10
-FONT_SIZE, LINE_HEIGHT = 13, 16
+FONT_SIZE = 13
 GALLERY = 4  # prompts of a model card's gallery, each with a picture before and one after
 GALLERY_SIDE = 768  # pixels of their longer side, at most
+# The sheet of a model card, two columns wide, is legible on a phone: rows, pixels of a picture, and of the captions.
+COMPARED, SIDE, SHEET_FONT_SIZE = 6, 360, 24
 CAPTION_LINES = 6  # at most; longer captions end in an ellipsis
 
 
-def sample_grid(images: Sequence[Image.Image], captions: Sequence[str], columns: int | None = None) -> Image.Image:
+def sample_grid(
+    images: Sequence[Image.Image],
+    captions: Sequence[str],
+    columns: int | None = None,
+    largest: int = LARGEST,
+    font_size: int = FONT_SIZE,
+) -> Image.Image:
     """
     One sheet of pictures with their captions under them.
 
     Args:
         images (`Sequence[PIL.Image.Image]`):
             At least one. Those under 160 pixels are enlarged by a whole factor without smoothing, so that every pixel
-            can be seen; those over 320 are reduced.
+            can be seen; those over `largest` are reduced.
         captions (`Sequence[str]`):
             One per image. Wrapped, and cut after 6 lines.
         columns (`int`, *optional*):
             Pictures per row. `None` is as many as make the sheet about square, but at most 6.
+        largest (`int`, *optional*, defaults to 320): Pixels of a picture's longer side, at most.
+        font_size (`int`, *optional*, defaults to 13): Of the captions, in pixels.
 
     Returns a `PIL.Image.Image` in RGB. Raises `ValueError` if there is no image, or not one caption per image.
     """
     if not images or len(images) != len(captions):
         raise ValueError(f"expected images and one caption for each, got {len(images)} and {len(captions)}.")
     columns = min(columns or min(math.ceil(math.sqrt(len(images))), 6), len(images))
-    pictures = [_readable_size(image.convert("RGB")) for image in images]
+    pictures = [_readable_size(image.convert("RGB"), largest) for image in images]
     width = max(max(picture.width for picture in pictures), SMALLEST)
-    texts = [_wrap(caption, width) for caption in captions]
+    font, line_height = _font(font_size), font_size + 3
+    texts = [_wrap(caption, width, font) for caption in captions]
 
     starts = range(0, len(pictures), columns)
     # A row is as high as its highest picture and its longest caption ask for.
     picture_heights = [max(picture.height for picture in pictures[i : i + columns]) for i in starts]
-    text_heights = [LINE_HEIGHT * max(len(text) for text in texts[i : i + columns]) for i in starts]
+    text_heights = [line_height * max(len(text) for text in texts[i : i + columns]) for i in starts]
     height = sum(picture_heights) + sum(text_heights) + MARGIN * (2 * len(starts) + 1)
     sheet = Image.new("RGB", (columns * (width + MARGIN) + MARGIN, height), "white")
     draw = ImageDraw.Draw(sheet)
@@ -62,8 +73,8 @@ def sample_grid(images: Sequence[Image.Image], captions: Sequence[str], columns:
             picture = pictures[index]
             sheet.paste(picture, (left, top + picture_heights[row] - picture.height))
             for line, text in enumerate(texts[index]):
-                below = top + picture_heights[row] + MARGIN // 2 + line * LINE_HEIGHT
-                draw.text((left, below), text, fill="black", font=_font())
+                below = top + picture_heights[row] + MARGIN // 2 + line * line_height
+                draw.text((left, below), text, fill="black", font=font)
         top += picture_heights[row] + text_heights[row] + 2 * MARGIN
     return sheet
 
@@ -75,8 +86,8 @@ def save_samples(
     before: Sequence[Image.Image] | None = None,
 ) -> tuple[list[Sample], str]:
     """
-    Write the pictures of a model card into the folder `samples` of a run: the first 4 prompts, one file a picture, for
-    the gallery, and one sheet of all, before and after side by side. Those over 768 pixels are reduced, small ones
+    Write the pictures of a model card into the folder `samples` of a run: 4 of the prompts, one file a picture, for
+    the gallery, and one sheet of 6, before and after side by side. Those over 768 pixels are reduced, small ones
     enlarged without smoothing; photographs are JPEG, so that a card's pictures are a megabyte or two at most.
 
     Args:
@@ -99,22 +110,46 @@ def save_samples(
 
     samples = [
         Sample(
-            prompt=prompt,
-            before=None if before is None else save(before[i], f"{i + 1}_before"),
-            after=save(after[i], f"{i + 1}_after"),
+            prompt=prompts[i],
+            before=None if before is None else save(before[i], f"{number}_before"),
+            after=save(after[i], f"{number}_after"),
             seed=i,
         )
-        for i, prompt in enumerate(prompts[:GALLERY])
+        for number, i in enumerate(spread(len(prompts), GALLERY), start=1)
     ]
-    if before is None:
-        sheet = sample_grid(after, prompts)
-    else:
-        pairs = [image for pair in zip(before, after, strict=True) for image in pair]
-        captions = [f"{when}: {prompt}" for prompt in prompts for when in ("before", "after")]
-        sheet = sample_grid(pairs, captions, columns=4)
+    shown = spread(len(prompts), COMPARED)
+    columns = [images for images in (before, after) if images is not None]
+    pairs = [
+        _side_by_side([_readable_size(images[i].convert("RGB"), SIDE, SIDE) for images in columns]) for i in shown
+    ]
+    if before is not None:
+        pairs[0] = _headed(pairs[0], ["before", "after"])
+    sheet = sample_grid(pairs, [prompts[i] for i in shown], columns=1, largest=4 * SIDE, font_size=SHEET_FONT_SIZE)
     name = f"samples/comparison.{'png' if max(after[0].size) <= SMALLEST else 'jpg'}"
     sheet.save(Path(run_dir) / name, quality=90)
     return samples, name
+
+
+def _side_by_side(images: Sequence[Image.Image]) -> Image.Image:
+    height = max(image.height for image in images)
+    row = Image.new("RGB", (sum(image.width + MARGIN for image in images) - MARGIN, height), "white")
+    left = 0
+    for image in images:
+        row.paste(image, (left, height - image.height))
+        left += image.width + MARGIN
+    return row
+
+
+def _headed(row: Image.Image, heads: Sequence[str]) -> Image.Image:
+    """With a word over each of the columns, which are equally wide."""
+    space = SHEET_FONT_SIZE + MARGIN
+    headed = Image.new("RGB", (row.width, row.height + space), "white")
+    headed.paste(row, (0, space))
+    draw = ImageDraw.Draw(headed)
+    for i, head in enumerate(heads):
+        middle = (2 * i + 1) * row.width // (2 * len(heads))
+        draw.text((middle, 0), head, fill="black", font=_font(SHEET_FONT_SIZE), anchor="ma")
+    return headed
 
 
 def plot_training(metrics_path: str | Path, output_path: str | Path) -> None:
@@ -232,36 +267,36 @@ def _written(estimate: Estimate, sign: str) -> str:
 
 
 @cache
-def _font() -> ImageFont.FreeTypeFont:
+def _font(size: int) -> ImageFont.FreeTypeFont:
     # matplotlib's own: unlike Pillow's it has Greek, Cyrillic and most accents, and it is on every machine.
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", FONT_SIZE)
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
-def _readable_size(image: Image.Image, largest: int = LARGEST) -> Image.Image:
+def _readable_size(image: Image.Image, largest: int, smallest: int = SMALLEST) -> Image.Image:
     longest = max(image.size)
     if longest > largest:
         return image.resize([max(1, round(side * largest / longest)) for side in image.size], Image.Resampling.LANCZOS)
-    factor = max(1, round(SMALLEST / longest))
+    factor = max(1, round(smallest / longest))
     return image.resize([side * factor for side in image.size], Image.Resampling.NEAREST)
 
 
-def _wrap(caption: str, width: int) -> list[str]:
+def _wrap(caption: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
     """Lines of at most `width` pixels. Words longer than a line are broken."""
     lines = [""]
     for word in caption.split():
         longer = f"{lines[-1]} {word}".strip()
-        if _font().getlength(longer) <= width:
+        if font.getlength(longer) <= width:
             lines[-1] = longer
             continue
         if lines[-1]:
             lines.append("")
         for letter in word:
-            if _font().getlength(lines[-1] + letter) > width:
+            if font.getlength(lines[-1] + letter) > width:
                 lines.append("")
             lines[-1] += letter
     if len(lines) > CAPTION_LINES:
         lines = lines[:CAPTION_LINES]
-        while lines[-1] and _font().getlength(lines[-1] + "…") > width:
+        while lines[-1] and font.getlength(lines[-1] + "…") > width:
             lines[-1] = lines[-1][:-1]
         lines[-1] += "…"
     return lines

@@ -241,11 +241,6 @@ def compare(before: ShapesReport, after: ShapesReport) -> str:
     Raises:
         `ValueError`: when the reports cannot be paired, see [`paired_difference`].
     """
-    return _markdown(compare_rows(before, after))
-
-
-def compare_rows(before: ShapesReport, after: ShapesReport) -> list[list[str]]:
-    """The head of the table that [`compare`] makes, and its rows."""
     columns = [(before.estimates, ""), (after.estimates, ""), (paired_difference(before, after).estimates, "+")]
     rows = [["category", "before", "after", "change"]]
     for category in columns[0][0]:
@@ -254,7 +249,7 @@ def compare_rows(before: ShapesReport, after: ShapesReport) -> list[list[str]]:
             for estimates, sign in columns
         ]
         rows.append([category, *cells])
-    return rows
+    return _markdown(rows)
 
 
 def _seed_of(seed: int, place: int, number: int) -> int:

@@ -97,7 +97,7 @@ def of_checkpoint(facts: RunFacts, checkpoint: Path) -> RunFacts:
         curves=None,
         calibration=None,
         reading=None,
-        hacking=[],
+        hacking=None,
     )
 
 

@@ -10,8 +10,8 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from slas_trl.evaluation.shapes import OVERALL, Estimate, ShapesReport, compare, compare_rows, evaluate_shapes
-from slas_trl.model_card import Evaluation, Metric
+from slas_trl.evaluation.shapes import OVERALL, Estimate, ShapesReport, compare, evaluate_shapes, paired_difference
+from slas_trl.model_card import Evaluation, Metric, spread
 from slas_trl.reporting import compare_scores, score_rows, score_table
 from slas_trl.trainer import SLASTrainer
 
@@ -53,11 +53,9 @@ class RunReport:
             self.data, self.origin = trainer.train_dataset, "training"
         if base_model is not None and prompts is None:
             prompts = DEFAULT_PROMPTS
-        self.rows = trainer.gallery_rows(self.data, len(self.data) if prompts is None else prompts)
+        self.rows = spread(len(self.data), len(self.data) if prompts is None else prompts)
         self.prompts: list[str] = [self.data[i]["prompt"] for i in self.rows]
-        count = len(self.rows)
-        shown = min(count, PICTURES_ON_SHEET)
-        self.sheet_rows = [self.rows[i * count // shown] for i in range(shown)]
+        self.sheet_rows = [self.rows[i] for i in spread(len(self.rows), PICTURES_ON_SHEET)]
         self.sheet_prompts = [self.data[row]["prompt"] for row in self.sheet_rows]
 
     @torch.no_grad()
@@ -81,9 +79,9 @@ class RunReport:
         """Write all of the report into the run's folder, the card aside, and return its table."""
         trainer = self.trainer
         if before.shapes is not None and after.shapes is not None:
-            table, rows = compare(before.shapes, after.shapes), compare_rows(before.shapes, after.shapes)
+            table, rows = compare(before.shapes, after.shapes), _shapes_rows(before.shapes, after.shapes)
             scores: dict[str, Any] = {"before": before.shapes.to_dict(), "after": after.shapes.to_dict()}
-            judged = "The verifier's graded score, and in brackets its strict one,"
+            judged, in_card = "The verifier's graded score, and in brackets its strict one,", "The verifier's scores"
             names = {"shapes_verifier": "graded", "shapes_verifier_strict": "strict"}
             was, now = (report.estimates[OVERALL] for report in (before.shapes, after.shapes))
             metrics = [_metric(name, now[score], was[score]) for name, score in names.items()]
@@ -94,18 +92,18 @@ class RunReport:
                 name: {when: estimate.to_dict() for when, estimate in estimates.items()}
                 for name, estimates in comparison.items()
             }
-            judged = "Mean rewards"
+            judged = in_card = "Mean rewards"
             metrics = [_metric(name, each["after"], each["before"]) for name, each in comparison.items()]
         how = (
-            f"{judged} on {len(self.prompts)} {self.origin} prompts, {self.images_per_prompt} pictures each, drawn by "
+            f"on {len(self.prompts)} {self.origin} prompts, {self.images_per_prompt} pictures each, drawn by "
             "the pipeline's own sampler with the same seeds before and after; ± is the half width of a 95% interval."
         )
-        trainer.evaluation = Evaluation(how, rows[0], rows[1:], metrics, self.origin)
+        trainer.evaluation = Evaluation(f"{in_card} {how}", rows[0], rows[1:], metrics, self.origin)
         trainer.show(self.sheet_prompts, after.sheet, before.sheet)
         if trainer.is_world_process_zero():
             path = Path(trainer.args.output_dir or ".") / "evaluation.json"
             path.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-        return f"{how}\n\n{table}"
+        return f"{judged} {how}\n\n{table}"
 
     def _draw(self, rows: list[int]) -> list[Image.Image]:
         """One picture for each row; the seed is its place in the list."""
@@ -122,6 +120,22 @@ class RunReport:
         )  # (prompts * images, rewards)
         per_prompt = scores.view(len(self.prompts), self.images_per_prompt, -1).nanmean(dim=1)
         return {name: column.tolist() for name, column in zip(scorer.names, per_prompt.T, strict=True)}
+
+
+def _shapes_rows(before: ShapesReport, after: ShapesReport) -> list[list[str]]:
+    """For the card: the graded score of each category, and of all the strict one, too."""
+    change = paired_difference(before, after).estimates
+    rows = [["category", "before", "after", "change"]]
+    for category, score in [*((category, "graded") for category in change), (OVERALL, "strict")]:
+        cells = [(before.estimates, ""), (after.estimates, ""), (change, "+")]
+        name = f"{category}, all or nothing" if score == "strict" else category
+        rows.append([name, *(_written(estimates[category][score], sign) for estimates, sign in cells)])
+    return rows
+
+
+def _written(estimate: Estimate, sign: str) -> str:
+    width = "" if math.isnan(estimate.half_width) else f" ± {estimate.half_width:.3f}"
+    return f"{estimate.mean:{sign}.3f}{width}"
 
 
 def _metric(name: str, after: Estimate, before: Estimate) -> Metric:

@@ -40,16 +40,21 @@ class RewardHackingCallback(TrainerCallback):
                 control.should_training_stop = True
 
 
-def find_hacking(log_history: Sequence[Mapping[str, Any]], held_out: Sequence[str], patience: int) -> list[str]:
-    """What [`RewardHackingCallback`] has warned of in a run, from its logs: the last warning for each reward."""
+def find_hacking(log_history: Sequence[Mapping[str, Any]], held_out: Sequence[str], patience: int) -> list[str] | None:
+    """
+    What [`RewardHackingCallback`] has warned of in a run, from its logs: the last warning for each reward. `None` where
+    it could not have: without held-out rewards, or with too few evaluations.
+    """
     last: dict[tuple[str, str], str] = {}
+    longest = 0
     for prefix in dict.fromkeys(m[1] for log in log_history for key in log if (m := _REWARD.fullmatch(key))):
         history = _evaluations(log_history, prefix)
+        longest = max(longest, len(history))
         for end in range(patience + 1, len(history) + 1):
             for name in held_out:
                 for warning in _warnings(history[end - patience - 1 : end], prefix, [name], patience):
                     last[prefix, name] = warning
-    return list(last.values())
+    return list(last.values()) if held_out and longest > patience else None
 
 
 _REWARD = re.compile(r"(eval(?:_.+)?)_reward")

@@ -1,5 +1,6 @@
 """The part of the trainer that shows its result: pictures, the model card, and the Hub."""
 
+import functools
 import itertools
 import os
 import shutil
@@ -19,7 +20,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from .. import hub
-from ..model_card import Evaluation, Reward, RunFacts, Sample
+from ..model_card import Evaluation, Reward, RunFacts, Sample, spread
 from ..rewards.blind_spots import BLIND_SPOTS, MEASURES
 from . import card_facts, checkpoints, lora
 from .calls import is_picture_column
@@ -51,11 +52,6 @@ class PublishingTrainer(EvaluatingTrainer):
 
     # Pictures
 
-    def gallery_rows(self, data: Dataset, count: int) -> list[int]:
-        """Spread over the data: it may be sorted, by category for one."""
-        count = min(count, len(data))
-        return [i * len(data) // count for i in range(count)]
-
     def show(self, prompts: Sequence[str], after: Sequence[Image.Image], before: Sequence[Image.Image] | None) -> None:
         """
         Take these pictures, the i-th drawn with seed i, for the gallery and the comparison grid of the card, as long
@@ -74,7 +70,7 @@ class PublishingTrainer(EvaluatingTrainer):
         from ..reporting import GALLERY
 
         data = self.eval_dataset if isinstance(self.eval_dataset, Dataset) else self.train_dataset
-        rows = self.gallery_rows(data, GALLERY)
+        rows = spread(len(data), GALLERY)
 
         def draw() -> list[Image.Image]:
             seeds = [torch.Generator().manual_seed(i) for i in range(len(rows))]
@@ -151,9 +147,7 @@ class PublishingTrainer(EvaluatingTrainer):
             output=self.output_field,
             call={k: v for k, v in call.items() if k != "output_type"},
             prompt=self._samples[0].prompt if shown and self._samples else data[0]["prompt"],
-            rewards=[
-                Reward(name, weight, BLIND_SPOTS.get(name), MEASURES.get(name)) for name, weight in weights.items()
-            ],
+            rewards=self._rewards_of_card(),
             settings=settings,
             step=self.state.global_step,
             max_steps=max(self.state.max_steps, self.state.global_step)
@@ -180,6 +174,15 @@ class PublishingTrainer(EvaluatingTrainer):
                 *(["hf_jobs"] if "JOB_ID" in os.environ else []),
             ],
         )
+
+    def _rewards_of_card(self) -> list[Reward]:
+        """What is said of ours is not said of a user's by the same name."""
+        functions = dict(zip(self.eval_scorer.names, self.eval_scorer.functions, strict=True))
+        ours = {name for name, function in functions.items() if _is_ours(function)}
+        return [
+            Reward(name, weight, *((BLIND_SPOTS.get(name), MEASURES.get(name)) if name in ours else ()))
+            for name, weight in self.weight_of.items()
+        ]
 
     def _draw_curves(self) -> str | None:
         folder = self._output_dir
@@ -382,3 +385,9 @@ class PublishingTrainer(EvaluatingTrainer):
             revision = self.args.hub_revision if own else None
             resume_from_checkpoint = str(fetch_checkpoint(source, self._output_dir, revision, self.args.hub_token))
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+
+def _is_ours(function: Any) -> bool:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function.__module__.startswith("slas_trl.rewards.")
