@@ -64,6 +64,8 @@ class SLASScriptArguments:
     Args:
         model_name_or_path (`str`, *optional*):
             Folder or Hub id of a diffusers pipeline. `None` is the embedded pipeline, with settings of its own.
+        adapter (`str`, *optional*):
+            Folder or Hub id of a LoRA adapter of this pipeline, which training goes on from.
         reward_funcs (`list[str]`, *optional*):
             Functions of `slas_trl.rewards` by name, or any others as `package.module:function` or `file.py:function`.
             Options follow: `hpsv2:version=v2.0`.
@@ -88,6 +90,10 @@ class SLASScriptArguments:
     model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "Folder or Hub id of a diffusers pipeline. None is the embedded pipeline."},
+    )
+    adapter: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of a LoRA adapter to go on from, such as a run's output_dir."},
     )
     reward_funcs: list[str] | None = field(
         default=None,
@@ -231,11 +237,17 @@ def parse(
         _refuse_unknown(options, "option", prefix="--")
         raise ValueError(f"unexpected {' '.join(unknown)!r}: every value follows the --name of a field.")
 
+    chosen = values.keys() | {word[2:].split("=")[0].replace("-", "_") for word in rest if word.startswith("--")}
+    adapter, of_a_new_one = given.adapter or values.get("adapter"), {f.name for f in fields(LoraArguments)}
+    if adapter is not None and (clash := sorted(chosen & of_a_new_one)):
+        raise ValueError(
+            f"{', '.join(clash)} would be of a new adapter, but {adapter} has a configuration of its own; leave "
+            f"{'it' if len(clash) == 1 else 'them'} out."
+        )
     if given.model_name_or_path is None and values.get("model_name_or_path") is None:
-        settings = dict(SHAPES_SETTINGS)
+        settings = {k: v for k, v in SHAPES_SETTINGS.items() if adapter is None or k not in of_a_new_one}
         if given.reward_funcs is not None or "reward_funcs" in values:
             del settings["reward_weights"]  # those of other rewards
-        chosen = values.keys() | {word[2:].split("=")[0].replace("-", "_") for word in rest if word.startswith("--")}
         for name, replaced in REPLACES.items():
             if name in chosen:
                 settings = {key: value for key, value in settings.items() if key not in replaced}

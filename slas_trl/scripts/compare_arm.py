@@ -19,10 +19,11 @@ from slas_trl.evaluation.shapes import SCORES
 from slas_trl.objective import gaussian_kl
 from slas_trl.scripts.arguments import parse
 from slas_trl.scripts.compare import BASE, EVALUATIONS, RESULT, SAMPLES, SPEC, with_config
+from slas_trl.scripts.model import make_pipeline
 from slas_trl.scripts.train import held_out_prompts, train_prompts
-from slas_trl.shapes import load_shapes_pipeline, world
+from slas_trl.shapes import world
 from slas_trl.shapes.verifier import verify
-from slas_trl.trainer import SLASTrainer, checkpoints, sampling
+from slas_trl.trainer import SLASTrainer, checkpoints, lora, sampling
 from slas_trl.trainer.precision import autocast_forward
 from slas_trl.trainer.scoring import RewardScorer
 
@@ -56,6 +57,12 @@ class Evaluator(TrainerCallback):
         self.trained = self.evaluated = 0.0  # seconds
         self._last = time.perf_counter()
         self.evaluations: dict[str, dict[str, Any]] = {}
+        # The base of an arm that goes on from an adapter has that adapter, whatever the reference of its loss is.
+        self._kept = trainer.kept_adapter
+        if trainer.continued is not None and self._kept is None:
+            self._kept = lora.REFERENCE_NAME
+            for name in trainer.denoiser_names:
+                lora.keep_reference(trainer.pipe.components[name])
         self._base = trainer._reference
         if self._base is None and not trainer.has_adapter:
             self._base = {name: copy.deepcopy(trainer.pipe.components[name]) for name in trainer.denoiser_names}
@@ -148,7 +155,7 @@ class Evaluator(TrainerCallback):
                     if step == len(rollout.steps) - 1 and not trainer.args.train_final_step:
                         continue
                     policy = trainer.replayer.replay(rollout, step)
-                    base = trainer.replayer.reference(rollout, step, self._base, "slas")
+                    base = trainer.replayer.reference(rollout, step, self._base, lora.ADAPTER_NAME, self._kept)
                     values.append(gaussian_kl(policy.mean, base.mean, policy.std))
         scheduler.window = None
         trainer._place_frozen_components("cpu")
@@ -169,18 +176,18 @@ def run_arm(folder: Path) -> None:
     """Do what the folder's `arm.json` says, and write `result.json` into it."""
     spec: Mapping[str, Any] = json.loads((folder / SPEC).read_text(encoding="utf-8"))
     options = with_config(spec["options"], spec["config"], folder)
-    script, lora, config = parse([*options, "--output_dir", str(folder)], "slas-trl compare")
+    script, adapter, config = parse([*options, "--output_dir", str(folder)], "slas-trl compare")
     config.eval_strategy = IntervalStrategy.NO  # the callback below does that
     sys.path.append(str(Path.cwd()))
     embedded = script.model_name_or_path is None
     prompts = held_out_prompts(script, config, "slas-trl compare")
     data = prompts.select([i * len(prompts) // spec["eval_prompts"] for i in range(spec["eval_prompts"])])
     trainer = SLASTrainer(
-        model=load_shapes_pipeline() if embedded else cast(str, script.model_name_or_path),
+        model=make_pipeline(script, config),
         reward_funcs=cast(list, script.reward_funcs),
         args=config,
         train_dataset=train_prompts(script),
-        peft_config=lora.peft_config(),
+        peft_config=adapter.peft_config(),
     )
     if script.eval_reward_funcs:
         trainer.eval_scorer = RewardScorer([*cast(list, script.reward_funcs), *script.eval_reward_funcs])

@@ -8,20 +8,20 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 
-from slas_trl.policy.doctor import denoisers_of, load_pipeline, pipeline_problems
+from slas_trl.policy.doctor import denoisers_of, pipeline_problems
 from slas_trl.rewards.by_name import RewardFunc, resolve_reward, reward_name
 from slas_trl.schedulers import stochastic_scheduler
 from slas_trl.scripts.arguments import LoraArguments, SLASScriptArguments, parse
 from slas_trl.scripts.doctor_report import DoctorReport, print_findings, print_pipeline, print_row, print_weights
 from slas_trl.scripts.examination import ExaminedTrainer, Findings
+from slas_trl.scripts.model import make_pipeline
 from slas_trl.scripts.train import eval_prompts, train_prompts
-from slas_trl.shapes import load_shapes_pipeline
 from slas_trl.trainer import SLASConfig
 from slas_trl.trainer.checkpoints import last_whole_checkpoint
 from slas_trl.trainer.prompts import load_prompts
@@ -34,8 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.world_size > 1:
         raise ValueError(f"slas-trl doctor runs in one process, but there are {config.world_size}. Start it alone.")
     sys.path.append(str(Path.cwd()))  # as for `slas-trl train`
-    name = script.model_name_or_path
-    pipe = load_shapes_pipeline() if name is None else load_pipeline(name, cast(dict, config.model_init_kwargs or {}))
+    pipe = make_pipeline(script, config)
     with tempfile.TemporaryDirectory() as folder:
         findings = Doctor(pipe, script, lora, config, folder).examine()
     print_findings(findings)
@@ -81,7 +80,7 @@ class Doctor:
         if trainer is None:
             print_weights(self.pipe)
             return findings
-        report = DoctorReport(trainer, self.lora, findings)
+        report = DoctorReport(trainer, self.script.adapter, findings)
         report.print_trained()
         # Whole chunks and whole groups, of the first rollout.
         images = math.lcm(config.per_device_train_batch_size, config.num_generations)

@@ -14,8 +14,8 @@ from slas_trl.advantages import compute_advantages, slas_advantages
 from slas_trl.policy import Rollout
 from slas_trl.policy.doctor import denoisers_of, rollout_bytes, samples_per_call
 from slas_trl.schedulers import DDIMSDEScheduler, FlowSDEScheduler
-from slas_trl.scripts.arguments import LoraArguments
 from slas_trl.scripts.examination import ExaminedTrainer, Findings
+from slas_trl.trainer.lora import ADAPTER_NAME
 from slas_trl.trainer.scoring import reward_resolution, typical_group_std
 
 
@@ -51,11 +51,15 @@ def print_weights(pipe: DiffusionPipeline) -> None:
 class DoctorReport:
     """Prints what a trainer's examination showed, and adds to the findings what only numbers show."""
 
-    def __init__(self, trainer: ExaminedTrainer, lora: LoraArguments, findings: Findings):
+    def __init__(self, trainer: ExaminedTrainer, adapter: str | None, findings: Findings):
         self.trainer, self.config, self.pipe, self.findings = trainer, trainer.args, trainer.pipe, findings
         denoisers = denoisers_of(trainer.pipe).values()
         self.trained = [p for denoiser in denoisers for p in denoiser.parameters() if p.requires_grad]
-        self.adapter = f"LoRA, rank {lora.lora_r}, alpha {lora.lora_alpha}" if lora.use_peft else None
+        self.adapter = None
+        if trainer.has_adapter:
+            config = trainer.pipe.components[trainer.denoiser_names[0]].peft_config[ADAPTER_NAME]
+            origin = "" if adapter is None else f" from {adapter}"
+            self.adapter = f"LoRA{origin}, rank {config.r}, alpha {config.lora_alpha}"
 
     def print_trained(self) -> None:
         config = self.config
@@ -65,6 +69,7 @@ class DoctorReport:
         print_row("trained", text)
         if config.beta:
             how = "the denoiser without its adapter" if self.adapter else "a frozen copy of the denoiser"
+            how = how if self.trainer.kept_adapter is None else "the denoiser with the adapter as it came"
             print_row("KL reference", f"{how}, beta {config.beta:g}")
 
     def print_sampling(self, rollout: Rollout) -> None:

@@ -12,7 +12,10 @@ def make_parser(prog: str = "slas-trl generate") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False, description=__doc__)
     parser.add_argument("--prompt", required=True, help="what to draw")
     parser.add_argument("--output", required=True, help="picture to write; several pictures make one sheet")
-    parser.add_argument("--model_name_or_path", help="folder or Hub id of a pipeline (default: the embedded one)")
+    parser.add_argument(
+        "--model_name_or_path",
+        help="folder or Hub id of a pipeline (default: the one that the adapter's card names, or the embedded one)",
+    )
     parser.add_argument("--adapter", help="folder or Hub id of a LoRA adapter, such as a run's output_dir")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture, the next has the next one")
     parser.add_argument("--num_images", type=int, default=1, help="number of pictures (default: 1)")
@@ -32,14 +35,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from slas_trl.reporting import sample_grid
     from slas_trl.shapes import load_shapes_pipeline
+    from slas_trl.trainer.published import base_model_of, load_adapter
 
+    model = args.model_name_or_path
+    if model is None and args.adapter is not None and (model := base_model_of(args.adapter)) is not None:
+        print(f"The card of {args.adapter} names {model} as its base model, which is used.")
     pipe: Any  # every pipeline's call has its own arguments
-    if args.model_name_or_path is None:
-        pipe = load_shapes_pipeline()
-    else:
-        pipe = DiffusionPipeline.from_pretrained(args.model_name_or_path)
+    pipe = load_shapes_pipeline() if model is None else DiffusionPipeline.from_pretrained(model)
     if args.adapter is not None:
-        _load_adapter(pipe, args.adapter)
+        load_adapter(pipe, args.adapter)
     if torch.cuda.is_available():
         pipe.to("cuda")
     call = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
@@ -52,19 +56,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     picture = images[0] if len(images) == 1 else sample_grid(images, [args.prompt] * len(images))
     picture.save(output)
     print(f"Wrote {output}.")
-
-
-def _load_adapter(pipe: Any, adapter: str) -> None:
-    from diffusers.utils import logging
-
-    logging.set_verbosity_error()  # it also warns of text encoders that an adapter rightly leaves alone
-    try:
-        pipe.load_lora_weights(adapter)
-    except Exception as error:  # of the file, the Hub or the network: too many kinds to name
-        where = "" if Path(adapter).is_dir() else ", which is no folder here, from the Hub"
-        raise ValueError(f"could not load the adapter {adapter}{where}: {error}") from error
-    if not pipe.get_active_adapters():  # keys that it does not know, diffusers leaves out
-        raise ValueError(f"{adapter} holds no weights that fit this pipeline. Was it trained from another one?")
 
 
 def _check(args: argparse.Namespace, output: Path) -> None:
@@ -84,5 +75,3 @@ def _check(args: argparse.Namespace, output: Path) -> None:
     is_folder = model.startswith((".", "/")) or (model != "" and Path(model).is_dir())
     if is_folder and not (Path(model) / "model_index.json").is_file():
         raise FileNotFoundError(f"{model} holds no diffusers pipeline: there is no model_index.json in it.")
-    if args.adapter is not None and Path(args.adapter).is_dir() and not list(Path(args.adapter).glob("*.safetensors")):
-        raise FileNotFoundError(f"{args.adapter} holds no adapter: there is no .safetensors file in it.")

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from slas_trl.advantages import Advantages
 from slas_trl.policy import Rollout
 from slas_trl.scripts.arguments import SLASScriptArguments, parse
+from slas_trl.scripts.model import make_pipeline
 from slas_trl.scripts.prompt_scores import (
     FORMATS,
     ScoreFile,
@@ -27,7 +28,6 @@ from slas_trl.scripts.prompt_scores import (
     write_prompts,
 )
 from slas_trl.scripts.train import train_prompts
-from slas_trl.shapes import load_shapes_pipeline
 from slas_trl.trainer import SLASConfig, SLASTrainer
 from slas_trl.trainer.experts import calls_of
 from slas_trl.trainer.prompts import load_prompts
@@ -54,7 +54,7 @@ def make_parser(prog: str = "slas-trl prompts") -> argparse.ArgumentParser:
         "mean, std and share of distinct values of every reward and of their weighted sum. What is there already is "
         "not computed again.",
         epilog="All options of slas-trl train say what is sampled and how: --config, --model_name_or_path, "
-        "--dataset_name, --reward_funcs, --reward_weights, --num_generations, --seed ... Without "
+        "--adapter, --dataset_name, --reward_funcs, --reward_weights, --num_generations, --seed ... Without "
         "--model_name_or_path: the embedded pipeline.",
     )
     score.add_argument("--output", required=True, help="file of scores to write, or to go on with (.jsonl)")
@@ -107,10 +107,9 @@ def score(output: Path, argv: Sequence[str]) -> None:
     copies = config.num_generations
     prompts_at_once = min(len(data), max(1, config.per_device_train_batch_size // copies))
     header = _header(script, config) | {"prompts": len(data), "fingerprint": fingerprint(data)}
-    model = script.model_name_or_path
     with tempfile.TemporaryDirectory() as folder:
         _only_sample(config, folder, prompts_at_once)
-        pipe = load_shapes_pipeline() if model is None else model
+        pipe = make_pipeline(script, config)
         trainer = ScoringTrainer(pipe, script.reward_funcs, config, data, peft_config=lora.peft_config())
         scores = ScoreFile(output, header)
         bar = tqdm(total=len(data), initial=len(scores.lines), unit="prompt", disable=config.disable_tqdm)
@@ -134,6 +133,7 @@ def _header(script: SLASScriptArguments, config: SLASConfig) -> dict[str, Any]:
         "dataset_name": script.dataset_name or config.prompt_dataset,
         "split": script.dataset_train_split if script.dataset_name else "train",
         "model": script.model_name_or_path,
+        **({} if script.adapter is None else {"adapter": script.adapter}),
         "rewards": script.reward_funcs,
         **{name: value for name in DECISIVE if (value := getattr(config, name)) is not None},
     }

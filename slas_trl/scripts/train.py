@@ -10,8 +10,8 @@ from transformers.trainer_utils import IntervalStrategy
 
 from slas_trl.hub import PushError
 from slas_trl.scripts.arguments import SLASScriptArguments, parse
+from slas_trl.scripts.model import make_pipeline
 from slas_trl.scripts.run_report import RunReport
-from slas_trl.shapes import load_shapes_pipeline
 from slas_trl.trainer import SLASConfig, SLASTrainer
 from slas_trl.trainer.prompts import load_prompts
 
@@ -24,20 +24,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     # So that "my_rewards:brightness" finds my_rewards.py here: an installed command's path has not got the folder.
     sys.path.append(str(Path.cwd()))
-    base_model = script.model_name_or_path
+    base_model, adapter = script.model_name_or_path, script.adapter
+    data, eval_data = train_prompts(script), eval_prompts(script, config)  # sooner read than a model is
     trainer = SLASTrainer(
-        model=load_shapes_pipeline() if base_model is None else base_model,
+        model=make_pipeline(script, config),
         reward_funcs=script.reward_funcs,
         args=config,
-        train_dataset=train_prompts(script),
-        eval_dataset=eval_prompts(script, config),
+        train_dataset=data,
+        eval_dataset=eval_data,
         peft_config=lora.peft_config(),
         eval_reward_funcs=script.eval_reward_funcs,
     )
+    if adapter is not None:
+        trainer.started_from = Path(adapter).resolve().name if Path(adapter).exists() else adapter
     chief = trainer.is_world_process_zero()
     if chief:
+        start = "" if adapter is None else f", from the adapter {adapter},"
         print(
-            f"Training {base_model or 'the embedded pipeline'} on {len(trainer.train_dataset)} prompts "
+            f"Training {base_model or 'the embedded pipeline'}{start} on {len(trainer.train_dataset)} prompts "
             f"for {', '.join(script.reward_funcs)}; results go to {config.output_dir}."
         )
     report = None

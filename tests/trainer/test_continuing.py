@@ -204,6 +204,11 @@ def of_another_kind(pipe):
     pipe.transformer.add_adapter(LoHaConfig(r=2, target_modules=["to_q"]))
 
 
+def with_dropout(pipe):
+    pipe.unload_lora_weights()
+    pipe.transformer.add_adapter(lora(lora_dropout=0.1))
+
+
 def with_biases(pipe):
     pipe.unload_lora_weights()
     pipe.transformer.add_adapter(lora(bias="all"))
@@ -218,6 +223,7 @@ def with_biases(pipe):
         (in_the_text_encoder_too, "also changes text_encoder, which is not trained.*Pass a peft_config"),
         (fused, "is fused into the denoiser"),
         (of_another_kind, "by its LoHaConfig, has more or other weights than LoRA matrices"),
+        (with_dropout, r"dropout in 8 place\(s\).*lora_dropout too"),
         (with_biases, "has more or other weights than LoRA matrices"),
     ],
 )

@@ -1,0 +1,172 @@
+"""`--adapter`: training, and what else takes its options, from an adapter that was published."""
+
+import json
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from slas_trl.cli.main import main
+from slas_trl.scripts.arguments import parse
+from slas_trl.scripts.compare_arm import run_arm
+from slas_trl.shapes import load_shapes_pipeline
+from slas_trl.trainer import lora
+from tests.hub import HubServer
+from tests.tiny_pipelines import sd_pipeline
+from tests.trainer.test_continuing import publish
+
+
+REWARDS = """
+def darkness(prompts, images, **columns):
+    return [1 - sum(image.convert("L").tobytes()) / (255 * image.width * image.height) for image in images]
+"""
+SETTINGS = {
+    "model_name_or_path": "model",
+    "adapter": "published",
+    "dataset_name": "prompts.txt",
+    "reward_funcs": ["tiny_rewards:darkness"],
+    "num_generations": 4,
+    "per_device_train_batch_size": 8,
+    "steps_per_generation": 1,
+    "num_inference_steps": 3,
+    "height": 16,
+    "width": 16,
+    "beta": 0.1,
+    "learning_rate": 1e-2,
+    "max_steps": 2,
+    "report_images_per_prompt": 1,
+    "log_completions": False,
+    "use_cpu": True,
+    "output_dir": "run",
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A model, an adapter that was trained on it, and a file for all commands."""
+    folder = tmp_path_factory.mktemp("home")
+    sd_pipeline().save_pretrained(folder / "model")
+    publish(sd_pipeline(), ["unet"], folder / "published")
+    (folder / "prompts.txt").write_text("a dot\na box\ndots\na bar")
+    (folder / "tiny_rewards.py").write_text(REWARDS)
+    (folder / "run.yaml").write_text(yaml.safe_dump(SETTINGS))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def at_home(home, monkeypatch):
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+def weights(folder: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / lora.ADAPTER_FILE)
+
+
+def test_train_goes_on_from_it(capsys):
+    assert main(["train", "--config", "run.yaml"]) == 0
+    assert "Training model, from the adapter published, on 4 prompts" in capsys.readouterr().out
+    assert weights("run").keys() == weights("published").keys()
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    kl = [line["kl"] for line in lines if "kl" in line]
+    assert kl[0] == 0.0 and kl[1] > 0.0
+    card = Path("run/README.md").read_text()
+    assert "Training went on from the adapter `published`." in card and str(Path.cwd()) not in card
+
+    argv = ["train", "--config", "run.yaml", "--output_dir", "based", "--kl_reference", "base", "--learning_rate", "0"]
+    assert main([*argv, "--report_prompts", "0"]) == 0
+    lines = [json.loads(line) for line in Path("based/metrics.jsonl").read_text().splitlines()]
+    assert all(line["kl"] > 0.0 for line in lines if "kl" in line)
+    assert all(torch.equal(weight, weights("published")[key]) for key, weight in weights("based").items())
+
+
+def test_the_doctor_says_what_is_gone_on_from(capsys):
+    assert main(["doctor", "--config", "run.yaml"]) == 0
+    report = " ".join(capsys.readouterr().out.split())
+    assert "trained LoRA from published, rank 4, alpha 8: " in report
+    assert "KL reference the denoiser with the adapter as it came, beta 0.1" in report
+    assert main(["doctor", "--config", "run.yaml", "--kl_reference", "base"]) == 0
+    assert "KL reference the denoiser without its adapter" in " ".join(capsys.readouterr().out.split())
+
+
+def test_prompts_are_scored_with_it():
+    config = {key: value for key, value in SETTINGS.items() if key != "adapter"}
+    Path("plain.yaml").write_text(yaml.safe_dump(config))
+    argv = ["prompts", "score", "--config", "plain.yaml", "--output"]
+    assert main([*argv, "plain.jsonl"]) == main([*argv, "adapted.jsonl", "--adapter", "published"]) == 0
+    plain, adapted = (Path(f"{name}.jsonl").read_text().splitlines() for name in ("plain", "adapted"))
+    assert "adapter" not in json.loads(plain[0]) and json.loads(adapted[0])["adapter"] == "published"
+    assert json.loads(plain[1])["mean"] != json.loads(adapted[1])["mean"]
+    assert main([*argv, "adapted.jsonl"]) == 2  # other scores
+
+
+@pytest.mark.parametrize("beta", ["0", "0.1"])
+def test_an_arm_of_a_comparison_is_compared_with_it(beta):
+    """The base of all arms is the model with the adapter, even if the loss has another reference."""
+    found = {}
+    for rate in ("0", "1e-2"):
+        folder = Path(f"arm-{beta}-{rate}")
+        folder.mkdir()
+        options = ["--learning_rate", rate, "--beta", beta, "--kl_reference", "base", "--seed", "3"]
+        options += ["--eval_dataset_name", "prompts.txt"]
+        spec = {"arm": "linear", "seed": 3, "options": options, "eval_every": 1, "eval_prompts": 2}
+        spec |= {"eval_images_per_prompt": 1, "config": {**SETTINGS, "max_steps": 1}}
+        (folder / "arm.json").write_text(json.dumps(spec))
+        run_arm(folder)
+        found[rate] = json.loads((folder / "result.json").read_text())["evaluations"]["1"]["kl"]
+        assert not any(lora.REFERENCE_NAME in key for key in weights(str(folder)))
+    assert found["0"] == 0.0 < found["1e-2"]
+
+
+def test_generate_takes_the_base_that_the_card_names(capsys, tmp_path):
+    argv = ["generate", "--prompt", "a dot", "--num_inference_steps", "2"]
+    with HubServer(tmp_path / "hub") as hub, hub.in_process():
+        for name in ("model", "published"):
+            huggingface_hub.create_repo(f"user/{name}")
+        huggingface_hub.upload_folder(repo_id="user/model", folder_path="model")
+        Path("card.md").write_text("---\nbase_model: user/model\n---\n")
+        huggingface_hub.upload_folder(repo_id="user/published", folder_path="published")
+        huggingface_hub.upload_file(path_or_fileobj="card.md", path_in_repo="README.md", repo_id="user/published")
+        assert main([*argv, "--output", "hub.png", "--adapter", "user/published"]) == 0
+        assert "The card of user/published names user/model as its base model" in capsys.readouterr().out
+        settings = [f"--{key}={value}" for key, value in SETTINGS.items() if key.startswith(("num_", "per_", "steps"))]
+        train = ["train", *settings, "--reward_funcs", "tiny_rewards:darkness", "--adapter", "user/published"]
+        assert main([*train, "--output_dir", "refused"]) == 2
+        assert "add --model_name_or_path user/model" in capsys.readouterr().err
+    assert main([*argv, "--output", "here.png", "--adapter", "published", "--model_name_or_path", "model"]) == 0
+    assert main([*argv, "--output", "plain.png", "--model_name_or_path", "model"]) == 0
+    from_hub, here, plain = (np.asarray(Image.open(f"{name}.png")) for name in ("hub", "here", "plain"))
+    assert (from_hub == here).all() and (here != plain).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--lora_r", "8"], ["lora_r would be of a new adapter", "published has a configuration of its own"]),
+        (["--use_peft", "--lora-alpha=3"], ["lora_alpha, use_peft would be", "leave them out"]),
+        (["--adapter", "nowhere/at/all"], ["no folder 'nowhere/at/all' here"]),
+        (["--adapter", "model"], ["model holds no adapter"]),
+        (["--adapter", "of_shapes"], ["of_shapes holds no weights that fit"]),
+        (["--kl_reference", "none"], ["kl_reference", "'none'"]),
+    ],
+)
+def test_what_is_refused(options, expected, capsys):
+    if "of_shapes" in options and not Path("of_shapes").exists():
+        publish(load_shapes_pipeline(), ["transformer"], Path("of_shapes"))
+    assert main(["train", "--config", "run.yaml", "--output_dir", "refused", *options]) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    for part in expected:
+        assert part in message
+
+
+def test_the_embedded_settings_of_a_new_adapter_give_way():
+    script, new, config = parse(["--adapter", "published"])
+    assert script.adapter == "published" and new.peft_config() is None
+    assert config.beta == 0.01 and config.kl_reference == "initial"
