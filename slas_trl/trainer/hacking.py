@@ -42,8 +42,8 @@ class RewardHackingCallback(TrainerCallback):
 
 def find_hacking(log_history: Sequence[Mapping[str, Any]], held_out: Sequence[str], patience: int) -> list[str] | None:
     """
-    What [`RewardHackingCallback`] has warned of in a run, from its logs: the last warning for each reward. `None` where
-    it could not have: without held-out rewards, or with too few evaluations.
+    What [`RewardHackingCallback`] has warned of in a run, from its logs: the last warning for each reward. `None`
+    where it could not have: without held-out rewards, or with too few evaluations.
     """
     last: dict[tuple[str, str], str] = {}
     longest = 0

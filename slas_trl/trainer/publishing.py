@@ -39,7 +39,8 @@ class PublishingTrainer(EvaluatingTrainer):
     """Writes the model card, and pushes. In training it does so in the background, and never ends a run by it."""
 
     dataset_name: str | None = None  # of the prompts, for the card
-    started_from: str | None = None  # the adapter that training goes on from, for the card
+    continued: str | None = None  # of an adapter that training goes on with, see [`~lora.continue_adapter`]
+    started_from: str | None = None  # its name, for the card
     evaluation: Evaluation | None = None  # of a report; by default the last one of the training
     _samples: list[Sample] | None = None
     _sheet: str | None = None
@@ -77,7 +78,7 @@ class PublishingTrainer(EvaluatingTrainer):
             return self.draw(data, rows, seeds, self.args.per_device_train_batch_size)
 
         after, before = draw(), None
-        if self.has_adapter and self.started_from is None:
+        if self.has_adapter and self.continued is None:
             with self._without_adapter():
                 before = draw()
         self.show([data[row]["prompt"] for row in rows], after, before)
@@ -156,7 +157,7 @@ class PublishingTrainer(EvaluatingTrainer):
             dataset=dataset,
             dataset_on_hub=on_hub,
             train_prompts=len(data),
-            started_from=self.started_from,
+            started_from=self.started_from or ("unknown" if self.continued is not None else None),
             beside=lora.adapters_beside(denoiser),
             evaluation=self.evaluation if ended and self.evaluation is not None else evaluated,
             samples=self._samples or [] if shown else [],
