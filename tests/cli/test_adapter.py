@@ -17,7 +17,7 @@ from slas_trl.scripts.arguments import parse
 from slas_trl.scripts.compare_arm import run_arm
 from slas_trl.shapes import load_shapes_pipeline
 from slas_trl.trainer import lora
-from tests.hub import HubServer
+from tests.local_hub import HubServer
 from tests.tiny_pipelines import sd_pipeline
 from tests.trainer.test_continuing import publish
 

@@ -7,7 +7,7 @@ from diffusers import SD3Transformer2DModel
 
 from slas_trl.trainer.lora import carries_adapter
 from slas_trl.trainer.published import base_model_of, load_adapter
-from tests.hub import HubServer
+from tests.local_hub import HubServer
 from tests.policy.zoo.all import FAMILIES
 from tests.tiny_pipelines import PIPELINES
 
