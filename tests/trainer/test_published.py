@@ -1,5 +1,7 @@
 """Adapters to begin from: folders, files and repositories, and what their cards say."""
 
+from typing import Any
+
 import huggingface_hub
 import pytest
 import torch
