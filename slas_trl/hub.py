@@ -92,6 +92,7 @@ def publish(facts: RunFacts, push: Push, card: Callable[[str], str] | None = Non
     try:
         push.repo_id = create_repository(push.repo_id, push.private, push.token)
         license_of(facts.base, push.token)
+        facts.base.folder = None  # there is no such folder where the card is read
         text = render(facts, push.repo_id, push.revision, describe(push.files)) if card is None else card(push.repo_id)
         push.files[CARD_FILE] = text.encode()
         return _commit(push)

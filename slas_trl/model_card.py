@@ -69,6 +69,7 @@ class Base:
         hub_id (`str`, *optional*): where it is on the Hub; `None` if it is not there, or nobody knows.
         embedded (`bool`): whether it is the one that comes with this package.
         name (`str`, *optional*): of the folder it was loaded from; its own name only, no path.
+        folder (`str`, *optional*): that folder as seen from where the run was started; not for the Hub.
         init_kwargs (`dict[str, Any]`): arguments of `from_pretrained` that belong to the model, such as `variant`.
         dtype (`str`): of the denoiser's weights, such as `"bfloat16"`.
         license, license_name, license_link (`str`, *optional*): as its own card says.
@@ -78,6 +79,7 @@ class Base:
     hub_id: str | None = None
     embedded: bool = False
     name: str | None = None
+    folder: str | None = None
     init_kwargs: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     license: str | None = None

@@ -28,9 +28,11 @@ def quick_start(facts: "RunFacts", location: str, revision: str | None = None) -
         lines += [f"pipe = {_call('load_shapes_pipeline', precision)}"]
     else:
         lines += [""] if base.hub_id else ["", f"# The {base.pipeline} that was trained, which is not on the Hub:"]
-        source = base.hub_id or f"path/to/{base.name or 'base-model'}"
+        source = base.hub_id or base.folder or f"path/to/{base.name or 'base-model'}"
         arguments = {"": source, **base.init_kwargs, **precision}
         lines += [f"pipe = {_call('DiffusionPipeline.from_pretrained', arguments)}"]
+    if location == ".":
+        lines += ["# From the folder of this card:"]
     for i, (name, kind) in enumerate(facts.denoisers.items()):
         # Of the first, diffusers finds the name, but looks for it in the main branch.
         suffix = f"_{name}" if i else ""

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .. import __version__
+from .. import __version__, hub
 from ..calibration import CALIBRATION_FILE, read_rewards, read_rollouts, reward_curves
 from ..model_card import Base, Evaluation, Metric
 from ..schedulers import FlowSDEScheduler
@@ -68,6 +68,7 @@ def base_of(pipe: DiffusionPipeline, denoiser: torch.nn.Module, init_kwargs: Map
             base.hub_id = "/".join(cached[-1].groups())
         else:
             base.name = path.resolve().name
+            base.folder = folder if (folder := hub.local_name(path)) != "." else None
     elif is_hub_id(origin):
         base.hub_id = origin
     return base

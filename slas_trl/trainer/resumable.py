@@ -203,7 +203,8 @@ class ResumableTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         state = checkpoints.read_state(folder)
         then, now = state["layout"], self._layout
-        if changed := {name: (then.get(name), now[name]) for name in now if then.get(name) != now[name]}:
+        # What an older checkpoint does not know, it had the default of.
+        if changed := {name: (then[name], now[name]) for name in now if then.get(name, now[name]) != now[name]}:
             raise ValueError(f"The checkpoint {str(folder)!r} was made with other settings (then, now): {changed}.")
         self._load_weights(folder)
         if self._ema is not None:

@@ -30,7 +30,7 @@ SETTINGS = {
     "model_name_or_path": "model",
     "adapter": "published",
     "dataset_name": "prompts.txt",
-    "reward_funcs": ["tiny_rewards:darkness"],
+    "reward_funcs": ["adapter_rewards:darkness"],
     "num_generations": 4,
     "per_device_train_batch_size": 8,
     "steps_per_generation": 1,
@@ -54,7 +54,7 @@ def home(tmp_path_factory) -> Path:
     sd_pipeline().save_pretrained(folder / "model")
     publish(sd_pipeline(), ["unet"], folder / "published")
     (folder / "prompts.txt").write_text("a dot\na box\ndots\na bar")
-    (folder / "tiny_rewards.py").write_text(REWARDS)
+    (folder / "adapter_rewards.py").write_text(REWARDS)
     (folder / "run.yaml").write_text(yaml.safe_dump(SETTINGS))
     return folder
 
@@ -136,7 +136,7 @@ def test_generate_takes_the_base_that_the_card_names(capsys, tmp_path):
         assert main([*argv, "--output", "hub.png", "--adapter", "user/published"]) == 0
         assert "The card of user/published names user/model as its base model" in capsys.readouterr().out
         settings = [f"--{key}={value}" for key, value in SETTINGS.items() if key.startswith(("num_", "per_", "steps"))]
-        train = ["train", *settings, "--reward_funcs", "tiny_rewards:darkness", "--adapter", "user/published"]
+        train = ["train", *settings, "--reward_funcs", "adapter_rewards:darkness", "--adapter", "user/published"]
         assert main([*train, "--output_dir", "refused"]) == 2
         assert "add --model_name_or_path user/model" in capsys.readouterr().err
     assert main([*argv, "--output", "here.png", "--adapter", "published", "--model_name_or_path", "model"]) == 0
