@@ -91,6 +91,7 @@ def of_checkpoint(facts: RunFacts, checkpoint: Path) -> RunFacts:
     return replace(
         facts,
         step=step,
+        settings={**facts.settings, "updates": step},
         evaluation=None,
         samples=[],
         sheets=[],

@@ -46,7 +46,6 @@ def left_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name not in ("README.md", "model_card.json"))
 
 
-
 def python(script: str) -> subprocess.Popen:
     """Run `script` in a process of its own, from the repository."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
