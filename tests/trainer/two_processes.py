@@ -149,7 +149,8 @@ def ddp(folder: Path, state: PartialState) -> dict[str, Any]:
     uneven = tiny_trainer(folder / "uneven", train_dataset=PROMPTS.select(range(5)), num_train_epochs=2, max_steps=-1)
     uneven.train()
     adapter_saved(folder / "adapter")
-    return {**found, "uneven": uneven.state.global_step}
+    found |= {"uneven": uneven.state.global_step, "gamma": gamma(folder / "gamma", state)}
+    return {**found, "failing": failing(folder / "failing", state)}  # the last: who knows what state it leaves
 
 
 def fsdp(folder: Path, state: PartialState) -> dict[str, Any]:
@@ -161,7 +162,8 @@ def fsdp(folder: Path, state: PartialState) -> dict[str, Any]:
     for kind, full in (("lora", False), ("full", True)):
         found[f"{kind} bf16"] = one_update_for_each_rollout(folder / f"{kind}-bf16", 2, full=full, bf16=True, beta=0.1)
         found[f"{kind} resumed"] = resumed_within_a_rollout(folder / f"{kind}-resumed", full=full, use_ema=True)
-    return found
+    found["gamma"] = gamma(folder / "gamma", state)
+    return {**found, "failing": failing(folder / "failing", state)}
 
 
 def failing(folder: Path, state: PartialState) -> dict[str, Any]:
@@ -174,12 +176,12 @@ def failing(folder: Path, state: PartialState) -> dict[str, Any]:
             raise RuntimeError("out of paint")
         return redness(prompts, images)
 
-    trainer = tiny_trainer(folder / "run", "sd3", moody, max_steps=3)
+    trainer = tiny_trainer(folder, "sd3", moody, max_steps=3)
     try:
         trainer.train()
     except ValueError as error:
         return {"error": str(error), "updates": trainer.state.global_step}
-    return {"error": None, "logged": logged(folder / "run")}
+    return {"error": None, "logged": logged(folder)}
 
 
 def gamma(folder: Path, state: PartialState) -> dict[str, Any]:
@@ -218,7 +220,7 @@ def largest(matrix: torch.Tensor) -> float:
 
 def main(what: str, folder: Path) -> None:
     state = PartialState(cpu=True)
-    found = {"ddp": ddp, "fsdp": fsdp, "failing": failing, "gamma": gamma}[what](folder, state)
+    found = {"ddp": ddp, "fsdp": fsdp}[what](folder, state)
     torch.save(found, folder / f"result_{state.process_index}.pt")
     state.destroy_process_group()
 
