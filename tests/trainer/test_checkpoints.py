@@ -584,8 +584,10 @@ def test_ctrl_c_from_outside(tmp_path):
     """As in a terminal: one signal at any time, the message, and a run that goes on from there."""
     run = python(
         f"""
+        import sys
         from tests.trainer.tiny_trainers import trained
 
+        assert "matplotlib" not in sys.modules  # before there is something to draw
         trained({str(tmp_path / "run")!r}, gradient_accumulation_steps=2, max_steps=10_000)
         """
     )
