@@ -1,5 +1,6 @@
-"""What all tests share: one thread, and a SIGINT that is not ignored."""
+"""What all tests share: one thread, a SIGINT that is not ignored, and little to search for garbage."""
 
+import gc
 import os
 import signal
 
@@ -23,6 +24,18 @@ def interruptible():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def imported_objects_are_not_searched():
+    """
+    A trainer collects garbage when it begins; looking through what the imports and the collected tests made, which
+    stays anyway, would take longer than most of the tiny runs.
+    """
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

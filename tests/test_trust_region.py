@@ -222,16 +222,19 @@ class GaussianPolicy(nn.Module):
 
 
 def dense_fisher(outputs: list[GaussianOutput], parameters: list[Tensor]) -> Tensor:
-    """E[Jᵀ J / σ²], row by row."""
+    """E[Jᵀ J / σ²]."""
     total = torch.zeros(())
     for output in outputs:
-        rows = []
-        for element in (output.mean / output.std).flatten():
-            row = torch.autograd.grad(
-                element, parameters, retain_graph=True, materialize_grads=True, allow_unused=True
-            )
-            rows.append(torch.cat([part.flatten() for part in row]))
-        jacobian = torch.stack(rows).double()
+        elements = (output.mean / output.std).flatten()
+        rows = torch.autograd.grad(
+            elements,
+            parameters,
+            torch.eye(len(elements), dtype=elements.dtype),
+            is_grads_batched=True,  # all rows of J at once
+            materialize_grads=True,
+            allow_unused=True,
+        )
+        jacobian = torch.cat([part.flatten(1) for part in rows], 1).double()
         total = total + jacobian.T @ jacobian / len(jacobian) / len(outputs)
     return total
 

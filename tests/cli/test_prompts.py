@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from slas_trl.cli.main import main
 from slas_trl.scripts.prompt_scores import Selection, read_scores, write_prompts
 from slas_trl.shapes import shapes_prompts
 from slas_trl.trainer.prompts import load_prompts
-from tests.cli.test_train import ROOT, SETTINGS
+from tests.cli.test_train import SETTINGS
 from tests.policy.zoo.all import FAMILIES
 from tests.tiny_pipelines import sd_pipeline
 
@@ -119,25 +118,13 @@ class TestScore:
 
     def test_a_kill_loses_nothing_that_was_computed(self, scored, home):
         argv = ["--reward_funcs", "prompt_rewards:killed_once", "--reward_weights", "1"]
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "slas_trl.cli.main",
-                "prompts",
-                "score",
-                "--config",
-                "run.yaml",
-                "--output",
-                "k.jsonl",
-                *argv,
-            ],
-            cwd=home,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            timeout=300,
-        )
-        assert done.returncode == -signal.SIGKILL
+        child = os.fork()
+        if child == 0:
+            try:
+                score(*argv, output="k.jsonl")
+            finally:
+                os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         before = Path("k.jsonl").read_text().splitlines()
         assert len(before) == 3  # two prompts at once
         after = score(*argv, output="k.jsonl")

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -142,7 +143,6 @@ def test_the_best_checkpoint_is_known_by_its_name(tmp_path):
 # Resuming
 
 
-@pytest.mark.parametrize("at", [1, 2, 3])
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
@@ -155,17 +155,19 @@ def test_the_best_checkpoint_is_known_by_its_name(tmp_path):
     ],
     ids=["whole rollouts", "three updates", "two passes", "moving average", "full with kl", "window"],
 )
-def test_the_resumed_run_is_the_uninterrupted_one(tmp_path, family, settings, at):
+def test_the_resumed_run_is_the_uninterrupted_one(tmp_path, family, settings):
     settings = {"max_steps": 4, "lr_scheduler_type": "linear", **EVERY_UPDATE, **settings}
     whole = trained(tmp_path / "whole", family, **settings)
-    second = resumed(tmp_path / "resumed", tmp_path / "whole" / f"checkpoint-{at}", family, **settings)
-    assert same(trained_weights(whole), trained_weights(second))
-    lines = [[untimed(line) for line in logged(tmp_path / run)] for run in ("whole", "resumed")]
-    assert lines[0] == lines[1]  # with those from before, which are in the checkpoint
     whole.save_model(str(tmp_path / "a"))
-    second.save_model(str(tmp_path / "b"))
-    saved = [next((tmp_path / run).rglob("*.safetensors")) for run in ("a", "b")]
-    assert same(load_file(saved[0]), load_file(saved[1]))
+    for at in (1, 2, 3):
+        run, saved = tmp_path / f"from-{at}", tmp_path / f"saved-{at}"
+        second = resumed(run, tmp_path / "whole" / f"checkpoint-{at}", family, **settings)
+        assert same(trained_weights(whole), trained_weights(second))
+        lines = [[untimed(line) for line in logged(folder)] for folder in (tmp_path / "whole", run)]
+        assert lines[0] == lines[1]  # with those from before, which are in the checkpoint
+        second.save_model(str(saved))
+        weights = [load_file(next(folder.rglob("*.safetensors"))) for folder in (tmp_path / "a", saved)]
+        assert same(*weights)
 
 
 @pytest.mark.parametrize(
@@ -454,18 +456,13 @@ def test_a_full_disk_leaves_the_last_checkpoint_usable(small_disk, two_updates, 
 
 def test_a_full_disk_at_the_first_checkpoint(tmp_path):
     """By a limit on the size of files, which needs no rights."""
-    run = python(
-        f"""
-        import resource
-        from tests.trainer.tiny_trainers import trained
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-        trained({str(tmp_path)!r}, save_strategy="steps", save_steps=1)
-        """
-    )
-    _, error = run.communicate(timeout=300)
-    assert run.returncode == 1 and "OSError: The checkpoint" in error
-    assert "could not be written" in error and "there is no earlier one" in error
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="The checkpoint .* could not be written.* there is no earlier one"):
+            trained(tmp_path, **EVERY_UPDATE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not checkpoints_in(tmp_path) and not list(tmp_path.glob("_*"))
 
 
@@ -501,16 +498,24 @@ def interrupted_at(moment: int) -> type[Watched]:
     return Interrupted
 
 
+THREE_TO_A_ROLLOUT = {"gradient_accumulation_steps": 2, "max_steps": 5}
+
+
+@pytest.fixture(scope="module")
+def five_updates(tmp_path_factory):
+    """The weights after a run that nothing interrupts."""
+    return trained_weights(trained(tmp_path_factory.mktemp("five-updates"), **THREE_TO_A_ROLLOUT))
+
+
 @pytest.mark.parametrize(
     ("moment", "update"),
     [(2, 1), (3, 2), (5, 3), (6, 3), (7, 4)],
     ids=["within an update", "its end", "end of a rollout", "within the next one's first update", "and its end"],
 )
-def test_ctrl_c_saves_what_was_learned(tmp_path, caplog, moment, update):
+def test_ctrl_c_saves_what_was_learned(tmp_path, caplog, five_updates, moment, update):
     """Three updates of two micro-steps to a rollout."""
-    settings = {"gradient_accumulation_steps": 2, "max_steps": 5}
     with pytest.raises(KeyboardInterrupt):
-        trained(tmp_path / "run", cls=interrupted_at(moment), **settings)
+        trained(tmp_path / "run", cls=interrupted_at(moment), **THREE_TO_A_ROLLOUT)
     [folder] = checkpoints_in(tmp_path / "run")
     assert folder.name == f"checkpoint-{update}" and read_state(folder)
     said = [record.getMessage() for record in caplog.records]
@@ -518,10 +523,9 @@ def test_ctrl_c_saves_what_was_learned(tmp_path, caplog, moment, update):
     assert f"train(resume_from_checkpoint={str(folder)!r})" in said[-1]
     assert f"--resume_from_checkpoint {folder}" in said[-1]
 
-    second = tiny_trainer(tmp_path / "run", **settings)
+    second = tiny_trainer(tmp_path / "run", **THREE_TO_A_ROLLOUT)
     second.train(resume_from_checkpoint=True)
-    whole = trained(tmp_path / "whole", **settings)
-    assert same(trained_weights(whole), trained_weights(second))
+    assert same(five_updates, trained_weights(second))
     assert [line["step"] for line in logged(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
 
@@ -567,8 +571,10 @@ def test_ctrl_c_from_outside(tmp_path):
     """As in a terminal: one signal at any time, the message, and a run that goes on from there."""
     run = python(
         f"""
+        import sys
         from tests.trainer.tiny_trainers import trained
 
+        assert "matplotlib" not in sys.modules  # before there is something to draw
         trained({str(tmp_path / "run")!r}, gradient_accumulation_steps=2, max_steps=10_000)
         """
     )

@@ -186,11 +186,11 @@ def test_sharded_and_in_mixed_precision(sharded, kind, tmp_path):
             assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.05)
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_sharded_runs_resume_within_a_rollout(sharded, kind):
+@pytest.mark.parametrize(("kind", "at"), [("lora", 1), ("full", 3)])
+def test_sharded_runs_resume_within_a_rollout(sharded, kind, at):
     for found in sharded:
         resumed = found[f"{kind} resumed"]
-        assert same(resumed["whole"], resumed["from-1"]) and same(resumed["whole"], resumed["from-3"])
+        assert same(resumed["whole"], resumed[f"from-{at}"])
 
 
 def test_what_a_sharded_run_saves_is_plain(sharded, fsdp_folder):
@@ -206,7 +206,7 @@ def test_what_a_sharded_run_saves_is_plain(sharded, fsdp_folder):
     assert not list(checkpoint.glob("pytorch_model*"))
 
 
-# Both
+# Both ways
 
 
 def test_going_on_from_an_adapter_is_as_with_one_process(two, sharded, tmp_path):
@@ -219,13 +219,27 @@ def test_going_on_from_an_adapter_is_as_with_one_process(two, sharded, tmp_path)
     assert not two[0]["continued"]["sharded"] and sharded[0]["continued"]["sharded"]
 
 
-# Ends
+def test_both_processes_choose_the_same_gamma(two, sharded):
+    """And FSDP2, whose parameters are sharded, measures what DDP does."""
+    for one, other in ([each["gamma"] for each in found] for found in (two, sharded)):
+        assert one["gammas"] == other["gammas"] and len(set(one["gammas"])) == len(one["gammas"]) == 3
+        assert same(one["weights"], other["weights"])
+        assert all(torch.equal(a, b) for a, b in zip(one["vector"], other["vector"], strict=True))
+        for each in (one, other):
+            assert same(each["weights"], each["resumed"]) and each["resumed gammas"] == each["gammas"][-1:]
+    ddp, fsdp = two[0]["gamma"], sharded[0]["gamma"]
+    assert fsdp["sharded"] and not ddp["sharded"]
+    assert fsdp["lambda_max"] == pytest.approx(ddp["lambda_max"], rel=1e-3)
+    assert fsdp["gammas"] == pytest.approx(ddp["gammas"], rel=1e-3)
+    # λ_max is that of both processes' samples.
+    assert ddp["lambda_max"][0] == pytest.approx(ddp["dense"], rel=0.1)
+    assert ddp["dense"] not in [pytest.approx(found["gamma"]["alone"], rel=1e-3) for found in two]
 
 
-@pytest.mark.parametrize("environment", [{}, FSDP2], ids=["ddp", "fsdp2"])
-def test_a_reward_that_raises_on_one_process_ends_both(tmp_path, environment):
-    found = launch("failing", tmp_path, **environment)
-    assert [each["updates"] for each in found] == [1, 1]
-    assert "Reward 'moody' raised RuntimeError: out of paint" in found[1]["error"]
-    assert found[0]["error"].startswith("On process 1 of 2: Reward 'moody' raised RuntimeError: out of paint on image")
-    assert (tmp_path / "run" / "checkpoint-1" / "pytorch_lora_weights.safetensors").is_file()
+def test_a_reward_that_raises_on_one_process_ends_both(two, sharded, folder, fsdp_folder):
+    for found, run in ((two, folder / "failing"), (sharded, fsdp_folder / "failing")):
+        one, other = (each["failing"] for each in found)
+        assert one["updates"] == other["updates"] == 1
+        assert "Reward 'moody' raised RuntimeError: out of paint" in other["error"]
+        assert one["error"].startswith("On process 1 of 2: Reward 'moody' raised RuntimeError: out of paint on image")
+        assert (run / "checkpoint-1" / "pytorch_lora_weights.safetensors").is_file()

@@ -10,7 +10,6 @@ from slas_trl.objective import gaussian_kl
 from slas_trl.trust_region import kl_feedback, largest_gamma
 from tests.test_trust_region import dense_fisher
 from tests.tiny_pipelines import PIPELINES
-from tests.trainer.test_distributed import FSDP2, launch
 from tests.trainer.test_slas_config import config
 from tests.trainer.tiny_trainers import Watched, logged, lora, same, tiny_trainer, trained, trained_weights, untimed
 
@@ -266,31 +265,6 @@ def test_training_again_starts_anew(tmp_path):
     assert trainer._gamma.gamma != 0.5
     trainer.train()
     assert column(tmp_path, "gamma")[0] == 0.5
-
-
-# Several processes
-
-
-@pytest.mark.distributed
-def test_two_processes_choose_the_same(tmp_path):
-    """And FSDP2, whose parameters are sharded, measures what DDP does."""
-    folders = {"ddp": {}, "fsdp": FSDP2}
-    found = {}
-    for kind, environment in folders.items():
-        (tmp_path / kind).mkdir()
-        found[kind] = one, two = launch("gamma", tmp_path / kind, **environment)
-        assert one["gammas"] == two["gammas"] and len(set(one["gammas"])) == len(one["gammas"]) == 3
-        assert same(one["weights"], two["weights"])
-        assert all(torch.equal(a, b) for a, b in zip(one["vector"], two["vector"], strict=True))
-        for each in (one, two):
-            assert same(each["weights"], each["resumed"]) and each["resumed gammas"] == each["gammas"][-1:]
-    ddp, fsdp = (found[kind][0] for kind in folders)
-    assert fsdp["sharded"] and not ddp["sharded"]
-    assert fsdp["lambda_max"] == pytest.approx(ddp["lambda_max"], rel=1e-3)
-    assert fsdp["gammas"] == pytest.approx(ddp["gammas"], rel=1e-3)
-    # λ_max is that of both processes' samples.
-    assert ddp["lambda_max"][0] == pytest.approx(ddp["dense"], rel=0.1)
-    assert ddp["dense"] not in [pytest.approx(each["alone"], rel=1e-3) for each in found["ddp"]]
 
 
 # What is refused

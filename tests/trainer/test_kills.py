@@ -19,7 +19,7 @@ def test_a_killed_run_comes_to_the_end_of_the_whole_one():
     """Two kills at any moment, and one while a checkpoint is written."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--kills", "3", "--seed", "0", "--updates", "5"],
+        [sys.executable, SCRIPT, "--kills", "3", "--seed", "0", "--updates", "3"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,

@@ -59,7 +59,9 @@ def test_they_come_back_for_a_rollout_that_is_resumed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "settings"), [("sd", {"full": True}), ("flux", {"use_ema": True, "beta": 0.1})], ids=["full", "lora-kl"]
+    ("family", "settings"),
+    [("sd3", {"full": True}), ("flux", {"use_ema": True, "beta": 0.1})],
+    ids=["full", "lora-kl"],
 )
 def test_a_compiled_denoiser(tmp_path, family, settings):
     """By the backend that compiles nothing but traces everything, for which no compiler is needed."""

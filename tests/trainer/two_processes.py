@@ -49,13 +49,13 @@ def one_update_for_each_rollout(folder: Path, processes: int, **settings: Any) -
     }
 
 
-def resumed_within_a_rollout(folder: Path, **settings: Any) -> dict[str, Any]:
-    """Two updates to a rollout; the uninterrupted run, and two that go on from its checkpoints."""
+def resumed_within_a_rollout(folder: Path, *checkpoints: int, **settings: Any) -> dict[str, Any]:
+    """Two updates to a rollout; the uninterrupted run, and one that goes on from each of these checkpoints."""
     settings = {"gradient_accumulation_steps": 3, "max_steps": 4, "beta": 0.1, **settings}
     uninterrupted = tiny_trainer(folder / "whole", **settings, save_strategy="steps", save_steps=1)
     uninterrupted.train()
     found = {"whole": whole(uninterrupted)}
-    for at in (1, 3):
+    for at in checkpoints:
         resumed = tiny_trainer(folder / f"from-{at}", **settings)
         resumed.train(resume_from_checkpoint=str(folder / "whole" / f"checkpoint-{at}"))
         found[f"from-{at}"] = whole(resumed)
@@ -139,7 +139,7 @@ def ddp(folder: Path, state: PartialState) -> dict[str, Any]:
         "compared": one_update_for_each_rollout(folder / "compared", state.num_processes),
         # Every group lies half on the one and half on the other.
         "spanning": one_update_for_each_rollout(folder / "spanning", 2, num_generations=8, max_steps=2),
-        "resumed": resumed_within_a_rollout(folder / "resumed", full=True),
+        "resumed": resumed_within_a_rollout(folder / "resumed", 1, 3, full=True),
         "wan2.2": one_of_the_zoo("wan2.2", folder / "experts", 2),
         "sd3.5-slg": one_of_the_zoo("sd3.5-slg", folder / "skipping", 2),
         "continued": going_on_from_an_adapter(folder / "continued", 2),
@@ -149,7 +149,8 @@ def ddp(folder: Path, state: PartialState) -> dict[str, Any]:
     uneven = tiny_trainer(folder / "uneven", train_dataset=PROMPTS.select(range(5)), num_train_epochs=2, max_steps=-1)
     uneven.train()
     adapter_saved(folder / "adapter")
-    return {**found, "uneven": uneven.state.global_step}
+    found |= {"uneven": uneven.state.global_step, "gamma": gamma(folder / "gamma", state)}
+    return {**found, "failing": failing(folder / "failing", state)}  # the last: who knows what state it leaves
 
 
 def fsdp(folder: Path, state: PartialState) -> dict[str, Any]:
@@ -158,10 +159,11 @@ def fsdp(folder: Path, state: PartialState) -> dict[str, Any]:
         "full": one_update_for_each_rollout(folder / "full", 2, full=True, optim="sgd", beta=0.1, use_ema=True),
     }
     found["continued"] = going_on_from_an_adapter(folder / "continued", 2)
-    for kind, full in (("lora", False), ("full", True)):
+    for kind, full, at in (("lora", False, 1), ("full", True, 3)):
         found[f"{kind} bf16"] = one_update_for_each_rollout(folder / f"{kind}-bf16", 2, full=full, bf16=True, beta=0.1)
-        found[f"{kind} resumed"] = resumed_within_a_rollout(folder / f"{kind}-resumed", full=full, use_ema=True)
-    return found
+        found[f"{kind} resumed"] = resumed_within_a_rollout(folder / f"{kind}-resumed", at, full=full, use_ema=True)
+    found["gamma"] = gamma(folder / "gamma", state)
+    return {**found, "failing": failing(folder / "failing", state)}
 
 
 def failing(folder: Path, state: PartialState) -> dict[str, Any]:
@@ -174,12 +176,12 @@ def failing(folder: Path, state: PartialState) -> dict[str, Any]:
             raise RuntimeError("out of paint")
         return redness(prompts, images)
 
-    trainer = tiny_trainer(folder / "run", "sd3", moody, max_steps=3)
+    trainer = tiny_trainer(folder, "sd3", moody, max_steps=3)
     try:
         trainer.train()
     except ValueError as error:
         return {"error": str(error), "updates": trainer.state.global_step}
-    return {"error": None, "logged": logged(folder / "run")}
+    return {"error": None, "logged": logged(folder)}
 
 
 def gamma(folder: Path, state: PartialState) -> dict[str, Any]:
@@ -218,7 +220,7 @@ def largest(matrix: torch.Tensor) -> float:
 
 def main(what: str, folder: Path) -> None:
     state = PartialState(cpu=True)
-    found = {"ddp": ddp, "fsdp": fsdp, "failing": failing, "gamma": gamma}[what](folder, state)
+    found = {"ddp": ddp, "fsdp": fsdp}[what](folder, state)
     torch.save(found, folder / f"result_{state.process_index}.pt")
     state.destroy_process_group()
 

@@ -43,6 +43,7 @@ def zoo_trainer(
         "max_steps": 1,
         "learning_rate": 1e-3,
         "save_strategy": "no",
+        "log_completions": False,  # drawing takes a second
         "disable_tqdm": True,
         "use_cpu": True,
         **own,
