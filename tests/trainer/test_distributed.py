@@ -57,8 +57,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two(folder):
-    return launch("ddp", folder)
+def two(folder, server):
+    return launch("ddp", folder, **server.environ)
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +158,8 @@ def fsdp_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def sharded(fsdp_folder):
-    return launch("fsdp", fsdp_folder, **FSDP2)
+def sharded(fsdp_folder, server):
+    return launch("fsdp", fsdp_folder, **FSDP2, **server.environ)
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -207,6 +207,18 @@ def test_what_a_sharded_run_saves_is_plain(sharded, fsdp_folder):
 
 
 # Both ways
+
+
+@pytest.mark.parametrize("way", ["two", "sharded"])
+def test_one_pushes_what_both_have_trained(way, server, request):
+    results = [found["pushed"] for found in request.getfixturevalue(way)]
+    assert [found["returned"] for found in results] == [True, False]
+    assert all("push_to_hub cannot push to" in found["refused"] for found in results)
+    titles = [commit["title"] for commit in server.commits(results[0]["repo"])]
+    assert titles == ["Model save", "Training in progress, checkpoint 1", "initial commit"]  # nothing new afterwards
+    files = server.files(results[0]["repo"])
+    weights = "transformer/config.json" if way == "sharded" else "pytorch_lora_weights.safetensors"
+    assert {weights, "samples/1_after.png", "last-checkpoint/trainer_state.json"} <= files.keys()
 
 
 def test_going_on_from_an_adapter_is_as_with_one_process(two, sharded, tmp_path):

@@ -1,6 +1,7 @@
 """What every process of `test_distributed.py` runs, by name; what it found goes into `result_<rank>.pt`."""
 
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,24 @@ def components(folder: Path, rank: int) -> dict[str, Any]:
     return {**line, "held_out": trainer.evaluate()["eval_rewards/held_out/mean"] / expected, "uneven": message}
 
 
+def pushed(folder: Path, **settings: Any) -> dict[str, Any]:
+    """A run that pushes from its start to its end, and one whose token the Hub refuses."""
+    repo = f"user/{folder.parent.name}-{folder.name}".replace("_", "-")
+    settings = {"push_to_hub": True, "hub_model_id": repo, "max_steps": 1, **settings}
+    trainer = tiny_trainer(folder, hub_strategy="checkpoint", save_strategy="steps", save_steps=1, **settings)
+    trainer.train()
+    trainer.save_model()
+    returned = trainer.push_to_hub(commit_message="By both")
+    os.environ["HF_TOKEN"], token = "hf_bad", os.environ["HF_TOKEN"]
+    refused = ""
+    try:
+        tiny_trainer(folder / "refused", **settings)
+    except ValueError as error:
+        refused = str(error)
+    os.environ["HF_TOKEN"] = token
+    return {"repo": repo, "returned": returned is not None, "refused": refused}
+
+
 def ddp(folder: Path, state: PartialState) -> dict[str, Any]:
     if not state.is_main_process:
 
@@ -145,6 +164,7 @@ def ddp(folder: Path, state: PartialState) -> dict[str, Any]:
         "continued": going_on_from_an_adapter(folder / "continued", 2),
         "skipped": nan_on_one_process(folder / "skipped", state.process_index),
         "components": components(folder / "components", state.process_index),
+        "pushed": pushed(folder / "pushed"),
     }
     uneven = tiny_trainer(folder / "uneven", train_dataset=PROMPTS.select(range(5)), num_train_epochs=2, max_steps=-1)
     uneven.train()
@@ -162,7 +182,7 @@ def fsdp(folder: Path, state: PartialState) -> dict[str, Any]:
     for kind, full, at in (("lora", False, 1), ("full", True, 3)):
         found[f"{kind} bf16"] = one_update_for_each_rollout(folder / f"{kind}-bf16", 2, full=full, bf16=True, beta=0.1)
         found[f"{kind} resumed"] = resumed_within_a_rollout(folder / f"{kind}-resumed", at, full=full, use_ema=True)
-    found["gamma"] = gamma(folder / "gamma", state)
+    found |= {"gamma": gamma(folder / "gamma", state), "pushed": pushed(folder / "pushed", full=True)}
     return {**found, "failing": failing(folder / "failing", state)}
 
 
