@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from datasets import Dataset
+from datasets import Image as HFImage
 from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
@@ -67,6 +69,32 @@ def test_two_denoisers_and_a_moving_average(tmp_path, server, online):
         ADAPTER,
         "pytorch_lora_weights_transformer_2.safetensors",
     }
+
+
+def test_a_pipeline_without_methods_for_adapters(tmp_path, server, online):
+    family = FAMILIES["ovis-image"]
+    trainer = zoo_trainer(family, tmp_path, **PUSHED, learning_rate=1e-2)
+    trainer.train()
+    trainer.push_to_hub()
+    fresh = family.build()
+    before = drawn(fresh, "ovis-image")
+    code = python_in(server.files(REPO)["README.md"].decode())
+    exec(code[code.index("pipe.transformer.load_lora_adapter") : code.index("pipe.to(")], {"pipe": fresh})
+    assert drawn(fresh, "ovis-image") == drawn(trainer.pipe, "ovis-image") != before
+
+
+def test_a_pipeline_that_edits(tmp_path, server, online):
+    """Its gallery has the pictures of the data set edited; its quick start wants one."""
+    family = FAMILIES["kontext"]
+    pictures = [Image.new("RGB", (16, 16), (40 * i, 90, 200)) for i in range(4)]
+    data = Dataset.from_dict({"prompt": PROMPTS["prompt"][:4], "image": pictures}).cast_column("image", HFImage())
+    trainer = zoo_trainer(family, tmp_path, train_dataset=data, **PUSHED)
+    trainer.train()
+    trainer.push_to_hub()
+    files = server.files(REPO)
+    card = files["README.md"].decode()
+    assert "samples/4_before.png" in files and "pipeline_tag: image-to-image" in card
+    assert 'image=load_image("image.png")' in python_in(card)
 
 
 def test_all_weights_are_a_folder_of_the_denoiser(tmp_path, server, online, monkeypatch):
