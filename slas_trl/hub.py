@@ -6,14 +6,13 @@ needs to go on is in folders, `last-checkpoint` or `checkpoint-20`. Files are li
 run's folder stays there.
 """
 
-import functools
 import hashlib
 import json
 import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +26,21 @@ from huggingface_hub.errors import (
 )
 from transformers.utils import logging
 
+from .markdown import as_python
 from .model_card import CARD_FILE, FACTS_FILE, Base, RunFacts, render
 
 
 logger = logging.get_logger(__name__)
 
+WEIGHTS = "pytorch_lora_weights"
 LAST_CHECKPOINT = "last-checkpoint"  # transformers' name
 CHECKPOINT_STRATEGIES = ("checkpoint", ALL_CHECKPOINTS := "all_checkpoints")
 PICTURES = "samples"  # folder of those in the gallery
-OLD_PICTURES = rf"{PICTURES}/(\d+_(before|after)|comparison)\.(png|jpg)"
+PLOTS = {
+    "training.png": "curves of the training",
+    "calibration.png": "which groups of images decided the updates, and what held-out rewards say",
+}
+OLD_PICTURES = rf"{PICTURES}/(\d+_(before|after)|comparison)\.(png|jpg)|training\.png|calibration\.png"
 OLD_CHECKPOINT = rf"{LAST_CHECKPOINT}/.*"
 # What goes wrong with a network, a server or a file. Errors of an LFS upload come as RuntimeError.
 FAILURES = (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError)
@@ -93,9 +98,12 @@ def publish(facts: RunFacts, push: Push, card: Callable[[str], str] | None = Non
         push.repo_id = create_repository(push.repo_id, push.private, push.token)
         license_of(facts.base, push.token)
         facts.base.folder = None  # there is no such folder where the card is read
-        text = render(facts, push.repo_id, push.revision, describe(push.files)) if card is None else card(push.repo_id)
+        facts.keep_pictures(push.files)
+        stays, stale = _there(push)
+        files = describe({*stays, *push.files}, facts)
+        text = render(facts, push.repo_id, push.revision, files) if card is None else card(push.repo_id)
         push.files[CARD_FILE] = text.encode()
-        return _commit(push)
+        return _commit(push, stale)
     except (*FAILURES, ValueError) as error:
         raise PushError(
             f"Nothing was pushed to {push.repo_id!r}: {reason(error)}. Not there: {_listed(push.files)}. All of it is "
@@ -121,13 +129,13 @@ def _listed(files: Mapping[str, object]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
-def _commit(push: Push) -> CommitInfo:
+def _commit(push: Push, stale: list[str]) -> CommitInfo:
     api = HfApi(token=push.token)
 
     def commit() -> CommitInfo:
         # Made anew for a second try: they remember what has been uploaded.
         operations = [CommitOperationAdd(name, file) for name, file in sorted(push.files.items())]
-        deleted = [CommitOperationDelete(name) for name in _stale(api, push)]
+        deleted = [CommitOperationDelete(name) for name in stale]
         return api.create_commit(
             push.repo_id, [*operations, *deleted], commit_message=push.message, revision=push.revision
         )
@@ -138,14 +146,19 @@ def _commit(push: Push) -> CommitInfo:
         if push.revision is None:
             raise
         api.create_branch(push.repo_id, branch=push.revision, exist_ok=True)
+        stale = [name for name in stale if name in api.list_repo_files(push.repo_id, revision=push.revision)]
         return commit()
 
 
-def _stale(api: HfApi, push: Push) -> list[str]:
-    if push.replaces is None:
-        return []
-    there = api.list_repo_files(push.repo_id, revision=push.revision)
-    return [name for name in there if re.fullmatch(push.replaces, name) and name not in push.files]
+def _there(push: Push) -> tuple[list[str], list[str]]:
+    """Files that are in the repository and stay there, and those that do not."""
+    try:
+        names = HfApi(token=push.token).list_repo_files(push.repo_id, revision=push.revision)
+    except RevisionNotFoundError:  # a branch that is about to be made, as a copy of the main one
+        names = HfApi(token=push.token).list_repo_files(push.repo_id)
+    replaced = push.replaces and re.compile(push.replaces)
+    stale = [name for name in names if replaced and replaced.fullmatch(name) and name not in push.files]
+    return [name for name in names if name not in stale and name != ".gitattributes"], stale
 
 
 def check_token(token: str | None = None) -> None:
@@ -199,15 +212,18 @@ class Uploads:
         """Whether one is under way."""
         return self._last is not None and not self._last.done()
 
-    def start(self, job: Callable[[], CommitInfo]) -> "Future[CommitInfo]":
-        """Run `job` when those before it are done."""
+    def start(
+        self, job: Callable[[], CommitInfo], note: Callable[["Future[CommitInfo]"], None]
+    ) -> "Future[CommitInfo]":
+        """Run `job` when those before it are done, and `note` before those after it are."""
         self._last = self._executor.submit(job)
+        self._last.add_done_callback(note)
         return self._last
 
     def wait(self) -> None:
         """Until none is under way."""
         if self._last is not None:
-            self._last.exception()
+            self._executor.submit(lambda: None).result()  # after the last one, and its note
 
 
 # What is pushed
@@ -221,15 +237,24 @@ def weight_files(folder: Path, facts: RunFacts) -> dict[str, Path]:
         `FileNotFoundError`: when they are not in `folder`.
     """
     if facts.adapter:
-        files = {path.name: path for path in folder.glob("pytorch_lora_weights*.safetensors")}
-        expected = "pytorch_lora_weights.safetensors"
+        files = {name: folder / name for name in _adapters(facts)}
+        expected = list(files)
     else:
         paths = [path for name in facts.denoisers for path in sorted((folder / name).glob("*"))]
         files = {path.relative_to(folder).as_posix(): path for path in paths if _is_model_file(path)}
-        expected = f"{next(iter(facts.denoisers))}/config.json"
-    if expected not in files:
-        raise FileNotFoundError(f"There are no trained weights in {str(folder)!r}: {expected} is not there.")
+        expected = [f"{name}/config.json" for name in facts.denoisers]
+    for name in expected:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"There are no trained weights in {str(folder)!r}: {name} is not there.")
     return files
+
+
+def _adapters(facts: RunFacts) -> dict[str, str]:
+    """The adapters' files, and what each is; see [`~trainer.lora.adapter_file`]."""
+    first, *others = facts.denoisers
+    return {f"{WEIGHTS}.safetensors": "the adapter"} | {
+        f"{WEIGHTS}_{name}.safetensors": f"the adapter of {name}" for name in others
+    }
 
 
 def _is_model_file(path: Path) -> bool:
@@ -261,56 +286,78 @@ def keep(files: Mapping[str, Path | bytes], folder: Path) -> dict[str, Path | by
     return kept
 
 
-def describe(files: Mapping[str, object]) -> list[tuple[str, str]]:
+def describe(names: Iterable[str], facts: RunFacts) -> list[tuple[str, str]]:
     """The card's list: each file at the root, and each folder, with what it is."""
+    known = {CARD_FILE: "this card", **PLOTS, f"{PICTURES}/": "pictures of the same prompts before and after training"}
+    if facts.samples and facts.samples[0].before is None:
+        known[f"{PICTURES}/"] = "pictures after training"
+    known |= _adapters(facts) if facts.adapter else {f"{name}/": f"the trained {name}" for name in facts.denoisers}
     found: dict[str, str] = {}
-    for name in sorted([*files, CARD_FILE]):
+    for name in sorted({*names, CARD_FILE}):
         top, _, rest = name.partition("/")
-        if not rest:
-            found[name] = _FILES.get(name, _adapter(name))
-        elif top == PICTURES:
-            found[f"{top}/"] = "pictures before and after training"
-        elif top == LAST_CHECKPOINT or top.startswith("checkpoint-"):
-            found[f"{top}/"] = "what a training needs to go on; not for use"
-        else:
-            found[f"{top}/"] = f"the trained {top}"
+        top += "/" if rest else ""
+        checkpoint = top == f"{LAST_CHECKPOINT}/" or re.fullmatch(r"checkpoint-\d+/", top)
+        found[top] = "what a training needs to go on; not for use" if checkpoint else known.get(top, "not of this run")
     return list(found.items())
-
-
-_FILES = {
-    CARD_FILE: "this card",
-    "training.png": "curves of the training",
-    "calibration.png": "which groups of images decided the updates, and what held-out rewards say",
-    "pytorch_lora_weights.safetensors": "the adapter",
-}
-
-
-def _adapter(name: str) -> str:
-    return f"the adapter of {name.removeprefix('pytorch_lora_weights_').removesuffix('.safetensors')}"
 
 
 # The card in a run's folder
 
 
 def write_card(
-    folder: Path, facts: RunFacts, location: str, revision: str | None, files: list[tuple[str, str]]
+    folder: Path, facts: RunFacts, text: str, location: str, saved_step: int | None, is_new: bool = False
 ) -> None:
-    """Write the card, and the facts that it can be written from again for another place."""
+    """
+    Write the card, and the facts that it can be written from again for another place.
+
+    Args:
+        folder (`Path`): of the run.
+        facts ([`RunFacts`]): of the card.
+        text (`str`): the card.
+        location (`str`): of the result in its code.
+        saved_step (`int`, *optional*): the update after which the weights in `folder` itself were saved.
+        is_new (`bool`): whether a card that is there stays, if no run has written it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    text = render(facts, location, revision, files)
-    record = {"facts": facts.to_dict(), "location": location, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    if is_new and (folder / CARD_FILE).is_file() and not (folder / FACTS_FILE).is_file():
+        return
+    record = {
+        "facts": facts.to_dict(),
+        "location": location,
+        "saved_step": saved_step,
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
     (folder / FACTS_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
 
-def read_card(folder: Path) -> tuple[RunFacts, Callable[[str], str] | None]:
-    """
-    The facts of a run, and, if somebody has written in its card since, what makes that card for a repository: the
-    same, but for the repository's name in its code.
+def note_saved(folder: Path, step: int) -> None:
+    """That the weights in `folder` are now those of this update, for [`read_card`]."""
+    path = folder / FACTS_FILE
+    if path.is_file():
+        record = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**record, "saved_step": step}, indent=2) + "\n", encoding="utf-8")
 
-    Raises:
-        `FileNotFoundError`: when this is no run's folder.
+
+@dataclass
+class SavedCard:
     """
+    What is in a run's folder.
+
+    Attributes:
+        facts ([`RunFacts`]): of the card.
+        saved_step (`int`, *optional*): the update of the weights in the folder itself.
+        edited (`Callable`, *optional*): if somebody has written in the card since, what makes that card for a
+            repository: the same, but for the repository's name in its code.
+    """
+
+    facts: RunFacts
+    saved_step: int | None
+    edited: Callable[[str], str] | None
+
+
+def read_card(folder: Path) -> SavedCard:
+    """Raises `FileNotFoundError` when this is no run's folder."""
     try:
         record = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -320,11 +367,14 @@ def read_card(folder: Path) -> tuple[RunFacts, Callable[[str], str] | None]:
         ) from error
     path = folder / CARD_FILE
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if not text or hashlib.sha256(text.encode()).hexdigest() == record["sha256"]:
-        edited = None
-    else:
-        edited = functools.partial(text.replace, json.dumps(record["location"]))
-    return RunFacts.from_dict(record["facts"]), None if edited is None else lambda repo: edited(json.dumps(repo))
+    # In the lines that load it: "." may stand for other things elsewhere.
+    here = re.compile(rf"((?:load_lora_\w+|from_pretrained)\(\s*){re.escape(as_python(record['location']))}")
+    edited = bool(text) and hashlib.sha256(text.encode()).hexdigest() != record["sha256"]
+    return SavedCard(
+        RunFacts.from_dict(record["facts"]),
+        record["saved_step"],
+        (lambda repo_id: here.sub(lambda match: match[1] + as_python(repo_id), text)) if edited else None,
+    )
 
 
 # What is read

@@ -6,7 +6,7 @@ another place: `runs/shapes` becomes `user/shapes` in its code when a run is pus
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ MEANINGS = {
     "num_iterations": "passes over each rollout",
     "epsilon": "clip range of the policy's ratio",
     "epsilon_high": "its upper end, where that is another",
-    "beta": "weight of the KL divergence from the model before training; at 0 nothing but the clipping holds it back",
+    "beta": "weight of the KL divergence from the reference model; at 0 nothing but the clipping holds it back",
     "num_inference_steps": "denoising steps while training",
     "guidance_scale": "guidance while training",
     "eta": "noise of a sampling step while training",
@@ -52,9 +52,12 @@ MEANINGS = {
     "noise_level": "its level",
     "timestep_fraction": "share of the sampling steps that are trained",
     "sde_window_size": "number of sampling steps that are noisy",
-    "learning_rate": "of AdamW",
+    "kl_reference": "reference of the KL divergence: the adapter as it was at first, or the base model without it",
+    "learning_rate": "of the optimizer",
+    "optim": "the optimizer",
     "lora_r": "rank of the adapter",
-    "lora_alpha": "its scale is lora_alpha / lora_r",
+    "lora_alpha": "its scale is lora_alpha / lora_r, or / √lora_r with use_rslora",
+    "use_rslora": "see lora_alpha",
     "updates": "optimizer steps",
 }
 
@@ -231,6 +234,13 @@ class RunFacts:
             "evaluation": scores,
         }
         return cls(**{**data, **parts})
+
+    def keep_pictures(self, files: Container[str]) -> None:
+        """Forget those that are not among `files`."""
+        self.samples = [s for s in self.samples if s.after in files and (s.before is None or s.before in files)]
+        self.sheets = [path for path in self.sheets if path in files]
+        self.curves = self.curves if self.curves and self.curves in files else None
+        self.calibration = self.calibration if self.calibration and self.calibration in files else None
 
     @property
     def pictures(self) -> list[str]:
@@ -435,6 +445,11 @@ def _reward_table(rewards: Sequence[Reward]) -> str:
 def _doubts(facts: RunFacts) -> list[str]:
     """What not to trust, one point each, the gravest first."""
     points = [f"Warning during training: {as_text(warning)}" for warning in facts.hacking or []]
+    if facts.adapter and facts.base.dtype != "float32":
+        points.append(
+            f"The adapter was trained in float32, and diffusers rounds it to {as_text(facts.base.dtype)} when it loads it: "
+            "pictures and scores may differ a little from those shown here."
+        )
     if facts.beside:
         points.append(
             f"It was trained on top of other adapters ({', '.join(map(as_code, facts.beside))}), which are not in "
@@ -449,8 +464,8 @@ def _doubts(facts: RunFacts) -> list[str]:
         )
     elif facts.hacking is None:
         points.append(
-            f"{', '.join(held_out)} was held out, but not evaluated often enough in training for a warning of reward "
-            "hacking."
+            f"{', '.join(held_out)} was held out, and there were too few evaluations, or none kept for this card, for a warning of "
+            "reward hacking."
         )
     elif not facts.hacking:
         points.append(
@@ -469,7 +484,7 @@ def _doubts(facts: RunFacts) -> list[str]:
     if counts:
         points.append(f"The figures come from {max(counts)} prompts. With prompts of another kind they may differ.")
     if facts.evaluation is None:
-        points.append("Nothing was measured before and after training.")
+        points.append("No scores before and after training are kept for this card.")
     return points
 
 

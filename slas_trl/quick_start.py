@@ -52,7 +52,7 @@ def quick_start(facts: "RunFacts", location: str, revision: str | None = None) -
     pillow = {"output_type": "pil"} if facts.output == "frames" else {}
     noise = {"generator": _Name(f"torch.Generator().manual_seed({seed})")}
     arguments = {"prompt": prompt, **images, **pillow, **facts.call, **noise}
-    first = "frames[0][0]" if facts.output == "frames" else "images[0]"
+    first = "frames[0][0]" if facts.output == "frames" else f"{facts.output}[0]"
     lines += [f"image = {_call('pipe', arguments, one_line=False)}.{first}", 'image.save("image.png")']
     return "\n".join(lines)
 

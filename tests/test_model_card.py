@@ -334,7 +334,11 @@ class TestQuickStart:
             '    "black-forest-labs/FLUX.1-dev",\n'
             "    torch_dtype=torch.bfloat16,\n"
             ")\n"
-            'pipe.load_lora_weights("user/repo", revision="v2")\n'
+            "pipe.load_lora_weights(\n"
+            '    "user/repo",\n'
+            '    revision="v2",\n'
+            '    weight_name="pytorch_lora_weights.safetensors",\n'
+            ")\n"
             'pipe.to("cuda" if torch.cuda.is_available() else "cpu")\n\n'
             "image = pipe(\n"
             '    prompt="word",\n'

@@ -62,32 +62,37 @@ def main(argv: Sequence[str] | None = None) -> None:
         ),
         card=edited,
     )
-    for name, what in hub.describe(files):
+    for name, what in hub.describe(files, facts):
         print(f"{name:40} {what}")
     print(f"Pushed: {done.commit_url}")
 
 
 def find_result(run_dir: Path) -> tuple[RunFacts, Callable[[str], str] | None, Path]:
     """
-    The facts for the card, the card if it was edited, and the folder of the weights: that of the run, if it has come
-    to its end, or else its last whole checkpoint.
+    The facts for the card, the card if it was edited, and the folder of the weights: that of the run, if they were
+    saved there at its end, or else its last whole checkpoint.
     """
     if (run_dir / STATE_FILE).is_file():
         read_state(run_dir)
-        return of_checkpoint(hub.read_card(run_dir.resolve().parent)[0], run_dir), None, run_dir
-    facts, edited = hub.read_card(run_dir)
+        return of_step(hub.read_card(run_dir.resolve().parent).facts, step_of(run_dir)), None, run_dir
+    card = hub.read_card(run_dir)
     last = last_whole_checkpoint(run_dir)
-    if facts.step < facts.max_steps and last is not None:
-        print(f"The run has not come to its end: the weights are those of {last.name}.", file=sys.stderr)
-        return of_checkpoint(facts, last), edited, last
-    return facts, edited, run_dir
+    if card.saved_step is not None and (card.saved_step >= card.facts.step or last is None):
+        facts = card.facts if card.saved_step == card.facts.step else of_step(card.facts, card.saved_step)
+        return facts, card.edited, run_dir
+    if last is None:
+        raise FileNotFoundError(f"there are no trained weights in {run_dir}, and no whole checkpoint.")
+    print(f"The result of the run was not saved: the weights are those of {last.name}.", file=sys.stderr)
+    step = step_of(last)
+    return card.facts if step == card.facts.step else of_step(card.facts, step), card.edited, last
 
 
-def of_checkpoint(facts: RunFacts, checkpoint: Path) -> RunFacts:
-    """Those of a run, without what was measured at its end."""
-    step = json.loads((checkpoint / TRAINER_STATE_FILE).read_text())["global_step"]
-    if step == facts.step:
-        return facts
+def step_of(checkpoint: Path) -> int:
+    return json.loads((checkpoint / TRAINER_STATE_FILE).read_text())["global_step"]
+
+
+def of_step(facts: RunFacts, step: int) -> RunFacts:
+    """Those of a run after another update, without what was measured later."""
     return replace(
         facts,
         step=step,
@@ -106,7 +111,9 @@ def chosen_checkpoints(run_dir: Path, strategy: str) -> dict[str, Path | bytes]:
     """Files of the checkpoints that `strategy` asks for."""
     if strategy == "end":
         return {}
-    if strategy == hub.ALL_CHECKPOINTS:
+    if (run_dir / STATE_FILE).is_file():
+        folders = {run_dir: hub.LAST_CHECKPOINT if strategy == "checkpoint" else run_dir.resolve().name}
+    elif strategy == hub.ALL_CHECKPOINTS:
         folders = {folder: folder.name for folder in checkpoints_in(run_dir)}
         for folder in folders:
             read_state(folder)

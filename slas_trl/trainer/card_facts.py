@@ -1,12 +1,15 @@
 """What the model card says of a run, gathered from the trainer's parts. No path of this machine is in it."""
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -16,6 +19,8 @@ from ..calibration import CALIBRATION_FILE, read_rewards, read_rollouts, reward_
 from ..model_card import Base, Evaluation, Metric
 from ..schedulers import FlowSDEScheduler
 from .callbacks import METRICS_FILE
+from .calls import PipelineCalls, is_picture_column
+from .prompts import BUILDERS
 from .slas_config import SLASConfig
 
 
@@ -33,12 +38,14 @@ SETTINGS = (
     "generation_batch_size",
     "num_iterations",
     "epsilon",
+    "epsilon_high",
     "beta",
     "num_inference_steps",
     "guidance_scale",
     "timestep_fraction",
     "sde_window_size",
     "learning_rate",
+    "optim",
     "seed",
 )
 PACKAGES = ("torch", "diffusers", "transformers", "trl", "peft", "accelerate", "datasets", "huggingface_hub")
@@ -87,7 +94,40 @@ def settings_of(args: SLASConfig, scheduler: object) -> dict[str, Any]:
     """Name and value of the settings that decide the result."""
     # The one kind of noise that the pipeline's scheduler takes.
     noise = ("noise_schedule", "noise_level") if isinstance(scheduler, FlowSDEScheduler) else ("eta",)
-    return {name: value for name in (*SETTINGS, *noise) if (value := getattr(args, name)) is not None}
+    bounds = ("gamma_max",) if args.gamma_schedule in ("trust_region", "kl", "ess") else ()
+    filters = ("min_group_std",) if args.min_group_std else ()
+    values = {name: getattr(args, name) for name in (*SETTINGS, *bounds, *filters, *noise)}
+    return {name: str(value) if name == "optim" else value for name, value in values.items() if value is not None}
+
+
+def plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call that can be written down: texts, numbers, and lists of them."""
+    simple = (str, int, float, bool, type(None))
+    found = {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
+    return {
+        name: value
+        for name, value in found.items()
+        if name != "output_type"
+        and all(isinstance(v, simple) for v in (value if isinstance(value, list) else [value]))
+    }
+
+
+def texts_of(calls: PipelineCalls, dataset: Dataset, prompt: str) -> dict[str, str]:
+    """The other texts, such as "negative_prompt", that reach the pipeline with this prompt."""
+    names = [column for column in calls.columns(dataset) if not is_picture_column(dataset, column)]
+    if not names or prompt not in (prompts := list(dataset["prompt"])):
+        return {}
+    row = dataset[prompts.index(prompt)]
+    return {name: row[name] for name in names if isinstance(row[name], str)}
+
+
+def output_of(pipe: DiffusionPipeline) -> str:
+    """The field of the pipeline's output that has the pictures: "images", "frames" or "image"."""
+    for base in type(pipe).__mro__:
+        for name, kind in vars(sys.modules[base.__module__]).items():
+            if name.endswith("PipelineOutput") and is_dataclass(kind):
+                return fields(kind)[0].name
+    return "images"
 
 
 def dataset_of(name: str | None) -> tuple[str | None, bool]:
@@ -95,21 +135,25 @@ def dataset_of(name: str | None) -> tuple[str | None, bool]:
     if name is None or name == "shapes":
         return name, False
     path = Path(name)
-    on_hub = not path.exists() and not path.suffix and is_hub_id(name)
+    on_hub = not path.exists() and path.suffix not in (".txt", *BUILDERS) and is_hub_id(name)
     return (name, True) if on_hub else (path.name, False)
 
 
-def evaluation_of(history: Sequence[Mapping[str, Any]], names: Sequence[str], images: int) -> Evaluation | None:
+def evaluation_of(
+    history: Sequence[Mapping[str, Any]], names: Sequence[str], images: int, step: int | None = None
+) -> Evaluation | None:
     """
-    From the Trainer's history of logs: the last evaluation, beside the one before training if there was one. `None`
-    without any.
+    From the Trainer's history of logs: the evaluation after the update `step`, by default the last one, beside the one
+    before training if there was one. `None` without any.
 
     Args:
         history (`Sequence[Mapping[str, Any]]`): of the `TrainerState`.
         names (`Sequence[str]`): of the rewards.
         images (`int`): of each prompt.
+        step (`int`, *optional*): of the weights; without an evaluation then, the last one before it is taken.
     """
     logs = [log for log in history if any(re.fullmatch(r"eval_(.+_)?reward", key) for key in log)]
+    logs = [log for log in logs if step is None or log["step"] <= step]
     if not logs:
         return None
     first = {k: v for log in logs if log["step"] == 0 for k, v in log.items()}
@@ -139,8 +183,9 @@ def evaluation_of(history: Sequence[Mapping[str, Any]], names: Sequence[str], im
         before = [] if not first else ["" if metric.before is None else f"{metric.before:.4f}"]
         width = "" if metric.high is None else f" ± {metric.high - metric.value:.4f}"
         rows.append([metric.name, *before, f"{metric.value:.4f}{width}"])
+    counts = " and ".join(dict.fromkeys(str(metric.prompts) for metric in metrics))
     how = (
-        f"Mean rewards on {metrics[0].prompts} evaluation prompts, {images} pictures each, drawn by the pipeline's "
+        f"Mean rewards on {counts} evaluation prompts, {images} pictures each, drawn by the pipeline's "
         "own sampler; ± is the half width of a 95% interval, from the differences between prompts."
     )
     return Evaluation(how, columns, rows, metrics, "evaluation")

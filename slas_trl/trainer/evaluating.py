@@ -22,7 +22,6 @@ class EvaluatingTrainer(ResumableTrainer):
     calls: PipelineCalls
     scorer: RewardScorer
     eval_scorer: RewardScorer  # those of `scorer`, and then the ones that are held out
-    output_field = "images"  # of what the pipeline returns; "frames" of some
 
     @property
     def trained_weights(self) -> list[float]:
@@ -153,9 +152,7 @@ class EvaluatingTrainer(ResumableTrainer):
         with self._averaged_weights():
             for chunk in self.calls.chunks(dataset, indices, size):
                 rows = [indices[i] for i in chunk]
-                output = self.pipe(**self.calls.call(dataset, rows, [generators[i] for i in chunk]))
-                self.output_field = next(iter(output)) if isinstance(output, dict) else self.output_field
-                made = as_pictures(output[0])
+                made = as_pictures(self.pipe(**self.calls.call(dataset, rows, [generators[i] for i in chunk]))[0])
                 on_chunk(rows, made)
                 images += made
         reshard(cast(torch.nn.Module, self.model))

@@ -51,6 +51,11 @@ def add_adapter(denoiser: Any, config: PeftConfig) -> None:
         raise ValueError(
             f"lora_dropout is {config.lora_dropout}, with which the ratio is not 1 before an update; set it to 0."
         )
+    if config.bias != "none" or config.modules_to_save:
+        raise ValueError(
+            f"peft_config has bias={config.bias!r} and modules_to_save={config.modules_to_save!r}, which diffusers' "
+            "files of adapters cannot hold; leave both out."
+        )
     if not takes_adapter(denoiser):
         raise ValueError(f"A {type(denoiser).__name__} takes no adapter; leave peft_config out to train all of it.")
     _refuse_fused(denoiser)

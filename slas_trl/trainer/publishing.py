@@ -1,10 +1,10 @@
 """The part of the trainer that shows its result: pictures, the model card, and the Hub."""
 
 import functools
-import itertools
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,11 +20,11 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from .. import hub
-from ..model_card import Evaluation, Reward, RunFacts, Sample, spread
+from ..model_card import Evaluation, Reward, RunFacts, Sample, render, spread
 from ..rewards.blind_spots import BLIND_SPOTS, MEASURES
 from . import card_facts, checkpoints, lora
 from .calls import is_picture_column
-from .collectives import raise_together
+from .collectives import gathered, raise_together
 from .evaluating import EvaluatingTrainer
 from .hacking import find_hacking
 from .hub_checkpoints import checkpoint_files, fetch_checkpoint, names_checkpoint
@@ -45,10 +45,12 @@ class PublishingTrainer(EvaluatingTrainer):
     _samples: list[Sample] | None = None
     _sheet: str | None = None
     _shown_at = -1  # the update after which the pictures were made
-    _unpushed: Path | None = None  # the newest checkpoint that should be on the Hub and is not
+    _best_since = -1  # the update after which the best weights were loaded
+    _saved_step: int | None = None  # the update of the weights in the run's folder itself
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self._uploads, self._pushes = hub.Uploads(), itertools.count()
+        self._uploads = hub.Uploads()
+        self._unpushed: list[Path] = []  # checkpoints that should be on the Hub and are not
         super().__init__(*args, **kwargs)
 
     # Pictures
@@ -112,31 +114,48 @@ class PublishingTrainer(EvaluatingTrainer):
         if self.is_world_process_zero():
             self._write_card(self._facts(model_name, dataset_name, tags))
 
-    def _write_card(self, facts: RunFacts) -> None:
-        folder = self._output_dir
-        files = []
+    def _write_card(self, facts: RunFacts, is_new: bool = False) -> None:
+        folder, files = self._output_dir, []
         if not self.is_in_train:
             with suppress(FileNotFoundError):  # nothing has been saved yet
-                files = hub.describe(hub.run_files(folder, folder, facts))
-        hub.write_card(folder, facts, self.hub_model_id or hub.local_name(folder), self.args.hub_revision, files)
+                files = hub.describe(hub.run_files(folder, folder, facts), facts)
+        location = self.hub_model_id or hub.local_name(folder)
+        text = render(facts, location, self.args.hub_revision, files)
+        hub.write_card(folder, facts, text, location, self._saved_step, is_new)
+
+    @property
+    def _step(self) -> int:
+        """The update of the weights: at the end of a run they may be the best ones."""
+        best = self._best_since == self.state.global_step and self.state.best_global_step
+        return best or self.state.global_step
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._best_since = self.state.global_step
 
     def _facts(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | Sequence[str] | None = None
     ) -> RunFacts:
         args, pipe, names, data = self.args, self.pipe, self.denoiser_names, self.train_dataset
         denoiser, folder = pipe.components[names[0]], self._output_dir
-        settings = card_facts.settings_of(args, self.replayer.scheduler) | {"updates": self.state.global_step}
+        settings = card_facts.settings_of(args, self.replayer.scheduler) | {"updates": self._step}
         if self.has_adapter:
             config = denoiser.peft_config[lora.ADAPTER_NAME]
             settings |= {"lora_r": config.r, "lora_alpha": config.lora_alpha}
+            settings |= {"use_rslora": True} if config.use_rslora else {}
+        if self.continued is not None and args.beta:
+            settings["kl_reference"] = args.kl_reference
         dataset, on_hub = card_facts.dataset_of(dataset_name or self.dataset_name)
         name = model_name or (self.hub_model_id or args.hub_model_id or folder.resolve().name).split("/")[-1]
         copies = args.num_generations_eval or args.num_generations
         ended = not self.is_in_train
         shown = ended and self._shown_at == self.state.global_step
         curves = self._draw_curves() if ended else None
-        call = {k: v for k, v in self.calls.arguments.items() if isinstance(v, str | int | float | bool | None)}
-        evaluated = card_facts.evaluation_of(self.state.log_history, self.eval_scorer.names, copies)
+        calibrated = ended and args.log_completions  # else a picture that is there is of an earlier run
+        prompt = self._samples[0].prompt if shown and self._samples else data[0]["prompt"]
+        call = card_facts.plain(self.calls.arguments) | card_facts.texts_of(self.calls, data, prompt)
+        step = self._step if ended else None
+        evaluated = card_facts.evaluation_of(self.state.log_history, self.eval_scorer.names, copies, step)
         weights = self.weight_of
         return RunFacts(
             name=name,
@@ -145,15 +164,13 @@ class PublishingTrainer(EvaluatingTrainer):
             denoisers={name: lora.plain_class(pipe.components[name]).__name__ for name in names},
             loads_lora=isinstance(pipe, LoraBaseMixin),
             picture_arguments=[c for c in self.calls.columns(data) if is_picture_column(data, c)],
-            output=self.output_field,
+            output=card_facts.output_of(pipe),
             call={k: v for k, v in call.items() if k != "output_type"},
-            prompt=self._samples[0].prompt if shown and self._samples else data[0]["prompt"],
+            prompt=prompt,
             rewards=self._rewards_of_card(),
             settings=settings,
-            step=self.state.global_step,
-            max_steps=max(self.state.max_steps, self.state.global_step)
-            if self.is_in_train
-            else self.state.global_step,
+            step=self._step,
+            max_steps=self._step if ended and not self._interrupted else max(self.state.max_steps, self._step),
             dataset=dataset,
             dataset_on_hub=on_hub,
             train_prompts=len(data),
@@ -163,8 +180,8 @@ class PublishingTrainer(EvaluatingTrainer):
             samples=self._samples or [] if shown else [],
             sheets=[self._sheet] if shown and self._sheet else [],
             curves=curves,
-            calibration=CALIBRATION if ended and (folder / CALIBRATION).is_file() else None,
-            reading=card_facts.reading_of(folder),
+            calibration=CALIBRATION if calibrated and (folder / CALIBRATION).is_file() else None,
+            reading=card_facts.reading_of(folder) if calibrated else None,
             hacking=find_hacking(
                 self.state.log_history, [name for name, weight in weights.items() if not weight], args.hacking_patience
             ),
@@ -233,6 +250,10 @@ class PublishingTrainer(EvaluatingTrainer):
         and with `args.push_to_hub` pushes what is in `args.output_dir`. A push that fails is told, not raised.
         """
         super().save_model(output_dir, _internal_call)
+        if self._writing is None and output_dir in (None, self.args.output_dir):
+            self._saved_step = self._step
+            if self.args.should_save:
+                hub.note_saved(self._output_dir, self._step)
         if self.args.push_to_hub and not _internal_call:
             try:
                 self.push_to_hub(commit_message="Model save")
@@ -270,25 +291,38 @@ class PublishingTrainer(EvaluatingTrainer):
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
+        self._finish_current_push()
         self._draw_gallery()
         result, error = None, None
         if self.is_world_process_zero():
-            facts, folder = self._facts(**kwargs), self._output_dir
-            self._write_card(facts)  # should the push fail
-            self._finish_current_push()
-            push = self._push_of(hub.run_files(folder, folder, facts), commit_message or "End of training")
-            push.replaces = hub.OLD_PICTURES
-            push.token, push.revision = token or push.token, revision or push.revision
-            push.private = push.private if private is None else private
-            result = self._start(facts, push)
             try:
+                result = self._push_result(commit_message or "End of training", token, revision, private, **kwargs)
                 if blocking:
+                    self._uploads.wait()
                     result = result.result()
-                    self._write_card(facts)  # by now with the license of the base model
-            except hub.PushError as raised:
+                else:
+                    result.add_done_callback(lambda done: done.exception() and logger.error(str(done.exception())))
+            except Exception as raised:  # the other processes wait for a word
                 error = raised
         raise_together(error)
         return result
+
+    def _push_result(
+        self, message: str, token: str | None, revision: str | None, private: bool | None, **kwargs: Any
+    ) -> "Future[CommitInfo]":
+        facts, folder = self._facts(**kwargs), self._output_dir
+        self._write_card(facts)  # should the push fail
+        push = self._push_of(hub.run_files(folder, folder, facts), message)
+        push.replaces = hub.OLD_PICTURES
+        push.token, push.revision = token or push.token, revision or push.revision
+        push.private = push.private if private is None else private
+
+        def note(done: "Future[CommitInfo]") -> None:
+            if done.exception() is None:  # the same here and there
+                text = cast(bytes, push.files[hub.CARD_FILE]).decode()
+                hub.write_card(folder, facts, text, push.repo_id, self._saved_step)
+
+        return self._start(facts, push, note)
 
     def _push_of(self, files: dict[str, Path | bytes], message: str) -> hub.Push:
         args = self.args
@@ -304,9 +338,11 @@ class PublishingTrainer(EvaluatingTrainer):
             token=args.hub_token,
         )
 
-    def _start(self, facts: RunFacts, push: hub.Push) -> "Future[CommitInfo]":
-        """Push in the background; the files are kept until it is done."""
-        place = self._output_dir / f"{checkpoints.WRITING}push-{next(self._pushes)}"
+    def _start(
+        self, facts: RunFacts, push: hub.Push, note: Callable[["Future[CommitInfo]"], None]
+    ) -> "Future[CommitInfo]":
+        """Push in the background, and call `note` when it is done; the files are kept until then."""
+        place = Path(tempfile.mkdtemp(prefix=f"{checkpoints.WRITING}push-", dir=self._output_dir))
         push.files = hub.keep(push.files, place)
 
         def job() -> CommitInfo:
@@ -317,13 +353,13 @@ class PublishingTrainer(EvaluatingTrainer):
             finally:
                 shutil.rmtree(place, ignore_errors=True)
 
-        return self._uploads.start(job)
+        return self._uploads.start(job, note)
 
     def _save_checkpoint(self, model: torch.nn.Module | None, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.is_world_process_zero():
             try:
-                self._write_card(self._facts())  # for `slas-trl push`, should the run not come to its end
+                self._write_card(self._facts(), is_new=True)  # for `slas-trl push`, should the run not come to its end
             except OSError as error:
                 logger.warning(f"The model card could not be written, and training goes on: {error}")
 
@@ -334,39 +370,43 @@ class PublishingTrainer(EvaluatingTrainer):
         strategy = HubStrategy(self.args.hub_strategy)
         if strategy == HubStrategy.END:
             return
-        self._unpushed = Path(checkpoint_folder)
+        every = strategy == HubStrategy.ALL_CHECKPOINTS
+        self._unpushed = [*(self._unpushed if every else []), Path(checkpoint_folder)]
         # Of several checkpoints that wait, the newest is enough, unless all are asked for.
-        if self._uploads.busy and not self.args.hub_always_push and strategy != HubStrategy.ALL_CHECKPOINTS:
+        if self._uploads.busy and not self.args.hub_always_push and not every:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self._push_checkpoint(self._unpushed)
+        self._push_checkpoint(Path(checkpoint_folder))
 
     def _push_checkpoint(self, checkpoint: Path) -> None:
-        facts = self._facts()
-        files: dict[str, Path | bytes] = dict(hub.weight_files(checkpoint, facts))
-        push = self._push_of(files, f"Training in progress, {checkpoint.name.replace('-', ' ')}")
-        if push.strategy in hub.CHECKPOINT_STRATEGIES:
-            every = push.strategy == hub.ALL_CHECKPOINTS
-            push.files |= checkpoint_files(checkpoint, checkpoint.name if every else hub.LAST_CHECKPOINT)
-            push.replaces = hub.OLD_CHECKPOINT
+        try:
+            facts = self._facts()
+            files: dict[str, Path | bytes] = dict(hub.weight_files(checkpoint, facts))
+            push = self._push_of(files, f"Training in progress, {checkpoint.name.replace('-', ' ')}")
+            if push.strategy in hub.CHECKPOINT_STRATEGIES:
+                every = push.strategy == hub.ALL_CHECKPOINTS
+                push.files |= checkpoint_files(checkpoint, checkpoint.name if every else hub.LAST_CHECKPOINT)
+                push.replaces = hub.OLD_CHECKPOINT
 
-        def note(done: "Future[CommitInfo]") -> None:
-            if error := done.exception():
-                logger.warning(f"{checkpoint.name}: {error}")
-            elif self._unpushed == checkpoint:
-                self._unpushed = None
+            def note(done: "Future[CommitInfo]") -> None:
+                if error := done.exception():
+                    logger.warning(f"{checkpoint.name}: {error}")
+                elif checkpoint in self._unpushed:
+                    self._unpushed.remove(checkpoint)
 
-        self._start(facts, push).add_done_callback(note)
+            self._start(facts, push, note)
+        except (OSError, ValueError) as error:  # a full disk, for one
+            logger.warning(f"{checkpoint.name} was not pushed, and training goes on: {error}")
 
     def _finish_current_push(self) -> None:
         """Wait for what is under way, and try once more what should be there by now and is not."""
         if self._uploads.busy:
             logger.info("Waiting for the push of a checkpoint to be finished.")
         self._uploads.wait()
-        if self._unpushed is not None and self._unpushed.is_dir():
-            self._push_checkpoint(self._unpushed)
-            self._uploads.wait()
-        self._unpushed = None  # what came of it has been told
+        for checkpoint in [folder for folder in self._unpushed if folder.is_dir()]:
+            self._push_checkpoint(checkpoint)
+        self._uploads.wait()
+        self._unpushed = []  # what came of them has been told
 
     def _save_unfinished(self, why: str) -> None:
         super()._save_unfinished(why)
@@ -382,10 +422,25 @@ class PublishingTrainer(EvaluatingTrainer):
         """
         source = resume_from_checkpoint
         if isinstance(source, str) and not Path(source).is_dir() and names_checkpoint(source):
-            own = source.split("@")[0] == self.args.hub_model_id
+            own = "/".join(source.split("@")[0].split("/")[:2]) == self.args.hub_model_id
             revision = self.args.hub_revision if own else None
-            resume_from_checkpoint = str(fetch_checkpoint(source, self._output_dir, revision, self.args.hub_token))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+            resume_from_checkpoint = self._fetch(source, revision)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except BaseException:
+            self.is_in_train, self._interrupted = False, True
+            raise
+
+    def _fetch(self, source: str, revision: str | None) -> str:
+        """One process of each machine downloads."""
+        path, error = None, None
+        if self.accelerator.is_local_main_process:
+            try:
+                path = str(fetch_checkpoint(source, self._output_dir, revision, self.args.hub_token))
+            except (OSError, ValueError) as raised:
+                error = raised
+        raise_together(error)
+        return next(found for found in gathered(path) if found is not None)
 
 
 def _is_ours(function: Any) -> bool:

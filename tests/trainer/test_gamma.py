@@ -225,7 +225,7 @@ def test_the_resumed_run_is_the_uninterrupted_one(tmp_path, name):
         resumed = tiny_trainer(folder, **settings)
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{at}"))
         assert same(trained_weights(whole), trained_weights(resumed))
-        assert lines_of(tmp_path / "whole")[at:] == lines_of(folder)
+        assert lines_of(tmp_path / "whole") == lines_of(folder)
 
 
 @pytest.mark.parametrize("name", ["trust region", "kl"])
@@ -257,7 +257,7 @@ def test_a_run_may_go_on_with_another_schedule(tmp_path):
         folder = tmp_path / f"{before}-{after}"
         trainer = tiny_trainer(folder, gamma_schedule=after, max_steps=3, gamma=0.4)
         trainer.train(resume_from_checkpoint=str(tmp_path / before / "checkpoint-2"))
-        assert column(folder, "gamma") == [0.4]
+        assert column(folder, "gamma")[-1] == 0.4
 
 
 def test_training_again_starts_anew(tmp_path):

@@ -54,7 +54,7 @@ def test_end(tmp_path, tmp_path_factory, uploads):
                    for name in files)  # fmt: skip
         assert files["README.md"] == (tmp_path / "README.md").read_bytes()
         # The list of files in the card is the listing.
-        listed = set(re.findall(r"^\| `([^`]+)` \|", files["README.md"].decode().split("## Files")[1], re.MULTILINE))
+        listed = set(re.findall(r"^- `([^`]+)`", files["README.md"].decode().split("## Files")[1], re.MULTILINE))
         assert listed == {name.split("/")[0] + "/" * ("/" in name) for name in files}
 
 
