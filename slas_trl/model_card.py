@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from slas_trl.markdown import as_code, as_paragraph, as_text, one_line, shown, table, to_yaml
+from slas_trl.meanings import MEANINGS
 from slas_trl.quick_start import quick_start
 
 
@@ -23,43 +24,6 @@ FACTS_FILE = "model_card.json"  # stays in the run's folder
 CARD_FILE = "README.md"
 TEMPLATES = Path(__file__).parent / "templates"
 HUB = "https://huggingface.co"
-
-# Of settings that need a word, for people who know the field but not this project.
-MEANINGS = {
-    "gamma": "an advantage is sign(x)·abs(x)^(1+γ), x being the scaled reward. At 0 it is linear, as in "
-    "GRPO; above, large differences count for more than their size, and small ones for less.",
-    "gamma_schedule": "how γ changes during training",
-    "gamma_max": "the largest γ of the schedule",
-    "scale_rewards": "what divides a reward's distance from its group's mean: the std of the whole batch (SLAS), of "
-    "the group (GRPO), or nothing",
-    "shape_order": "whether rewards are scaled first, or shaped first",
-    "batch_std_of": "rewards whose std it is: centred in each group, or as they are",
-    "shaping_baseline": "what is subtracted in each group before shaping: its mean, or what makes advantages sum to "
-    "zero",
-    "advantage_clip": "bound on the scaled reward, in stds",
-    "min_group_std": "groups that differ less are left out",
-    "multi_objective_aggregation": "whether several rewards are summed before they are scaled, or after",
-    "num_generations": "group size: pictures of one prompt that are compared with each other",
-    "generation_batch_size": "pictures per rollout",
-    "num_iterations": "passes over each rollout",
-    "epsilon": "clip range of the policy's ratio",
-    "epsilon_high": "its upper end, where that is another",
-    "beta": "weight of the KL divergence from the reference model; at 0 nothing but the clipping holds it back",
-    "num_inference_steps": "denoising steps while training",
-    "guidance_scale": "guidance while training",
-    "eta": "noise of a sampling step while training",
-    "noise_schedule": "kind of noise in sampling while training",
-    "noise_level": "its level",
-    "timestep_fraction": "share of the sampling steps that are trained",
-    "sde_window_size": "number of sampling steps that are noisy",
-    "kl_reference": "reference of the KL divergence: the adapter as it was at first, or the base model without it",
-    "learning_rate": "of the optimizer",
-    "optim": "the optimizer",
-    "lora_r": "rank of the adapter",
-    "lora_alpha": "its scale is lora_alpha / lora_r, or / √lora_r with use_rslora",
-    "use_rslora": "see lora_alpha",
-    "updates": "optimizer steps",
-}
 
 
 @dataclass
@@ -447,8 +411,8 @@ def _doubts(facts: RunFacts) -> list[str]:
     points = [f"Warning during training: {as_text(warning)}" for warning in facts.hacking or []]
     if facts.adapter and facts.base.dtype != "float32":
         points.append(
-            f"The adapter was trained in float32, and diffusers rounds it to {as_text(facts.base.dtype)} when it loads it: "
-            "pictures and scores may differ a little from those shown here."
+            f"The adapter was trained in float32, and diffusers rounds it to {as_text(facts.base.dtype)} when it "
+            "loads it: pictures and scores may differ a little from those shown here."
         )
     if facts.beside:
         points.append(
@@ -464,8 +428,8 @@ def _doubts(facts: RunFacts) -> list[str]:
         )
     elif facts.hacking is None:
         points.append(
-            f"{', '.join(held_out)} was held out, and there were too few evaluations, or none kept for this card, for a warning of "
-            "reward hacking."
+            f"{', '.join(held_out)} was held out, and there were too few evaluations, or none kept for this card, "
+            "for a warning of reward hacking."
         )
     elif not facts.hacking:
         points.append(

@@ -157,6 +157,18 @@ def test_a_run_that_has_not_come_to_its_end(tmp_path, server, online, capsys):
     assert "2 of 3 updates" in files["README.md"].decode()
 
 
+def test_weights_of_an_earlier_update_are_not_pushed(tmp_path, server, online):
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    first = trained(tmp_path, **settings, max_steps=1)
+    first.save_model()
+    second = tiny_trainer(tmp_path, **settings, max_steps=2)
+    second.train(resume_from_checkpoint=True)  # whose result is in its checkpoint alone
+    assert main(["push", str(tmp_path), REPO]) == 0
+    files = server.files(REPO)
+    assert files[ADAPTER] == (tmp_path / "checkpoint-2" / ADAPTER).read_bytes()
+    assert "`updates` **2**" in files["README.md"].decode()
+
+
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [

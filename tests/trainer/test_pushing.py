@@ -289,6 +289,40 @@ def test_no_network_at_the_start(tmp_path, tmp_path_factory, caplog):
         assert ADAPTER in server.files(REPO)
 
 
+def test_a_disk_that_is_full_ends_no_run(tmp_path, server, online, caplog, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hub, "keep", full)
+    trainer = trained(tmp_path, **PUSHED, hub_strategy="checkpoint", **EVERY_UPDATE)
+    assert trainer.state.global_step == 2
+    assert "checkpoint-2 was not pushed, and training goes on: [Errno 28]" in caplog.text
+
+
+def test_the_best_weights_have_their_own_scores_on_the_card(tmp_path):
+    settings = {"eval_dataset": PROMPTS, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True,
+                "metric_for_best_model": "eval_reward", "max_steps": 3, "learning_rate": 1e-2}  # fmt: skip
+    trainer = trained(tmp_path, **EVERY_UPDATE, **settings, greater_is_better=False)
+    best = trainer.state.best_global_step
+    trainer.save_model()
+    trainer.create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert f"after {best} updates" in text and f"`updates` **{best}**" in text
+    assert f"{trainer.state.best_metric:.4f}" in text
+
+
+def test_the_card_lists_all_of_the_repository(tmp_path, server, online):
+    api = HfApi(token="hf_good")
+    api.create_repo(REPO)
+    api.upload_file(path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id=REPO)
+    trainer = trained(tmp_path, **PUSHED, hub_strategy="all_checkpoints", **EVERY_UPDATE)
+    trainer.push_to_hub()
+    text = server.files(REPO)["README.md"].decode()
+    listed = dict(re.findall(r"^- `([^`]+)`: (.*)", text.split("## Files")[1], re.MULTILINE))
+    assert listed.keys() == {name.split("/")[0] + "/" * ("/" in name) for name in server.files(REPO)}
+    assert listed["notes.txt"] == "not of this run" and "to go on" in listed["checkpoint-1/"]
+
+
 # Privacy
 
 
