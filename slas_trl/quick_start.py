@@ -57,7 +57,9 @@ def quick_start(facts: "RunFacts", location: str, revision: str | None = None) -
     noise = {"generator": _Name(f"torch.Generator().manual_seed({seed})")}
     arguments = {"prompt": prompt, **images, **pillow, **facts.call, **noise}
     first = "frames[0][0]" if facts.output == "frames" else f"{facts.output}[0]"
-    lines += [f"image = {_call('pipe', arguments, one_line=False)}.{first}", 'image.save("image.png")']
+    lines += [f"image = {_call('pipe', arguments, one_line=False)}.{first}"]
+    # Not over the reader's own picture.
+    lines += [f'image.save("{"edited" if facts.picture_arguments else "image"}.png")']
     return "\n".join(lines)
 
 

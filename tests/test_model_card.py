@@ -384,7 +384,8 @@ class TestQuickStart:
             (
                 {"base": replace(FLUX, pipeline="FluxImg2ImgPipeline"), "picture_arguments": ["image"]},
                 ["from diffusers.utils import load_image", "pipe = FluxImg2ImgPipeline.from_pretrained(",
-                 '    image=load_image("image.png"),  # your own picture\n'],
+                 '    image=load_image("image.png"),  # your own picture\n',
+                 'image.save("edited.png")'],
             ),
             (
                 {"base": replace(FLUX, pipeline="MyPipeline")},
