@@ -242,6 +242,7 @@ def render(facts: RunFacts, location: str, revision: str | None = None, files: S
         rewarded=_rewarded(facts),
         data=_data(facts),
         quick_start=quick_start(facts, location, revision),
+        compared=any(sample.before for sample in facts.samples),
         sheets=[_path(path) for path in facts.sheets],
         curves=facts.curves and _path(facts.curves),
         calibration=facts.calibration and _path(facts.calibration),
@@ -409,11 +410,6 @@ def _reward_table(rewards: Sequence[Reward]) -> str:
 def _doubts(facts: RunFacts) -> list[str]:
     """What not to trust, one point each, the gravest first."""
     points = [f"Warning during training: {as_text(warning)}" for warning in facts.hacking or []]
-    if facts.adapter and facts.base.dtype != "float32":
-        points.append(
-            f"The adapter was trained in float32, and diffusers rounds it to {as_text(facts.base.dtype)} when it "
-            "loads it: pictures and scores may differ a little from those shown here."
-        )
     if facts.beside:
         points.append(
             f"It was trained on top of other adapters ({', '.join(map(as_code, facts.beside))}), which are not in "
@@ -428,8 +424,8 @@ def _doubts(facts: RunFacts) -> list[str]:
         )
     elif facts.hacking is None:
         points.append(
-            f"{', '.join(held_out)} was held out, and there were too few evaluations, or none kept for this card, "
-            "for a warning of reward hacking."
+            f"{', '.join(held_out)} was held out, but too few evaluations are kept for this state to warn of reward "
+            "hacking."
         )
     elif not facts.hacking:
         points.append(
@@ -448,7 +444,12 @@ def _doubts(facts: RunFacts) -> list[str]:
     if counts:
         points.append(f"The figures come from {max(counts)} prompts. With prompts of another kind they may differ.")
     if facts.evaluation is None:
-        points.append("No scores before and after training are kept for this card.")
+        points.append("No scores are kept for this state.")
+    if facts.adapter and facts.base.dtype != "float32":
+        points.append(
+            f"The adapter was trained in float32, and diffusers rounds it to {as_text(facts.base.dtype)} when "
+            "loading it: pictures and scores can differ a little from those here."
+        )
     return points
 
 

@@ -15,10 +15,14 @@ LINE = 88  # columns
 
 def quick_start(facts: "RunFacts", location: str, revision: str | None = None) -> str:
     """Python that loads the result from `location`, a folder or Hub id, with plain diffusers, and makes a picture."""
+    import diffusers  # takes seconds
+
     base, dtype = facts.base, facts.base.dtype
+    # Of the repository's parts another pipeline may have been made, such as one that edits.
+    pipeline = base.pipeline if base.pipeline in dir(diffusers) else "DiffusionPipeline"
     place = {"": location, **({"revision": revision} if revision else {})}
     precision = {"torch_dtype": _Name(f"torch.{dtype}")} if dtype in ("bfloat16", "float16") else {}
-    classes = [] if base.embedded else ["DiffusionPipeline"]
+    classes = [] if base.embedded else [pipeline]
     classes += [] if facts.adapter else sorted(set(facts.denoisers.values()))
     lines = ["import torch"]
     lines += [f"from diffusers import {', '.join(classes)}"] if classes else []
@@ -30,7 +34,7 @@ def quick_start(facts: "RunFacts", location: str, revision: str | None = None) -
         lines += [""] if base.hub_id else ["", f"# The {base.pipeline} that was trained, which is not on the Hub:"]
         source = base.hub_id or base.folder or f"path/to/{base.name or 'base-model'}"
         arguments = {"": source, **base.init_kwargs, **precision}
-        lines += [f"pipe = {_call('DiffusionPipeline.from_pretrained', arguments)}"]
+        lines += [f"pipe = {_call(f'{pipeline}.from_pretrained', arguments)}"]
     if location == ".":
         lines += ["# From the folder of this card:"]
     for i, (name, kind) in enumerate(facts.denoisers.items()):
@@ -48,20 +52,22 @@ def quick_start(facts: "RunFacts", location: str, revision: str | None = None) -
             lines += [_call(f"pipe.{name}.load_lora_adapter", arguments)]
     lines += ['pipe.to("cuda" if torch.cuda.is_available() else "cpu")', ""]
     prompt, seed = (facts.samples[0].prompt, facts.samples[0].seed) if facts.samples else (facts.prompt, 0)
-    images = {name: _Name(f'load_image("{name}.png")') for name in facts.picture_arguments}
+    images = {name: _Name(f'load_image("{name}.png")', "  # your own picture") for name in facts.picture_arguments}
     pillow = {"output_type": "pil"} if facts.output == "frames" else {}
     noise = {"generator": _Name(f"torch.Generator().manual_seed({seed})")}
     arguments = {"prompt": prompt, **images, **pillow, **facts.call, **noise}
     first = "frames[0][0]" if facts.output == "frames" else f"{facts.output}[0]"
-    lines += [f"image = {_call('pipe', arguments, one_line=False)}.{first}", 'image.save("image.png")']
+    lines += [f"image = {_call('pipe', arguments, one_line=False)}.{first}"]
+    # Not over the reader's own picture.
+    lines += [f'image.save("{"edited" if facts.picture_arguments else "image"}.png")']
     return "\n".join(lines)
 
 
 class _Name:
-    """Code among values."""
+    """Code among values, and what is said of it at the end of its line."""
 
-    def __init__(self, code: str):
-        self.code = code
+    def __init__(self, code: str, comment: str = ""):
+        self.code, self.comment = code, comment
 
 
 def _call(function: str, arguments: dict[str, Any], one_line: bool = True) -> str:
@@ -69,7 +75,10 @@ def _call(function: str, arguments: dict[str, Any], one_line: bool = True) -> st
     line = f"{function}({', '.join(_argument(name, value, wrapped=False) for name, value in arguments.items())})"
     if one_line and len(line) <= LINE:
         return line
-    lines = "".join(f"    {_argument(name, value, wrapped=True)},\n" for name, value in arguments.items())
+    lines = ""
+    for name, value in arguments.items():
+        comment = value.comment if isinstance(value, _Name) else ""
+        lines += f"    {_argument(name, value, wrapped=True)},{comment}\n"
     return f"{function}(\n{lines})"
 
 

@@ -293,7 +293,15 @@ class TestText:
         assert "it was trained on: the figures say nothing of" in self.text(
             evaluation=replace(scores, prompts_are="training")
         )
-        assert "No scores before and after training are kept" in self.text(evaluation=None)
+
+    def test_what_is_not_kept_is_not_denied(self):
+        text = self.text(evaluation=None, hacking=None)
+        assert text.count("No scores are kept for this state.") == 2
+        assert "word was held out, but too few evaluations are kept for this state to warn of reward hacking" in text
+
+    def test_a_rounded_adapter_says_so(self):
+        assert "diffusers rounds it to bfloat16 when loading it" in self.text()
+        assert "rounds" not in self.text(adapter=False) + self.text(base=replace(FLUX, dtype="float32"))
 
     def test_settings_are_explained_and_short(self):
         settings = {"gamma": 0.1 + 0.2, "learning_rate": 1e-5, "new": [1, None]}
@@ -316,6 +324,17 @@ class TestText:
         bare = replace(run, samples=[], sheets=[], curves=None, calibration=None)
         assert bare.pictures == [] and not {"img", "gallery"} & {tag for tag, _ in page_of(bare).elements}
 
+    def test_pictures_are_compared_where_there_are_some_before(self):
+        both = split_card(render(facts(), "x"))[1]
+        assert "## Before and after\n" in both and "[![Pictures of the same prompts before and after training]" in both
+        after = split_card(render(facts(samples=[Sample("a cat", "after.png")]), "x"))[1]
+        assert "## Pictures\n\nThey were made after training.\n" in after and "[![Pictures after training]" in after
+        assert "before and after" not in after.lower()
+
+    def test_a_reader_edits_a_picture_of_their_own(self):
+        words = "It draws the first prompt of the pictures below"
+        assert words in self.text() and words not in self.text(picture_arguments=["image"])
+
     def test_the_rest(self):
         page = page_of(facts(), files=[("README.md", "this card")])
         for words in ("README.md: this card", "went on from the adapter word", "of decay 0.9", "diffusers 0.42.1"):
@@ -329,11 +348,9 @@ class TestQuickStart:
     def test_flux(self):
         assert quick_start(facts(call={}), "user/repo", revision="v2") == (
             "import torch\n"
-            "from diffusers import DiffusionPipeline\n\n"
-            "pipe = DiffusionPipeline.from_pretrained(\n"
-            '    "black-forest-labs/FLUX.1-dev",\n'
-            "    torch_dtype=torch.bfloat16,\n"
-            ")\n"
+            "from diffusers import FluxPipeline\n\n"
+            "pipe = FluxPipeline.from_pretrained("
+            '"black-forest-labs/FLUX.1-dev", torch_dtype=torch.bfloat16)\n'
             "pipe.load_lora_weights(\n"
             '    "user/repo",\n'
             '    revision="v2",\n'
@@ -362,21 +379,31 @@ class TestQuickStart:
             ),
             (
                 {"adapter": False},
-                ["from diffusers import DiffusionPipeline, FluxTransformer2DModel", 'subfolder="transformer"'],
+                ["from diffusers import FluxPipeline, FluxTransformer2DModel", 'subfolder="transformer"'],
             ),
             (
-                {"picture_arguments": ["image"]},
-                ["from diffusers.utils import load_image", 'image=load_image("image.png")'],
+                {"base": replace(FLUX, pipeline="FluxImg2ImgPipeline"), "picture_arguments": ["image"]},
+                ["from diffusers.utils import load_image", "pipe = FluxImg2ImgPipeline.from_pretrained(",
+                 '    image=load_image("image.png"),  # your own picture\n',
+                 'image.save("edited.png")'],
+            ),
+            (
+                {"base": replace(FLUX, pipeline="MyPipeline")},
+                ["pipe = DiffusionPipeline.from_pretrained("],
+            ),
+            (
+                {"output": "image", "call": {"sigmas": [1], "size": (1, 2)}},
+                [").image[0]\n", "    sigmas=[1],\n", "    size=[1, 2],\n"],
             ),
             (
                 {"base": Base("FluxPipeline", name="mine", init_kwargs={"variant": "fp16"}), "samples": [],
                  "prompt": "y"},
                 ["# The FluxPipeline that was trained, which is not on the Hub:",
-                 'pipe = DiffusionPipeline.from_pretrained("path/to/mine", variant="fp16")', 'prompt="y"',
+                 'pipe = FluxPipeline.from_pretrained("path/to/mine", variant="fp16")', 'prompt="y"',
                  "manual_seed(0)"],
             ),
         ],
-        ids=["two denoisers", "no load_lora_weights", "whole", "editing", "local base"],
+        ids=["two denoisers", "no load_lora_weights", "whole", "editing", "own class", "other output", "local base"],
     )  # fmt: skip
     def test_other_pipelines(self, changes, lines):
         code = quick_start(facts(**changes), "x")
