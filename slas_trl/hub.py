@@ -28,11 +28,11 @@ from transformers.utils import logging
 
 from .markdown import as_python
 from .model_card import CARD_FILE, FACTS_FILE, Base, RunFacts, render
+from .quick_start import adapter_file
 
 
 logger = logging.get_logger(__name__)
 
-WEIGHTS = "pytorch_lora_weights"
 LAST_CHECKPOINT = "last-checkpoint"  # transformers' name
 CHECKPOINT_STRATEGIES = ("checkpoint", ALL_CHECKPOINTS := "all_checkpoints")
 PICTURES = "samples"  # folder of those in the gallery
@@ -75,8 +75,15 @@ class Push:
 
 
 def create_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> str:
-    """Make the repository, if it is not there, and return its whole id."""
-    return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+    """
+    Make the repository, if it is not there, and return its whole id. Raises `ValueError` where it is to be a private
+    one, and is there as a public one.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and api.model_info(repo_id).private is False:
+        raise ValueError("it is there already, and public; make it private on its page, or choose another name")
+    return repo_id
 
 
 def publish(facts: RunFacts, push: Push, card: Callable[[str], str] | None = None) -> CommitInfo:
@@ -250,11 +257,9 @@ def weight_files(folder: Path, facts: RunFacts) -> dict[str, Path]:
 
 
 def _adapters(facts: RunFacts) -> dict[str, str]:
-    """The adapters' files, and what each is; see [`~trainer.lora.adapter_file`]."""
-    first, *others = facts.denoisers
-    return {f"{WEIGHTS}.safetensors": "the adapter"} | {
-        f"{WEIGHTS}_{name}.safetensors": f"the adapter of {name}" for name in others
-    }
+    """The adapters' files, and what each is."""
+    names = list(facts.denoisers)
+    return {adapter_file(name, names): "the adapter" + f" of {name}" * (name != names[0]) for name in names}
 
 
 def _is_model_file(path: Path) -> bool:

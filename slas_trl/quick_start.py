@@ -9,8 +9,16 @@ from slas_trl.markdown import as_python
 if TYPE_CHECKING:
     from slas_trl.model_card import RunFacts
 
-WEIGHTS = "pytorch_lora_weights"
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 LINE = 88  # columns
+
+
+def adapter_file(name: str, names: list[str]) -> str:
+    """
+    The file of denoiser `name`'s adapter. A second denoiser's lies beside the first's under a name that
+    `pipe.load_lora_weights` does not take for it, as it would take one in a subfolder of a repository.
+    """
+    return ADAPTER_FILE if name == names[0] else ADAPTER_FILE.replace(".", f"_{name}.")
 
 
 def quick_start(facts: "RunFacts", location: str, revision: str | None = None) -> str:
@@ -39,8 +47,7 @@ def quick_start(facts: "RunFacts", location: str, revision: str | None = None) -
         lines += ["# From the folder of this card:"]
     for i, (name, kind) in enumerate(facts.denoisers.items()):
         # Of the first, diffusers finds the name, but looks for it in the main branch.
-        suffix = f"_{name}" if i else ""
-        file = {"weight_name": f"{WEIGHTS}{suffix}.safetensors"} if i or revision else {}
+        file = {"weight_name": adapter_file(name, list(facts.denoisers))} if i or revision else {}
         if not facts.adapter:
             arguments = {**place, "subfolder": name, **precision}
             lines += [f"pipe.{name} = {_call(f'{kind}.from_pretrained', arguments)}"]

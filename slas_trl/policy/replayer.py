@@ -194,6 +194,15 @@ class PipelineReplayer:
         """
         if models is not None:
             return self.replay(rollout, step, models)
+        with self.without_adapter(adapter, instead):
+            return self.replay(rollout, step)
+
+    @contextmanager
+    def without_adapter(self, adapter: str | None = None, instead: str | None = None) -> Iterator[None]:
+        """
+        Within, the denoisers are without `adapter` (by default, without any), or with the adapter `instead` in its
+        place. Raises `ValueError` if there is none to disable.
+        """
         modules = (module for denoiser in denoisers_of(self.pipe).values() for module in denoiser.modules())
         adapted = [layer for layer in modules if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters]
         if not adapted:
@@ -204,7 +213,7 @@ class PipelineReplayer:
         for layer, names in zip(adapted, active, strict=True):
             layer._active_adapter = others + ([] if adapter is None else [name for name in names if name != adapter])
         try:
-            return self.replay(rollout, step)
+            yield
         finally:
             for layer, names in zip(adapted, active, strict=True):
                 layer._active_adapter = names

@@ -157,6 +157,14 @@ def rotate(newest: Path, limit: int | None, best: str | None) -> None:
             discard(_set_aside(folder))
 
 
+def rotate_after_kill(output_dir: Path, folder: Path, limit: int | None) -> None:
+    """[`rotate`], if `folder` is the newest checkpoint: a run that was killed just after writing it has not."""
+    newest = checkpoints_in(output_dir)[:1]
+    if [path.resolve() for path in newest] == [folder.resolve()]:
+        state = json.loads((folder / TRAINER_STATE_FILE).read_text())
+        rotate(newest[0], limit, state.get("best_model_checkpoint"))
+
+
 def tidy(output_dir: Path) -> None:
     """
     Undo what a killed run left half done: checkpoints half written or half removed go, and one that was to be replaced

@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from ..quick_start import adapter_file
 from .collectives import copy_full_tensor, full_state, full_tensor
 
 
 ADAPTER_NAME = "slas"  # not peft's "default", by which name a user's own may have been added
 REFERENCE_NAME = "kl_reference"  # peft goes by parts of names: neither may hold the other
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 
 
 def takes_adapter(denoiser: object) -> bool:
@@ -210,14 +210,6 @@ def adapters_beside(denoiser: torch.nn.Module) -> list[str]:
         name for layer in _adapter_layers(denoiser) if not layer.disable_adapters for name in layer.active_adapters
     ]
     return [name for name in dict.fromkeys(active) if name != ADAPTER_NAME]
-
-
-def adapter_file(name: str, names: list[str]) -> str:
-    """
-    The file of denoiser `name`'s adapter. A second denoiser's lies beside the first's under a name that
-    `pipe.load_lora_weights` does not take for it, as it would take one in a subfolder of a repository.
-    """
-    return ADAPTER_FILE if name == names[0] else ADAPTER_FILE.replace(".", f"_{name}.")
 
 
 def save_weights(

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from .. import hub
 from ..policy.doctor import denoisers_of
-from .lora import ADAPTER_FILE, adapter_file, carries_adapter, takes_adapter
+from ..quick_start import ADAPTER_FILE, adapter_file
+from .lora import carries_adapter, takes_adapter
 
 
 def load_adapter(pipe: DiffusionPipeline, source: str) -> None:

@@ -4,9 +4,9 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +14,6 @@ import torch
 from datasets import Dataset
 from diffusers.loaders.lora_base import LoraBaseMixin
 from huggingface_hub import CommitInfo
-from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
@@ -81,22 +80,9 @@ class PublishingTrainer(EvaluatingTrainer):
 
         after, before = draw(), None
         if self.has_adapter and self.continued is None:
-            with self._without_adapter():
+            with self.replayer.without_adapter(lora.ADAPTER_NAME):
                 before = draw()
         self.show([data[row]["prompt"] for row in rows], after, before)
-
-    @contextmanager
-    def _without_adapter(self) -> Iterator[None]:
-        modules = [m for name in self.denoiser_names for m in self.pipe.components[name].modules()]
-        layers = [m for m in modules if isinstance(m, BaseTunerLayer)]
-        active = [list(layer.active_adapters) for layer in layers]
-        for layer, names in zip(layers, active, strict=True):
-            layer._active_adapter = [name for name in names if name != lora.ADAPTER_NAME]
-        try:
-            yield
-        finally:
-            for layer, names in zip(layers, active, strict=True):
-                layer._active_adapter = names
 
     # The card
 

@@ -242,6 +242,10 @@ class ResumableTrainer(Trainer):
         self._reset_progress()
         if resume_from_checkpoint:
             self._own_checkpoints.add(Path(resume_from_checkpoint).resolve())
+            if self.args.should_save:
+                checkpoints.rotate_after_kill(
+                    self._output_dir, Path(resume_from_checkpoint), self.args.save_total_limit
+                )
         with checkpoints.on_interrupt(self._note_interrupt):
             return super().train(resume_from_checkpoint or None, *args, **kwargs)
 

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from slas_trl.cli.main import main
+from slas_trl.quick_start import ADAPTER_FILE
 from slas_trl.scripts.arguments import parse
 from slas_trl.scripts.compare_arm import run_arm
 from slas_trl.shapes import load_shapes_pipeline
@@ -66,7 +67,7 @@ def at_home(home, monkeypatch):
 
 
 def weights(folder: str) -> dict[str, torch.Tensor]:
-    return load_file(Path(folder) / lora.ADAPTER_FILE)
+    return load_file(Path(folder) / ADAPTER_FILE)
 
 
 def test_train_goes_on_from_it(capsys):

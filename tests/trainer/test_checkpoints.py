@@ -397,6 +397,19 @@ def test_a_half_written_checkpoint_is_none(tmp_path):
         tiny_trainer(tmp_path).train(resume_from_checkpoint=True)
 
 
+def test_old_checkpoints_go_that_a_kill_has_left(tmp_path):
+    settings = {"save_total_limit": 2, "max_steps": 3, **EVERY_UPDATE}
+    trained(tmp_path / "first", **{**settings, "save_total_limit": None})
+    shutil.copytree(tmp_path / "first", tmp_path / "run")  # as if killed before the oldest was removed
+    tiny_trainer(tmp_path / "run", **settings).train(resume_from_checkpoint=True)
+    assert left_in(tmp_path / "run") == ["checkpoint-2", "checkpoint-3", "metrics.jsonl"]
+    # But not where an earlier one is resumed from: the later ones are somebody's.
+    shutil.copytree(tmp_path / "first", tmp_path / "again")
+    one = {**settings, "save_total_limit": 1, "max_steps": 1}
+    tiny_trainer(tmp_path / "again", **one).train(resume_from_checkpoint=str(tmp_path / "again" / "checkpoint-1"))
+    assert "checkpoint-3" in left_in(tmp_path / "again")
+
+
 def test_a_write_that_is_interrupted_leaves_nothing(tmp_path):
     class Interrupted(SLASTrainer):
         def _save_rng_state(self, output_dir):

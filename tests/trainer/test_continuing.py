@@ -9,8 +9,9 @@ from peft import LoHaConfig, LoraConfig, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from slas_trl.quick_start import ADAPTER_FILE
 from slas_trl.trainer import lora as adapters
-from slas_trl.trainer.lora import ADAPTER_FILE, ADAPTER_NAME, REFERENCE_NAME
+from slas_trl.trainer.lora import ADAPTER_NAME, REFERENCE_NAME
 from tests.policy.zoo.all import FAMILIES
 from tests.tiny_pipelines import PIPELINES
 

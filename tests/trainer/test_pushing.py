@@ -271,6 +271,16 @@ def test_a_token_that_may_not_write_is_known_before_training(tmp_path, online):
         tiny_trainer(tmp_path, **PUSHED)
 
 
+def test_what_is_private_does_not_go_to_a_public_repository(tmp_path, server, online):
+    HfApi(token="hf_good").create_repo(REPO, private=False)
+    with pytest.raises(ValueError, match=f"cannot push to '{REPO}': it is there already, and public"):
+        tiny_trainer(tmp_path, **PUSHED, hub_private_repo=True)
+    trainer = trained(tmp_path, max_steps=1, hub_model_id=REPO, hub_private_repo=True)
+    with pytest.raises(hub.PushError, match="it is there already, and public"):
+        trainer.push_to_hub()
+    assert len(server.commits(REPO)) == 1
+
+
 def test_a_name_that_cannot_be(tmp_path, online):
     with pytest.raises(ValueError, match="push_to_hub cannot push to 'a/b/c'"):
         tiny_trainer(tmp_path, push_to_hub=True, hub_model_id="a/b/c")
