@@ -18,6 +18,7 @@ from slas_trl.scripts.arguments import parse
 from slas_trl.scripts.compare_arm import run_arm
 from slas_trl.shapes import load_shapes_pipeline
 from slas_trl.trainer import lora
+from tests.cli.tiny_run import RUN
 from tests.local_hub import HubServer
 from tests.tiny_pipelines import sd_pipeline
 from tests.trainer.test_continuing import publish
@@ -28,23 +29,13 @@ def darkness(prompts, images, **columns):
     return [1 - sum(image.convert("L").tobytes()) / (255 * image.width * image.height) for image in images]
 """
 SETTINGS = {
-    "model_name_or_path": "model",
+    **RUN,
     "adapter": "published",
-    "dataset_name": "prompts.txt",
     "reward_funcs": ["adapter_rewards:darkness"],
-    "num_generations": 4,
-    "per_device_train_batch_size": 8,
-    "steps_per_generation": 1,
-    "num_inference_steps": 3,
-    "height": 16,
-    "width": 16,
     "beta": 0.1,
     "learning_rate": 1e-2,
-    "max_steps": 2,
     "report_images_per_prompt": 1,
     "log_completions": False,
-    "use_cpu": True,
-    "output_dir": "run",
 }
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from slas_trl.cli.main import main
 from slas_trl.trainer import SLASTrainer
+from tests.cli.tiny_run import RUN
 from tests.local_hub import REPO
 from tests.tiny_pipelines import PIPELINES, sd_pipeline
 from tests.trainer.tiny_trainers import same, tiny_trainer, trained, trained_weights
@@ -21,23 +22,13 @@ from tests.trainer.tiny_trainers import same, tiny_trainer, trained, trained_wei
 ADAPTER = "pytorch_lora_weights.safetensors"
 PROMPTS = ["a dot", "a box", "<script>alert(1)</script>\u2028", 'dots: "---" | `x` {{ 7*7 }}']
 SETTINGS = {
-    "model_name_or_path": "model",
-    "dataset_name": "prompts.txt",
+    **RUN,
     "reward_funcs": ["brightness"],
     "use_peft": True,
     "lora_r": 4,
-    "num_generations": 4,
-    "per_device_train_batch_size": 8,
-    "steps_per_generation": 1,
-    "num_inference_steps": 3,
-    "height": 16,
-    "width": 16,
     "learning_rate": "1e-2",
-    "max_steps": 2,
     "save_steps": 1,
     "report_images_per_prompt": 1,
-    "use_cpu": True,
-    "output_dir": "run",
     "hub_model_id": REPO,
 }
 

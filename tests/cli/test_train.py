@@ -22,6 +22,7 @@ from PIL import Image
 
 from slas_trl.cli.main import main
 from slas_trl.scripts.arguments import SHAPES_SETTINGS, parse
+from tests.cli.tiny_run import RUN
 from tests.tiny_pipelines import sd_pipeline
 
 
@@ -54,24 +55,14 @@ def greenness(prompts, images, **columns):
     return [image.convert("RGB").resize((1, 1)).getpixel((0, 0))[1] / 255 for image in images]
 """
 SETTINGS = {
-    "model_name_or_path": "model",
-    "dataset_name": "prompts.txt",
+    **RUN,
     "reward_funcs": ["tiny_rewards:darkness", "tiny_rewards:redness"],
     "reward_weights": [1.0, 0.0],
     "use_peft": True,
     "lora_r": 4,
     "lora_alpha": 16,  # another than r: the scale has to survive saving
-    "num_generations": 4,
-    "per_device_train_batch_size": 8,
-    "steps_per_generation": 1,
-    "num_inference_steps": 3,
-    "height": 16,
-    "width": 16,
     "learning_rate": "1e-2",
-    "max_steps": 2,
     "report_images_per_prompt": 2,
-    "use_cpu": True,
-    "output_dir": "run",
 }
 
 
