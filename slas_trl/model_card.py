@@ -445,11 +445,6 @@ def _doubts(facts: RunFacts) -> list[str]:
         points.append(f"The figures come from {max(counts)} prompts. With prompts of another kind they may differ.")
     if facts.evaluation is None:
         points.append("No scores are kept for this state.")
-    if facts.adapter and facts.base.dtype != "float32":
-        points.append(
-            f"The adapter was trained in float32, and diffusers rounds it to {as_text(facts.base.dtype)} when "
-            "loading it: pictures and scores can differ a little from those here."
-        )
     return points
 
 

@@ -299,10 +299,6 @@ class TestText:
         assert text.count("No scores are kept for this state.") == 2
         assert "word was held out, but too few evaluations are kept for this state to warn of reward hacking" in text
 
-    def test_a_rounded_adapter_says_so(self):
-        assert "diffusers rounds it to bfloat16 when loading it" in self.text()
-        assert "rounds" not in self.text(adapter=False) + self.text(base=replace(FLUX, dtype="float32"))
-
     def test_settings_are_explained_and_short(self):
         settings = {"gamma": 0.1 + 0.2, "learning_rate": 1e-5, "new": [1, None]}
         _, text = split_card(render(facts(settings=settings), "x"))

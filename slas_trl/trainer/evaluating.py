@@ -141,15 +141,15 @@ class EvaluatingTrainer(ResumableTrainer):
     ) -> list[Any]:
         """
         Pictures of the rows at `indices`, one each, by the pipeline's own scheduler, at most `size` in a call, after
-        which `on_chunk` gets its rows and pictures; with the moving average where there is one. Every process of a
-        sharded model has to call it with as many.
+        which `on_chunk` gets its rows and pictures; by the weights as they are once saved and loaded. Every process of
+        a sharded model has to call it with as many.
         """
         modes = {name: self.pipe.components[name].training for name in self.denoiser_names}
         for name in modes:
             self.pipe.components[name].eval()
         self._place_frozen_components(self.accelerator.device)
         images = []
-        with self._averaged_weights():
+        with self.published_weights():
             for chunk in self.calls.chunks(dataset, indices, size):
                 rows = [indices[i] for i in chunk]
                 made = as_pictures(self.pipe(**self.calls.call(dataset, rows, [generators[i] for i in chunk]))[0])

@@ -4,6 +4,8 @@ import hashlib
 import json
 import math
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -210,6 +212,30 @@ def adapters_beside(denoiser: torch.nn.Module) -> list[str]:
         name for layer in _adapter_layers(denoiser) if not layer.disable_adapters for name in layer.active_adapters
     ]
     return [name for name in dict.fromkeys(active) if name != ADAPTER_NAME]
+
+
+@contextmanager
+def as_loaded(denoisers: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """
+    The trained adapters in the precision that they have where diffusers has loaded them, which is that of the layers
+    they change. A sharded one stays as it is.
+    """
+    kept: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
+    for layer in (layer for denoiser in denoisers for layer in _adapter_layers(denoiser)):
+        dtype = next(layer.get_base_layer().parameters()).dtype
+        if dtype not in (torch.bfloat16, torch.float16):
+            continue
+        for module in layer.modules():
+            for name, weight in module.named_parameters(recurse=False):
+                if weight.requires_grad and not isinstance(weight, DTensor):
+                    kept.append((module, name, weight))
+                    # Not its `data`: autograd's hooks would be lost with the change of type.
+                    module.register_parameter(name, torch.nn.Parameter(weight.detach().to(dtype)))
+    try:
+        yield
+    finally:
+        for module, name, weight in kept:
+            module.register_parameter(name, weight)
 
 
 def save_weights(

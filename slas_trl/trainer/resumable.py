@@ -4,7 +4,8 @@ The part of the trainer that outlives it: weights on disk, checkpoints between t
 
 import hashlib
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -97,6 +98,12 @@ class ResumableTrainer(Trainer):
     def _averaged_weights(self) -> AbstractContextManager[None]:
         """The moving average in place of the weights, if there is one."""
         return nullcontext() if self._ema is None else self._ema.averaged()
+
+    @contextmanager
+    def published_weights(self) -> Iterator[None]:
+        """In place of the weights, those that a reader of what is saved has: averaged, and rounded."""
+        with self._averaged_weights(), lora.as_loaded(self.pipe.components[name] for name in self.denoiser_names):
+            yield
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """

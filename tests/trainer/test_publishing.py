@@ -16,7 +16,7 @@ from tests.local_hub import REPO
 from tests.policy.zoo.all import FAMILIES
 from tests.tiny_pipelines import PIPELINES
 
-from .tiny_trainers import PROMPTS, lora, tiny_trainer, trained
+from .tiny_trainers import PROMPTS, lora, same, tiny_trainer, trained, trained_weights
 from .zoo_trainers import zoo_trainer
 
 
@@ -69,6 +69,29 @@ def test_two_denoisers_and_a_moving_average(tmp_path, server, online):
         ADAPTER,
         "pytorch_lora_weights_transformer_2.safetensors",
     }
+
+
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_a_bfloat16_pipeline_is_judged_by_the_adapter_as_it_is_loaded(tmp_path, family):
+    """It is trained and saved in float32, and rounded by diffusers when it is loaded."""
+    family = FAMILIES[family]
+    trainer = zoo_trainer(family, tmp_path, pipe=family.build().to(torch.bfloat16), learning_rate=1e-2)
+    trainer.train()
+    trainer.save_model()
+    fresh = family.build().to(torch.bfloat16)
+    fresh.load_lora_weights(tmp_path)
+    weights = trained_weights(trainer)
+
+    def picture(pipe) -> bytes:
+        call = {**trainer.calls.arguments, "prompt": [PROMPTS[0]["prompt"]]}
+        return pipe(**call, generator=[torch.Generator().manual_seed(0)])[0][0].tobytes()
+
+    drawn = trainer.draw(PROMPTS, [0], [torch.Generator().manual_seed(0)], 1)[0].tobytes()
+    assert drawn == picture(fresh) != picture(trainer.pipe)  # which is in float32 still
+    assert same(weights, trained_weights(trainer))
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    trainer.train()  # goes on with the same parameters
+    assert not same(weights, trained_weights(trainer))
 
 
 def test_a_pipeline_without_methods_for_adapters(tmp_path, server, online):
