@@ -27,8 +27,9 @@ from huggingface_hub.errors import (
 from transformers.utils import logging
 
 from .markdown import as_python
-from .model_card import CARD_FILE, FACTS_FILE, Base, RunFacts, render
+from .model_card import CARD_FILE, render
 from .quick_start import adapter_file
+from .run_facts import FACTS_FILE, Base, RunFacts
 
 
 logger = logging.get_logger(__name__)

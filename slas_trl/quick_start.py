@@ -7,7 +7,7 @@ from slas_trl.markdown import as_python
 
 
 if TYPE_CHECKING:
-    from slas_trl.model_card import RunFacts
+    from slas_trl.run_facts import RunFacts
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 LINE = 88  # columns

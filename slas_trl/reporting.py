@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import stats
 
 from slas_trl.evaluation.shapes import Estimate
-from slas_trl.model_card import Sample, spread
+from slas_trl.run_facts import Sample, spread
 
 
 SMALLEST, LARGEST = 160, 320  # pixels of a picture's longer side on a sheet

@@ -14,8 +14,10 @@ from peft import LoraConfig
 from PIL import Image
 
 from slas_trl.markdown import one_line, shown
-from slas_trl.model_card import Base, Evaluation, Metric, Reward, RunFacts, Sample, quick_start, render
+from slas_trl.model_card import render
+from slas_trl.quick_start import quick_start
 from slas_trl.rewards.blind_spots import BLIND_SPOTS, MEASURES
+from slas_trl.run_facts import Base, Evaluation, Metric, Reward, RunFacts, Sample
 from slas_trl.shapes import load_shapes_pipeline
 from slas_trl.trainer.lora import ADAPTER_NAME, add_adapter, save_weights
 from tests.render_card import split_card, to_html, to_page

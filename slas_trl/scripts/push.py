@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from slas_trl import hub
-from slas_trl.model_card import RunFacts
+from slas_trl.run_facts import RunFacts
 from slas_trl.trainer.checkpoints import (
     STATE_FILE,
     TRAINER_STATE_FILE,

@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from .. import __version__, hub
 from ..calibration import CALIBRATION_FILE, read_rewards, read_rollouts, reward_curves
-from ..model_card import Base, Evaluation, Metric
+from ..run_facts import Base, Evaluation, Metric
 from ..schedulers import FlowSDEScheduler
 from .callbacks import METRICS_FILE
 from .calls import PipelineCalls, is_picture_column

@@ -221,7 +221,8 @@ def as_loaded(denoisers: Iterable[torch.nn.Module]) -> Iterator[None]:
     they change. A sharded one stays as it is.
     """
     kept: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
-    for layer in (layer for denoiser in denoisers for layer in _adapter_layers(denoiser)):
+    layers: list[Any] = [layer for denoiser in denoisers for layer in _adapter_layers(denoiser)]
+    for layer in layers:
         dtype = next(layer.get_base_layer().parameters()).dtype
         if dtype not in (torch.bfloat16, torch.float16):
             continue

@@ -19,8 +19,9 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from .. import hub
-from ..model_card import Evaluation, Reward, RunFacts, Sample, render, spread
+from ..model_card import render
 from ..rewards.blind_spots import BLIND_SPOTS, MEASURES
+from ..run_facts import Evaluation, Reward, RunFacts, Sample, spread
 from . import card_facts, checkpoints, lora
 from .calls import is_picture_column
 from .collectives import gathered, raise_together
