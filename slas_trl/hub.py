@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from .markdown import as_python
 from .model_card import CARD_FILE, render
-from .quick_start import adapter_file
+from .quick_start import DOWNLOADS, FROM_HERE, LOADS_IMAGES, adapter_file
 from .run_facts import FACTS_FILE, Base, RunFacts
 
 
@@ -41,7 +41,7 @@ PLOTS = {
     "training.png": "curves of the training",
     "calibration.png": "which groups of images decided the updates, and what held-out rewards say",
 }
-OLD_PICTURES = rf"{PICTURES}/(\d+_(before|after)|comparison)\.(png|jpg)|training\.png|calibration\.png"
+OLD_PICTURES = rf"{PICTURES}/(\d+_(before|after|input(_\d+)*)|comparison)\.(png|jpg)|training\.png|calibration\.png"
 OLD_CHECKPOINT = rf"{LAST_CHECKPOINT}/.*"
 # What goes wrong with a network, a server or a file. Errors of an LFS upload come as RuntimeError.
 FAILURES = (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError)
@@ -109,7 +109,7 @@ def publish(facts: RunFacts, push: Push, card: Callable[[str], str] | None = Non
         facts.keep_pictures(push.files)
         stays, stale = _there(push)
         files = describe({*stays, *push.files}, facts)
-        text = render(facts, push.repo_id, push.revision, files) if card is None else card(push.repo_id)
+        text = render(facts, push.repo_id, push.revision, files, on_hub=True) if card is None else card(push.repo_id)
         push.files[CARD_FILE] = text.encode()
         return _commit(push, stale)
     except (*FAILURES, ValueError) as error:
@@ -228,10 +228,13 @@ class Uploads:
         self._last.add_done_callback(note)
         return self._last
 
-    def wait(self) -> None:
-        """Until none is under way."""
-        if self._last is not None:
-            self._executor.submit(lambda: None).result()  # after the last one, and its note
+    def wait(self, seconds: float) -> bool:
+        """Until none is under way, or for so long; whether none is."""
+        try:
+            # After the last one, and its note.
+            return self._last is None or self._executor.submit(lambda: True).result(seconds)
+        except TimeoutError:
+            return False
 
 
 # What is pushed
@@ -373,14 +376,25 @@ def read_card(folder: Path) -> SavedCard:
         ) from error
     path = folder / CARD_FILE
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    # In the lines that load it: "." may stand for other things elsewhere.
-    here = re.compile(rf"((?:load_lora_\w+|from_pretrained)\(\s*){re.escape(as_python(record['location']))}")
     edited = bool(text) and hashlib.sha256(text.encode()).hexdigest() != record["sha256"]
     return SavedCard(
         RunFacts.from_dict(record["facts"]),
         record["saved_step"],
-        (lambda repo_id: here.sub(lambda match: match[1] + as_python(repo_id), text)) if edited else None,
+        (lambda repo_id: _moved(text, record["location"], repo_id)) if edited else None,
     )
+
+
+def _moved(card: str, location: str, repo_id: str) -> str:
+    """The card, its code loading from the repository."""
+    # Only in the lines that load: "." may stand for other things elsewhere.
+    here = re.escape(as_python(location))
+    card = re.sub(
+        rf"((?:load_lora_\w+|from_pretrained|hf_hub_download)\(\s*){here}", lambda m: m[1] + as_python(repo_id), card
+    )
+    download = f"load_image(hf_hub_download({as_python(repo_id)}, filename="
+    card, pictures = re.subn(rf"load_image\({here[:-1]}/([^\"]*\")\)", lambda m: f'{download}"{m[1]}))', card)
+    card = card.replace(f"{FROM_HERE}\n", "")
+    return card.replace(LOADS_IMAGES, f"{LOADS_IMAGES}\n{DOWNLOADS}") if pictures else card
 
 
 # What is read

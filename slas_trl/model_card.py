@@ -20,7 +20,13 @@ TEMPLATES = Path(__file__).parent / "templates"
 HUB = "https://huggingface.co"
 
 
-def render(facts: RunFacts, location: str, revision: str | None = None, files: Sequence[tuple[str, str]] = ()) -> str:
+def render(
+    facts: RunFacts,
+    location: str,
+    revision: str | None = None,
+    files: Sequence[tuple[str, str]] = (),
+    on_hub: bool = False,
+) -> str:
     """
     The card as Markdown, with its metadata in YAML.
 
@@ -29,6 +35,7 @@ def render(facts: RunFacts, location: str, revision: str | None = None, files: S
         location (`str`): folder or Hub id from which the quick start loads the result.
         revision (`str`, *optional*): branch of the repository, where it is not the main one.
         files (`Sequence[tuple[str, str]]`): what is in the repository: path, and what it is in a few words.
+        on_hub (`bool`): whether `location` is a Hub id.
     """
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -41,7 +48,7 @@ def render(facts: RunFacts, location: str, revision: str | None = None, files: S
         method=_method(facts),
         rewarded=_rewarded(facts),
         data=_data(facts),
-        quick_start=quick_start(facts, location, revision),
+        quick_start=quick_start(facts, location, revision, on_hub),
         compared=any(sample.before for sample in facts.samples),
         sheets=[_path(path) for path in facts.sheets],
         curves=facts.curves and _path(facts.curves),

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from slas_trl.run_facts import RunFacts
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+LOADS_IMAGES = "from diffusers.utils import load_image"
+DOWNLOADS = "from huggingface_hub import hf_hub_download"
+FROM_HERE = "# From the folder of this card:"
 LINE = 88  # columns
 
 
@@ -21,8 +24,11 @@ def adapter_file(name: str, names: list[str]) -> str:
     return ADAPTER_FILE if name == names[0] else ADAPTER_FILE.replace(".", f"_{name}.")
 
 
-def quick_start(facts: "RunFacts", location: str, revision: str | None = None) -> str:
-    """Python that loads the result from `location`, a folder or Hub id, with plain diffusers, and makes a picture."""
+def quick_start(facts: "RunFacts", location: str, revision: str | None = None, on_hub: bool = False) -> str:
+    """
+    Python that loads the result from `location`, a folder or, where it is `on_hub`, a Hub id, with plain diffusers,
+    and makes a picture.
+    """
     import diffusers  # takes seconds
 
     base, dtype = facts.base, facts.base.dtype
@@ -32,9 +38,13 @@ def quick_start(facts: "RunFacts", location: str, revision: str | None = None) -
     precision = {"torch_dtype": _Name(f"torch.{dtype}")} if dtype in ("bfloat16", "float16") else {}
     classes = [] if base.embedded else [pipeline]
     classes += [] if facts.adapter else sorted(set(facts.denoisers.values()))
+    scheduler = facts.scheduler
+    classes += [scheduler.name] if scheduler is not None and scheduler.name in dir(diffusers) else []
+    inputs = facts.samples[0].inputs if facts.samples else {}
     lines = ["import torch"]
-    lines += [f"from diffusers import {', '.join(classes)}"] if classes else []
-    lines += ["from diffusers.utils import load_image"] if facts.picture_arguments else []
+    lines += [f"from diffusers import {', '.join(sorted(classes))}"] if classes else []
+    lines += [LOADS_IMAGES] if facts.picture_arguments else []
+    lines += [DOWNLOADS] if inputs and on_hub else []
     if base.embedded:
         lines += ["from slas_trl.shapes import load_shapes_pipeline", ""]
         lines += [f"pipe = {_call('load_shapes_pipeline', precision)}"]
@@ -43,8 +53,13 @@ def quick_start(facts: "RunFacts", location: str, revision: str | None = None) -
         source = base.hub_id or base.folder or f"path/to/{base.name or 'base-model'}"
         arguments = {"": source, **base.init_kwargs, **precision}
         lines += [f"pipe = {_call(f'{pipeline}.from_pretrained', arguments)}"]
+    if scheduler is not None and scheduler.name in classes:
+        arguments = {"": _Name("pipe.scheduler.config"), **scheduler.changes}
+        lines += [f"pipe.scheduler = {_call(f'{scheduler.name}.from_config', arguments)}"]
+    elif scheduler is not None:
+        lines += [f"# Trained with a scheduler of its own, {scheduler.name}; put it in the place of pipe.scheduler."]
     if location == ".":
-        lines += ["# From the folder of this card:"]
+        lines += [FROM_HERE]
     for i, (name, kind) in enumerate(facts.denoisers.items()):
         # Of the first, diffusers finds the name, but looks for it in the main branch.
         file = {"weight_name": adapter_file(name, list(facts.denoisers))} if i or revision else {}
@@ -60,6 +75,7 @@ def quick_start(facts: "RunFacts", location: str, revision: str | None = None) -
     lines += ['pipe.to("cuda" if torch.cuda.is_available() else "cpu")', ""]
     prompt, seed = (facts.samples[0].prompt, facts.samples[0].seed) if facts.samples else (facts.prompt, 0)
     images = {name: _Name(f'load_image("{name}.png")', "  # your own picture") for name in facts.picture_arguments}
+    images |= {name: _Name(_loaded(paths, place, on_hub)) for name, paths in inputs.items()}
     pillow = {"output_type": "pil"} if facts.output == "frames" else {}
     noise = {"generator": _Name(f"torch.Generator().manual_seed({seed})")}
     arguments = {"prompt": prompt, **images, **pillow, **facts.call, **noise}
@@ -68,6 +84,16 @@ def quick_start(facts: "RunFacts", location: str, revision: str | None = None) -
     # Not over the reader's own picture.
     lines += [f'image.save("{"edited" if facts.picture_arguments else "image"}.png")']
     return "\n".join(lines)
+
+
+def _loaded(paths: str | list[str], place: dict[str, Any], on_hub: bool) -> str:
+    """Python that reads pictures of the repository, or of the folder."""
+    if isinstance(paths, list):
+        return f"[{', '.join(_loaded(path, place, on_hub) for path in paths)}]"
+    if not on_hub:
+        return f"load_image({as_python(place[''] + '/' + paths)})"
+    # Not the picture's address, which of a private repository cannot be read without the token.
+    return f"load_image({_call('hf_hub_download', {'': place[''], 'filename': paths, **place})})"
 
 
 class _Name:

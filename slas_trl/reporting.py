@@ -1,5 +1,6 @@
 """What a run leaves for people to look at: sheets of captioned pictures, curves, and tables of scores."""
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ MARGIN = 10
 FONT_SIZE = 13
 GALLERY = 4  # prompts of a model card's gallery, each with a picture before and one after
 GALLERY_SIDE = 768  # pixels of their longer side, at most
+INPUT_SIDE = 1024  # of a picture to edit, which a reader is to edit again
 # The sheet of a model card, two columns wide, is legible on a phone: rows, pixels of a picture, and of the captions.
 COMPARED, SIDE, SHEET_FONT_SIZE = 6, 360, 24
 CAPTION_LINES = 6  # at most; longer captions end in an ellipsis
@@ -84,17 +86,21 @@ def save_samples(
     prompts: Sequence[str],
     after: Sequence[Image.Image],
     before: Sequence[Image.Image] | None = None,
+    inputs: Sequence[Mapping[str, Image.Image | list[Image.Image]]] | None = None,
 ) -> tuple[list[Sample], str]:
     """
     Write the pictures of a model card into the folder `samples` of a run: 4 of the prompts, one file a picture, for
     the gallery, and one sheet of 6, before and after side by side. Those over 768 pixels are reduced, small ones
-    enlarged without smoothing; photographs are JPEG, so that a card's pictures are a megabyte or two at most.
+    enlarged without smoothing; photographs are JPEG, so that a card's pictures are a megabyte or two at most. Of the
+    first prompt the pictures that it edits are there too, as they are but for those over 1,024 pixels.
 
     Args:
         run_dir (`str` or `Path`): The run's folder.
         prompts (`Sequence[str]`): P prompts.
         after (`Sequence[PIL.Image.Image]`): P pictures; the i-th was drawn with seed i.
         before (`Sequence[PIL.Image.Image]`, *optional*): The same prompts and seeds before training.
+        inputs (`Sequence[Mapping]`, *optional*):
+            Of pipelines that edit: what is edited, a picture or a list of them for each argument of the call.
 
     Returns the samples, and the sheet's path, both as seen from `run_dir`.
     """
@@ -118,16 +124,44 @@ def save_samples(
         for number, i in enumerate(spread(len(prompts), GALLERY), start=1)
     ]
     shown = spread(len(prompts), COMPARED)
-    columns = [images for images in (before, after) if images is not None]
+    columns: dict[str, Sequence[Image.Image]] = {}
+    if inputs is not None and inputs[0]:
+        samples[0].inputs = _save_inputs(Path(run_dir), inputs[0])
+        columns["edited"] = [_pictures_in(given)[0] for given in inputs]
+    columns |= {} if before is None else {"before": before}
+    columns |= {"after": after}
     pairs = [
-        _side_by_side([_readable_size(images[i].convert("RGB"), SIDE, SIDE) for images in columns]) for i in shown
+        _side_by_side([_readable_size(images[i].convert("RGB"), SIDE, SIDE) for images in columns.values()])
+        for i in shown
     ]
-    if before is not None:
-        pairs[0] = _headed(pairs[0], ["before", "after"])
+    if len(columns) > 1:
+        pairs[0] = _headed(pairs[0], list(columns))
     sheet = sample_grid(pairs, [prompts[i] for i in shown], columns=1, largest=4 * SIDE, font_size=SHEET_FONT_SIZE)
     name = f"samples/comparison.{'png' if max(after[0].size) <= SMALLEST else 'jpg'}"
     sheet.save(Path(run_dir) / name, quality=90)
     return samples, name
+
+
+def _pictures_in(given: Mapping[str, Image.Image | list[Image.Image]]) -> list[Image.Image]:
+    return [picture for value in given.values() for picture in (value if isinstance(value, list) else [value])]
+
+
+def _save_inputs(run_dir: Path, given: Mapping[str, Image.Image | list[Image.Image]]) -> dict[str, str | list[str]]:
+    """Write what is edited, without what a camera or program has put beside the pixels, and return the paths."""
+    numbers = itertools.count(1)
+
+    def save(image: Image.Image) -> str:
+        pixels = Image.fromarray(np.asarray(image.convert("RGB")))
+        pixels.thumbnail((INPUT_SIDE, INPUT_SIDE))
+        number = next(numbers)
+        name = f"samples/1_input{'' if number == 1 else f'_{number}'}.png"
+        pixels.save(run_dir / name)
+        return name
+
+    return {
+        argument: [save(image) for image in value] if isinstance(value, list) else save(value)
+        for argument, value in given.items()
+    }
 
 
 def _side_by_side(images: Sequence[Image.Image]) -> Image.Image:

@@ -6,7 +6,7 @@ for another place: `runs/shapes` becomes `user/shapes` in its code when a run is
 """
 
 from collections.abc import Container
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 
@@ -61,12 +61,30 @@ class Reward:
 
 @dataclass
 class Sample:
-    """A prompt and its pictures, by their paths in the run's folder; the seed is that of both."""
+    """
+    A prompt and its pictures, by their paths in the run's folder; the seed is that of both. `inputs` are the pictures
+    that were edited, by the argument of the pipeline's call: a path, or a list of them.
+    """
 
     prompt: str
     after: str
     before: str | None = None
     seed: int = 0
+    inputs: dict[str, str | list[str]] = field(default_factory=dict)
+
+    @property
+    def input_paths(self) -> list[str]:
+        """All of them."""
+        values = self.inputs.values()
+        return [path for value in values for path in (value if isinstance(value, list) else [value])]
+
+
+@dataclass
+class Scheduler:
+    """A diffusers class, and the values in which its configuration differs from what it takes of the base model's."""
+
+    name: str
+    changes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -115,6 +133,7 @@ class RunFacts:
         loads_lora (`bool`):
             whether the pipeline has `load_lora_weights`; if not, its denoisers have `load_lora_adapter`.
         picture_arguments (`list[str]`): arguments of the call that are images, of pipelines that edit.
+        scheduler ([`Scheduler`], *optional*): the pipeline's own, where it is not the base model's.
         output (`str`): field of the pipeline's output: `"images"` or `"frames"`.
         call (`dict[str, Any]`): arguments of the call beside the prompt, such as steps and guidance.
         prompt (`str`): one, for the quick start.
@@ -145,6 +164,7 @@ class RunFacts:
     denoisers: dict[str, str]
     loads_lora: bool = True
     picture_arguments: list[str] = field(default_factory=list)
+    scheduler: Scheduler | None = None
     output: str = "images"
     call: dict[str, Any] = field(default_factory=dict)
     prompt: str = ""
@@ -183,12 +203,17 @@ class RunFacts:
             "rewards": [Reward(**reward) for reward in data.get("rewards", [])],
             "samples": [Sample(**sample) for sample in data.get("samples", [])],
             "evaluation": scores,
+            "scheduler": Scheduler(**data["scheduler"]) if data.get("scheduler") else None,
         }
         return cls(**{**data, **parts})
 
     def keep_pictures(self, files: Container[str]) -> None:
         """Forget those that are not among `files`."""
-        self.samples = [s for s in self.samples if s.after in files and (s.before is None or s.before in files)]
+        self.samples = [
+            sample if all(path in files for path in sample.input_paths) else replace(sample, inputs={})
+            for sample in self.samples
+            if sample.after in files and (sample.before is None or sample.before in files)
+        ]
         self.sheets = [path for path in self.sheets if path in files]
         self.curves = self.curves if self.curves and self.curves in files else None
         self.calibration = self.calibration if self.calibration and self.calibration in files else None
@@ -196,7 +221,7 @@ class RunFacts:
     @property
     def pictures(self) -> list[str]:
         """Paths of all pictures that the card shows: those that are pushed with it."""
-        gallery = [path for sample in self.samples for path in (sample.before, sample.after)]
+        gallery = [path for sample in self.samples for path in (*sample.input_paths, sample.before, sample.after)]
         paths = [*gallery, *self.sheets, self.curves, self.calibration]
         return list(dict.fromkeys(path for path in paths if path))
 

@@ -13,11 +13,12 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 from PIL import Image
 
+from slas_trl import hub
 from slas_trl.markdown import one_line, shown
 from slas_trl.model_card import render
 from slas_trl.quick_start import quick_start
 from slas_trl.rewards.blind_spots import BLIND_SPOTS, MEASURES
-from slas_trl.run_facts import Base, Evaluation, Metric, Reward, RunFacts, Sample
+from slas_trl.run_facts import Base, Evaluation, Metric, Reward, RunFacts, Sample, Scheduler
 from slas_trl.shapes import load_shapes_pipeline
 from slas_trl.trainer.lora import ADAPTER_NAME, add_adapter, save_weights
 from tests.render_card import split_card, to_html, to_page
@@ -386,6 +387,21 @@ class TestQuickStart:
                  'image.save("edited.png")'],
             ),
             (
+                {"picture_arguments": ["image", "control_image"],
+                 "samples": [Sample("a", "a.png", inputs={"image": ["samples/1.png", "samples/2.png"]})]},
+                ['    image=[load_image("x/samples/1.png"), load_image("x/samples/2.png")],\n',
+                 '    control_image=load_image("control_image.png"),  # your own picture\n'],
+            ),
+            (
+                {"scheduler": Scheduler("FlowMatchHeunDiscreteScheduler", {"shift": 2.0})},
+                ["from diffusers import FlowMatchHeunDiscreteScheduler, FluxPipeline\n",
+                 "FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config, shift=2.0)\n"],
+            ),
+            (
+                {"scheduler": Scheduler("MyScheduler")},
+                ["# Trained with a scheduler of its own, MyScheduler; put it in the place of pipe.scheduler."],
+            ),
+            (
                 {"base": replace(FLUX, pipeline="MyPipeline")},
                 ["pipe = DiffusionPipeline.from_pretrained("],
             ),
@@ -401,13 +417,31 @@ class TestQuickStart:
                  "manual_seed(0)"],
             ),
         ],
-        ids=["two denoisers", "no load_lora_weights", "whole", "editing", "own class", "other output", "local base"],
+        ids=["two denoisers", "no load_lora_weights", "whole", "editing", "pictures",
+             "scheduler", "own scheduler", "own class", "other output", "local base"],
     )  # fmt: skip
     def test_other_pipelines(self, changes, lines):
         code = quick_start(facts(**changes), "x")
         ast.parse(code)
         for line in lines:
             assert line in code
+
+    @pytest.mark.parametrize("folder", ["runs/x", "."])
+    def test_of_an_edited_card_loads_from_its_new_place(self, tmp_path, folder):
+        sample = Sample("a", "a.png", inputs={"image": "samples/1_input.png"})
+        run = facts(picture_arguments=["image"], samples=[sample])
+        card = render(run, folder)
+        hub.write_card(tmp_path, run, card, folder, None)
+        (tmp_path / "README.md").write_text(card + "My own words.")
+        edited = hub.read_card(tmp_path).edited
+        assert edited is not None
+        assert edited("user/repo") == render(run, "user/repo", on_hub=True) + "My own words."
+        (tmp_path / "README.md").write_text(edited("user/repo"))
+        hub.write_card(tmp_path, run, edited("user/repo"), "user/repo", None)
+        (tmp_path / "README.md").write_text(edited("user/repo") + "More.")
+        again = hub.read_card(tmp_path).edited
+        assert again is not None
+        assert again("user/other").startswith(render(run, "user/other", on_hub=True))
 
     @pytest.mark.parametrize("kind", ["embedded", "adapter", "whole"])
     def test_makes_the_picture(self, tmp_path, monkeypatch, kind):

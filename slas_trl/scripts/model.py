@@ -19,12 +19,12 @@ def make_pipeline(script: SLASScriptArguments, config: SLASConfig) -> DiffusionP
         `ValueError`: when there is no such pipeline or adapter, or they do not fit each other.
     """
     name, adapter = script.model_name_or_path, script.adapter
-    if name is None and adapter is not None and (base := base_model_of(adapter)) is not None:
+    if name is None and adapter is not None and (base := base_model_of(adapter, config.hub_token)) is not None:
         raise ValueError(
             f"the adapter {adapter} was trained on {base}, not on the embedded pipeline: add --model_name_or_path "
             f"{base}."
         )
     pipe = load_shapes_pipeline() if name is None else load_pipeline(name, cast(dict, config.model_init_kwargs or {}))
     if adapter is not None:
-        load_adapter(pipe, adapter)
+        load_adapter(pipe, adapter, config.hub_token)
     return pipe

@@ -54,9 +54,9 @@ class RunReport:
         if base_model is not None and prompts is None:
             prompts = DEFAULT_PROMPTS
         self.rows = spread(len(self.data), len(self.data) if prompts is None else prompts)
+        trainer.draws_gallery = False
         self.prompts: list[str] = [self.data[i]["prompt"] for i in self.rows]
         self.sheet_rows = [self.rows[i] for i in spread(len(self.rows), PICTURES_ON_SHEET)]
-        self.sheet_prompts = [self.data[row]["prompt"] for row in self.sheet_rows]
 
     @torch.no_grad()
     def measure(self) -> Measurement:
@@ -99,7 +99,7 @@ class RunReport:
             "the pipeline's own sampler with the same seeds before and after; ± is the half width of a 95% interval."
         )
         trainer.evaluation = Evaluation(f"{in_card} {how}", rows[0], rows[1:], metrics, self.origin)
-        trainer.show(self.sheet_prompts, after.sheet, before.sheet)
+        trainer.show(self.data, self.sheet_rows, after.sheet, before.sheet)
         if trainer.is_world_process_zero():
             path = Path(trainer.args.output_dir or ".") / "evaluation.json"
             path.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")

@@ -133,6 +133,11 @@ class PipelineCalls:
                     raise ValueError(f"The column {column!r} of row {i} holds no image: {error}") from error
         return [rows[i] for i in indices]
 
+    def pictures(self, dataset: Dataset, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The pictures, or lists of them, that the pipeline edits in the rows at `indices`, by argument."""
+        columns = [column for column in self.columns(dataset) if is_picture_column(dataset, column)]
+        return [{column: row[column] for column in columns} for row in self.rows(dataset, indices)]
+
     def check(self, dataset: Dataset, like: Dataset | None = None) -> None:
         """
         Raises:

@@ -8,15 +8,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from datasets import Dataset
-from diffusers import DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .. import __version__, hub
 from ..calibration import CALIBRATION_FILE, read_rewards, read_rollouts, reward_curves
-from ..run_facts import Base, Evaluation, Metric
+from ..run_facts import Base, Evaluation, Metric, Scheduler
 from ..schedulers import FlowSDEScheduler
 from .callbacks import METRICS_FILE
 from .calls import PipelineCalls, is_picture_column
@@ -79,6 +80,28 @@ def base_of(pipe: DiffusionPipeline, denoiser: torch.nn.Module, init_kwargs: Map
     elif is_hub_id(origin):
         base.hub_id = origin
     return base
+
+
+def scheduler_of(pipe: DiffusionPipeline, revision: str | None = None) -> Scheduler | None:
+    """
+    The pipeline's scheduler, where it is another one than that of the model it was loaded from; `None` where it is
+    not, or nobody can tell.
+    """
+    own: Any = pipe.components.get("scheduler")
+    if pipe.name_or_path is None or not isinstance(own, ConfigMixin):
+        return None
+    kind: Any = type(own)
+    try:
+        loaded = kind.load_config(pipe.name_or_path, subfolder="scheduler", revision=revision)
+    except (OSError, ValueError):
+        return None
+    original = getattr(diffusers, loaded["_class_name"], None)
+    if original is None:
+        return None
+    given = kind.from_config(original.from_config(loaded).config)
+    values, expected = plain(own.config), plain(given.config)
+    changes = {name: v for name, v in values.items() if not name.startswith("_") and v != expected.get(name)}
+    return Scheduler(kind.__name__, changes) if changes or kind is not original else None
 
 
 def is_hub_id(name: str) -> bool:

@@ -8,6 +8,7 @@ they are made, beside those of the denoiser's own DDP or FSDP form, and what is 
   being the same for all then, which images made an update unusable; and its length and KL, where γ depends on them
 - every so many rollouts, where γ depends on it: the products and inner products of the Fisher matrix (`gamma.py`)
 - once a log: the means of the metrics
+- while something is pushed: once a minute, whether it is done (`wait_together`)
 - once a checkpoint: sharded weights (`full_tensor`), and the Trainer's barriers
 
 The numbers of micro-steps, and of pipeline calls in evaluation, are equal before they start. A reward that raises
@@ -59,6 +60,15 @@ def raise_together(error: Exception | None, before: Callable[[], None] | None = 
         raise error
     rank, message = next((rank, message) for rank, message in enumerate(errors) if message is not None)
     raise ValueError(f"On process {rank} of {len(errors)}: {message}")
+
+
+def wait_together(done: Callable[[], bool]) -> None:
+    """
+    Until `done()`, which itself waits for a minute at most, is true of all: NCCL ends processes that one call keeps
+    waiting for half an hour, which an upload may take.
+    """
+    while not all(gathered(done())):
+        pass
 
 
 class _ShardedOnCPUs(AcceleratorState):

@@ -18,13 +18,14 @@ from ..quick_start import ADAPTER_FILE, adapter_file
 from .lora import carries_adapter, takes_adapter
 
 
-def load_adapter(pipe: DiffusionPipeline, source: str) -> None:
+def load_adapter(pipe: DiffusionPipeline, source: str, token: str | None = None) -> None:
     """
     Load a LoRA adapter as plain diffusers does; that of a second denoiser too, if [`save_weights`] has written one.
 
     Args:
         pipe ([`~diffusers.DiffusionPipeline`]): the pipeline that it was trained on.
-        source (`str`): a folder, a `.safetensors` file, or a Hub id.
+        source (`str`): a folder, a `.safetensors` file, or a Hub id, which may end in `"@branch"`.
+        token (`str`, *optional*): for a private repository, by default that of `hf auth login`.
 
     Raises:
         `ValueError`, `FileNotFoundError`: when there is none, or it does not fit.
@@ -36,26 +37,28 @@ def load_adapter(pipe: DiffusionPipeline, source: str) -> None:
     logging.set_verbosity(logging.CRITICAL)  # it also warns of text encoders that an adapter rightly leaves alone
     try:
         for name in names:
-            file = _file_of(source, adapter_file(name, names))
+            file = _file_of(source, adapter_file(name, names), token)
             if file is not None or name == names[0]:
-                _load_into(pipe, name, names, source, file)
+                _load_into(pipe, name, names, source, file, token)
     finally:
         logging.set_verbosity(verbosity)
 
 
-def _load_into(pipe: Any, name: str, names: list[str], source: str, file: Path | None) -> None:
+def _load_into(pipe: Any, name: str, names: list[str], source: str, file: Path | None, token: str | None) -> None:
     denoiser = pipe.components[name]
     if not takes_adapter(denoiser):
         raise ValueError(f"{source} cannot be loaded: diffusers has no adapters for {type(denoiser).__name__}.")
     # Where the file that we know is not there, diffusers takes the one that looks most like an adapter.
-    place = source if file is None else str(file.parent)
-    weight_name = {} if file is None else {"weight_name": file.name}
+    place, revision = _place_of(source)
+    options: dict[str, Any] = {"revision": revision, "token": token}
+    if file is not None:
+        place, options = str(file.parent), {"weight_name": file.name}
     into = {} if name == names[0] else {f"load_into_{name}": True}
     try:
         if isinstance(pipe, LoraBaseMixin):
-            cast(Any, pipe).load_lora_weights(place, **weight_name, **into)
+            cast(Any, pipe).load_lora_weights(place, **options, **into)
         else:
-            denoiser.load_lora_adapter(place, prefix=None, use_safetensors=True, **weight_name)
+            denoiser.load_lora_adapter(place, prefix=None, use_safetensors=True, **options)
     except Exception as error:  # of the file, the Hub or the network: too many kinds to name
         raise ValueError(
             f"could not load the adapter {source} into a {type(pipe).__name__}: {error}. Was it trained on this model?"
@@ -75,18 +78,18 @@ def _load_into(pipe: Any, name: str, names: list[str], source: str, file: Path |
         )
 
 
-def base_model_of(source: str) -> str | None:
+def base_model_of(source: str, token: str | None = None) -> str | None:
     """
     The model on the Hub that an adapter's card says it was trained on; `None` if the card names none, or there is no
     card.
 
     Args:
-        source (`str`): as for [`load_adapter`].
+        source, token (`str`): as for [`load_adapter`].
 
     Raises:
         `ValueError`: when there is no such adapter.
     """
-    file = _file_of(source, "README.md")
+    file = _file_of(source, "README.md", token)
     if file is None:
         return None
     try:
@@ -98,7 +101,15 @@ def base_model_of(source: str) -> str | None:
     return base if isinstance(base, str) else None
 
 
-def _file_of(source: str, name: str) -> Path | None:
+def _place_of(source: str) -> tuple[str, str | None]:
+    """The folder, file or repository, and the repository's branch."""
+    if Path(source).exists():
+        return source, None
+    repo_id, _, branch = source.partition("@")
+    return repo_id, branch or None
+
+
+def _file_of(source: str, name: str, token: str | None) -> Path | None:
     """A file of a folder, or of a repository on the Hub, if it is there."""
     path = Path(source)
     if path.is_file():
@@ -106,7 +117,8 @@ def _file_of(source: str, name: str) -> Path | None:
     if path.is_dir():
         return path / name if (path / name).is_file() else None
     try:
-        return Path(hf_hub_download(source, name))
+        repo_id, revision = _place_of(source)
+        return Path(hf_hub_download(repo_id, name, revision=revision, token=token))
     except RemoteEntryNotFoundError:
         return None
     except (RepositoryNotFoundError, HFValidationError) as error:

@@ -21,10 +21,10 @@ from transformers.utils import logging
 from .. import hub
 from ..model_card import render
 from ..rewards.blind_spots import BLIND_SPOTS, MEASURES
-from ..run_facts import Evaluation, Reward, RunFacts, Sample, spread
+from ..run_facts import Evaluation, Reward, RunFacts, Sample, Scheduler, spread
 from . import card_facts, checkpoints, lora
 from .calls import is_picture_column
-from .collectives import gathered, raise_together
+from .collectives import gathered, raise_together, wait_together
 from .evaluating import EvaluatingTrainer
 from .hacking import find_hacking
 from .hub_checkpoints import checkpoint_files, fetch_checkpoint, names_checkpoint
@@ -32,6 +32,7 @@ from .hub_checkpoints import checkpoint_files, fetch_checkpoint, names_checkpoin
 
 logger = logging.get_logger(__name__)
 
+PATIENCE = 60  # seconds between two looks at an upload
 CURVES, CALIBRATION = "training.png", "calibration.png"
 
 
@@ -42,6 +43,8 @@ class PublishingTrainer(EvaluatingTrainer):
     continued: str | None = None  # of an adapter that training goes on with, see [`~lora.continue_adapter`]
     started_from: str | None = None  # its name, for the card
     evaluation: Evaluation | None = None  # of a report; by default the last one of the training
+    draws_gallery = True  # for the card, unless `show` will be called
+    _before: list[Image.Image] | None = None  # of the gallery, where they cannot be drawn after training
     _samples: list[Sample] | None = None
     _sheet: str | None = None
     _shown_at = -1  # the update after which the pictures were made
@@ -55,35 +58,52 @@ class PublishingTrainer(EvaluatingTrainer):
 
     # Pictures
 
-    def show(self, prompts: Sequence[str], after: Sequence[Image.Image], before: Sequence[Image.Image] | None) -> None:
+    def show(
+        self,
+        data: Dataset,
+        rows: Sequence[int],
+        after: Sequence[Image.Image],
+        before: Sequence[Image.Image] | None,
+    ) -> None:
         """
-        Take these pictures, the i-th drawn with seed i, for the gallery and the comparison grid of the card, as long
-        as no update is made.
+        Take these pictures of the prompts in these rows, the i-th drawn with seed i, for the gallery and the
+        comparison grid of the card, as long as no update is made.
         """
         self._shown_at = self.state.global_step
         if self.is_world_process_zero():
             from ..reporting import save_samples  # matplotlib, not before it is needed
 
-            self._samples, self._sheet = save_samples(self._output_dir, prompts, after, before)
+            prompts, inputs = [data[row]["prompt"] for row in rows], self.calls.pictures(data, rows)
+            self._samples, self._sheet = save_samples(self._output_dir, prompts, after, before, inputs)
 
     def _draw_gallery(self) -> None:
         """Where nobody has shown any pictures. Every process has to call it."""
         if self._shown_at == self.state.global_step:
             return
+        after, before = self._draw_pictures(), self._before
+        if self._begins_without:
+            with self.replayer.without_adapter(lora.ADAPTER_NAME):
+                before = self._draw_pictures()
+        self.show(self._shown_prompts, self._shown_rows, after, before)
+
+    def _draw_pictures(self) -> list[Image.Image]:
+        seeds = [torch.Generator().manual_seed(i) for i in range(len(self._shown_rows))]
+        return self.draw(self._shown_prompts, self._shown_rows, seeds, self.args.per_device_train_batch_size)
+
+    @property
+    def _shown_prompts(self) -> Dataset:
+        return self.eval_dataset if isinstance(self.eval_dataset, Dataset) else self.train_dataset
+
+    @property
+    def _shown_rows(self) -> list[int]:
         from ..reporting import GALLERY
 
-        data = self.eval_dataset if isinstance(self.eval_dataset, Dataset) else self.train_dataset
-        rows = spread(len(data), GALLERY)
+        return spread(len(self._shown_prompts), GALLERY)
 
-        def draw() -> list[Image.Image]:
-            seeds = [torch.Generator().manual_seed(i) for i in range(len(rows))]
-            return self.draw(data, rows, seeds, self.args.per_device_train_batch_size)
-
-        after, before = draw(), None
-        if self.has_adapter and self.continued is None:
-            with self.replayer.without_adapter(lora.ADAPTER_NAME):
-                before = draw()
-        self.show([data[row]["prompt"] for row in rows], after, before)
+    @property
+    def _begins_without(self) -> bool:
+        """Whether the pipeline before training is the one without the adapter, at any time."""
+        return self.has_adapter and self.continued is None
 
     # The card
 
@@ -107,7 +127,7 @@ class PublishingTrainer(EvaluatingTrainer):
             with suppress(FileNotFoundError):  # nothing has been saved yet
                 files = hub.describe(hub.run_files(folder, folder, facts), facts)
         location = self.hub_model_id or hub.local_name(folder)
-        text = render(facts, location, self.args.hub_revision, files)
+        text = render(facts, location, self.args.hub_revision, files, on_hub=self.hub_model_id is not None)
         hub.write_card(folder, facts, text, location, self._saved_step, is_new)
 
     @property
@@ -151,6 +171,7 @@ class PublishingTrainer(EvaluatingTrainer):
             denoisers={name: lora.plain_class(pipe.components[name]).__name__ for name in names},
             loads_lora=isinstance(pipe, LoraBaseMixin),
             picture_arguments=[c for c in self.calls.columns(data) if is_picture_column(data, c)],
+            scheduler=self._other_scheduler,
             output=card_facts.output_of(pipe),
             call={k: v for k, v in call.items() if k != "output_type"},
             prompt=prompt,
@@ -179,6 +200,10 @@ class PublishingTrainer(EvaluatingTrainer):
                 *(["hf_jobs"] if "JOB_ID" in os.environ else []),
             ],
         )
+
+    @functools.cached_property
+    def _other_scheduler(self) -> Scheduler | None:
+        return card_facts.scheduler_of(self.pipe, cast(dict, self.args.model_init_kwargs or {}).get("revision"))
 
     def _rewards_of_card(self) -> list[Reward]:
         """What is said of ours is not said of a user's by the same name."""
@@ -284,15 +309,16 @@ class PublishingTrainer(EvaluatingTrainer):
         if self.is_world_process_zero():
             try:
                 result = self._push_result(commit_message or "End of training", token, revision, private, **kwargs)
-                if blocking:
-                    self._uploads.wait()
-                    result = result.result()
-                else:
-                    result.add_done_callback(lambda done: done.exception() and logger.error(str(done.exception())))
             except Exception as raised:  # the other processes wait for a word
                 error = raised
         raise_together(error)
-        return result
+        if not blocking:
+            if result is not None:
+                result.add_done_callback(lambda done: done.exception() and logger.error(str(done.exception())))
+            return result
+        self._wait_for_uploads()
+        raise_together(None if result is None else cast(Exception | None, result.exception()))
+        return None if result is None else result.result()
 
     def _push_result(
         self, message: str, token: str | None, revision: str | None, private: bool | None, **kwargs: Any
@@ -386,14 +412,20 @@ class PublishingTrainer(EvaluatingTrainer):
             logger.warning(f"{checkpoint.name} was not pushed, and training goes on: {error}")
 
     def _finish_current_push(self) -> None:
-        """Wait for what is under way, and try once more what should be there by now and is not."""
+        """
+        Wait for what is under way, and try once more what should be there by now and is not. Every process has to
+        call it.
+        """
         if self._uploads.busy:
             logger.info("Waiting for the push of a checkpoint to be finished.")
-        self._uploads.wait()
+        self._wait_for_uploads()
         for checkpoint in [folder for folder in self._unpushed if folder.is_dir()]:
             self._push_checkpoint(checkpoint)
-        self._uploads.wait()
+        self._wait_for_uploads()
         self._unpushed = []  # what came of them has been told
+
+    def _wait_for_uploads(self) -> None:
+        wait_together(lambda: self._uploads.wait(PATIENCE))
 
     def _save_unfinished(self, why: str) -> None:
         super()._save_unfinished(why)
@@ -408,6 +440,9 @@ class PublishingTrainer(EvaluatingTrainer):
         the last bit. Ctrl-C saves a checkpoint at the last finished update.
         """
         source = resume_from_checkpoint
+        untrained = not source and not self.state.global_step
+        if untrained and self.args.push_to_hub and self.draws_gallery and not self._begins_without:
+            self._before = self._draw_pictures()
         if isinstance(source, str) and not Path(source).is_dir() and names_checkpoint(source):
             own = "/".join(source.split("@")[0].split("/")[:2]) == self.args.hub_model_id
             revision = self.args.hub_revision if own else None

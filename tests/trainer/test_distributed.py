@@ -42,10 +42,10 @@ def launch(what: str, folder: Path, **environment: str) -> list[dict]:
     return [torch.load(folder / f"result_{rank}.pt") for rank in (0, 1)]
 
 
-def assert_close(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def assert_close(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], atol: float = 1e-6) -> None:
     assert weights.keys() == expected.keys()
     for name in weights:
-        torch.testing.assert_close(weights[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(weights[name], expected[name], rtol=1e-5, atol=atol, msg=name)
 
 
 # DDP
@@ -106,7 +106,8 @@ def test_the_evaluation_is_that_of_one_process(one, two):
 
 def test_groups_may_span_processes(two, tmp_path):
     alone = one_update_for_each_rollout(tmp_path, 1, num_generations=8, max_steps=2)
-    assert_close(two[0]["spanning"]["weights"], alone["weights"])
+    # Two updates move a weight by 2e-3. Adam makes much of the last bits of small gradients, on some CPUs 1e-5.
+    assert_close(two[0]["spanning"]["weights"], alone["weights"], atol=5e-5)
     advantages = torch.cat([found["spanning"]["advantages"][:8] for found in two])
     torch.testing.assert_close(advantages, alone["advantages"][:16], rtol=1e-5, atol=1e-5)
 
@@ -218,7 +219,8 @@ def test_one_pushes_what_both_have_trained(way, server, request):
     assert titles == ["Model save", "Training in progress, checkpoint 1", "initial commit"]  # nothing new afterwards
     files = server.files(results[0]["repo"])
     weights = "transformer/config.json" if way == "sharded" else "pytorch_lora_weights.safetensors"
-    assert {weights, "samples/1_after.png", "last-checkpoint/trainer_state.json"} <= files.keys()
+    pictures = {"samples/1_before.png", "samples/1_after.png"}
+    assert {weights, *pictures, "last-checkpoint/trainer_state.json"} <= files.keys()
 
 
 def test_going_on_from_an_adapter_is_as_with_one_process(two, sharded, tmp_path):

@@ -109,6 +109,24 @@ def test_what_does_not_fit(tmp_path):
         load_adapter(FAMILIES["hunyuan-dit"].build(), str(tmp_path / "wider"))
 
 
+def test_a_branch_and_a_token(tmp_path, hub, monkeypatch):
+    trained = PIPELINES["sd3"][0]()
+    publish(trained, ["transformer"], tmp_path)
+    source = huggingface_hub.create_repo("user/branched", private=True).repo_id
+    huggingface_hub.create_branch(source, branch="trial")
+    huggingface_hub.upload_folder(repo_id=source, folder_path=tmp_path, revision="trial")
+    pipe = PIPELINES["sd3"][0]()
+    with pytest.raises(ValueError, match=f"could not load the adapter {source}"):
+        load_adapter(pipe, source)
+    with pytest.raises(ValueError, match="404"):
+        load_adapter(pipe, f"{source}@nowhere")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(ValueError, match="none that this token may read"):
+        load_adapter(pipe, f"{source}@trial")
+    load_adapter(pipe, f"{source}@trial", token="hf_good")
+    assert same(pipe.transformer, trained.transformer)
+
+
 def test_a_typo(tmp_path, hub):
     pipe = PIPELINES["sd3"][0]()
     (tmp_path / "empty").mkdir()

@@ -8,7 +8,7 @@ import torch
 import yaml
 from datasets import Dataset
 from datasets import Image as HFImage
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 
@@ -106,18 +106,51 @@ def test_a_pipeline_without_methods_for_adapters(tmp_path, server, online):
     assert drawn(fresh, "ovis-image") == drawn(trainer.pipe, "ovis-image") != before
 
 
-def test_a_pipeline_that_edits(tmp_path, server, online):
-    """Its gallery has the pictures of the data set edited; its quick start wants one."""
+def test_a_pipeline_that_edits(tmp_path, server, online, monkeypatch):
+    """Its gallery has the pictures of the data set edited; its quick start edits the first of them, as pasted."""
     family = FAMILIES["kontext"]
-    pictures = [Image.new("RGB", (16, 16), (40 * i, 90, 200)) for i in range(4)]
+    base = tmp_path / "base"
+    family.build().save_pretrained(base)
+    pictures = []
+    for i in range(4):
+        image, exif = Image.new("RGB", (16, 16), (40 * i, 90, 200)), Image.Exif()
+        exif[0x010E] = "taken at home"
+        image.save(tmp_path / f"{i}.png", exif=exif)
+        pictures.append(str(tmp_path / f"{i}.png"))
     data = Dataset.from_dict({"prompt": PROMPTS["prompt"][:4], "image": pictures}).cast_column("image", HFImage())
-    trainer = zoo_trainer(family, tmp_path, train_dataset=data, **PUSHED)
+    pipe = DiffusionPipeline.from_pretrained(base)
+    trainer = zoo_trainer(family, tmp_path / "run", pipe=pipe, train_dataset=data, **PUSHED, learning_rate=1e-2)
     trainer.train()
     trainer.push_to_hub()
     files = server.files(REPO)
     card = files["README.md"].decode()
     assert "samples/4_before.png" in files and "pipeline_tag: image-to-image" in card
-    assert 'image=load_image("image.png")' in python_in(card)
+    assert [name for name in files if "input" in name] == ["samples/1_input.png"]
+    assert not any(b"taken at home" in content for content in files.values())
+    with Image.open(tmp_path / "run" / "samples" / "1_input.png") as pushed, Image.open(pictures[0]) as given:
+        assert pushed.tobytes() == given.tobytes()
+    monkeypatch.chdir(tmp_path)
+    exec(python_in(card).replace('"path/to/base"', '"base"'), {})
+    expected = trainer.draw(data, [0], [torch.Generator().manual_seed(0)], 1)[0]
+    with Image.open("edited.png") as edited:
+        assert edited.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("kind", [DDIMScheduler, EulerDiscreteScheduler], ids=["its class", "another class"])
+def test_a_scheduler_that_is_not_the_models_is_in_the_quick_start(tmp_path, server, online, monkeypatch, kind):
+    base = tmp_path / "base"
+    PIPELINES["sd"][0]().save_pretrained(base)
+    pipe = DiffusionPipeline.from_pretrained(base)
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    trainer = trained(tmp_path / "run", "sd", model=pipe, **PUSHED, max_steps=1)
+    trainer.push_to_hub()
+    code = python_in(server.files(REPO)["README.md"].decode())
+    assert f"pipe.scheduler = {kind.__name__}.from_config(" in code and 'timestep_spacing="trailing"' in code
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace('"path/to/base"', '"base"'), {})
+    expected = trainer.draw(PROMPTS, [0], [torch.Generator().manual_seed(0)], 1)[0]
+    with Image.open("image.png") as image:
+        assert image.tobytes() == expected.tobytes()
 
 
 def test_all_weights_are_a_folder_of_the_denoiser(tmp_path, server, online, monkeypatch):
@@ -138,6 +171,10 @@ def test_all_weights_are_a_folder_of_the_denoiser(tmp_path, server, online, monk
     here, there = (np.frombuffer(drawn(pipe, "flux"), np.float32) for pipe in (trainer.pipe, found["pipe"]))
     np.testing.assert_allclose(there, here, rtol=0, atol=1e-6)
     assert drawn(model_before, "flux") != drawn(trainer.pipe, "flux")
+    # The pictures before training were drawn then: there is no adapter to leave out.
+    with Image.open(tmp_path / "run" / "samples" / "1_before.png") as shown:
+        before = model_before(**trainer.calls.call(PROMPTS, [0], [torch.Generator().manual_seed(0)])).images[0]
+        np.testing.assert_array_equal(np.asarray(shown)[::10, ::10], np.asarray(before))
     card = ModelCard(files["README.md"].decode())
     assert "lora" not in card.data.tags and card.data.library_name == "diffusers"
 

@@ -187,6 +187,7 @@ def test_training_goes_on_during_an_upload_of_a_checkpoint_that_is_removed(tmp_p
     class Release(TrainerCallback):
         def on_train_end(self, args, state, control, **kwargs):
             server.wait_for_held("commit")
+            assert not trainer._uploads.wait(0.1)
             seen.append(sorted(path.name for path in tmp_path.glob("checkpoint-*")))
             server.heal()
 
@@ -250,7 +251,7 @@ def test_a_connection_that_comes_back(tmp_path, server, online):
 
     class Heal(TrainerCallback):
         def on_train_end(self, args, state, control, **kwargs):
-            trainer._uploads.wait()
+            trainer._uploads.wait(60)
             server.heal()
 
     trainer.add_callback(Heal)

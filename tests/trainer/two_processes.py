@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from slas_trl.trainer import lora as adapters
+from slas_trl.trainer import publishing
 from slas_trl.trainer.collectives import full_tensor, gathered
 from tests.policy.zoo.all import FAMILIES
 from tests.test_trust_region import dense_fisher
@@ -133,6 +134,7 @@ def pushed(folder: Path, **settings: Any) -> dict[str, Any]:
     """A run that pushes from its start to its end, and one whose token the Hub refuses."""
     repo = f"user/{folder.parent.name}-{folder.name}".replace("_", "-")
     settings = {"push_to_hub": True, "hub_model_id": repo, "max_steps": 1, **settings}
+    publishing.PATIENCE = 0.01  # so that several looks at an upload are needed
     trainer = tiny_trainer(folder, hub_strategy="checkpoint", save_strategy="steps", save_steps=1, **settings)
     trainer.train()
     trainer.save_model()
