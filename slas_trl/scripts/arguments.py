@@ -65,7 +65,8 @@ class SLASScriptArguments:
         model_name_or_path (`str`, *optional*):
             Folder or Hub id of a diffusers pipeline. `None` is the embedded pipeline, with settings of its own.
         adapter (`str`, *optional*):
-            Folder or Hub id of a LoRA adapter of this pipeline, which training goes on from.
+            Folder or Hub id, also `"user/adapter@branch"`, of a LoRA adapter of this pipeline, which training goes on
+            from.
         reward_funcs (`list[str]`, *optional*):
             Functions of `slas_trl.rewards` by name, or any others as `package.module:function` or `file.py:function`.
             Options follow: `hpsv2:version=v2.0`.
@@ -93,7 +94,7 @@ class SLASScriptArguments:
     )
     adapter: str | None = field(
         default=None,
-        metadata={"help": "Folder or Hub id of a LoRA adapter to go on from, such as a run's output_dir."},
+        metadata={"help": "Folder or Hub id (also user/adapter@branch) of a LoRA adapter to go on from."},
     )
     reward_funcs: list[str] | None = field(
         default=None,
