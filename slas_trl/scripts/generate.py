@@ -17,6 +17,12 @@ def make_parser(prog: str = "slas-trl generate") -> argparse.ArgumentParser:
         help="folder or Hub id of a pipeline (default: the one that the adapter's card names, or the embedded one)",
     )
     parser.add_argument("--adapter", help="folder or Hub id of a LoRA adapter, such as a run's output_dir")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="of the pipeline and the adapter; the one of training gives its pictures (default: float32)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture, the next has the next one")
     parser.add_argument("--num_images", type=int, default=1, help="number of pictures (default: 1)")
     parser.add_argument("--num_inference_steps", type=int, help="denoising steps (default: the pipeline's)")
@@ -31,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Only now: loading takes seconds, and what is wrong with the arguments should be said before.
     import torch
-    from diffusers import DiffusionPipeline
 
+    from slas_trl.policy.doctor import load_pipeline
     from slas_trl.reporting import sample_grid
     from slas_trl.shapes import load_shapes_pipeline
     from slas_trl.trainer.published import base_model_of, load_adapter
@@ -41,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if model is None and args.adapter is not None and (model := base_model_of(args.adapter)) is not None:
         print(f"The card of {args.adapter} names {model} as its base model, which is used.")
     pipe: Any  # every pipeline's call has its own arguments
-    pipe = load_shapes_pipeline() if model is None else DiffusionPipeline.from_pretrained(model)
+    if model is None:
+        pipe = load_shapes_pipeline(getattr(torch, args.dtype))
+    else:
+        pipe = load_pipeline(model, {"dtype": args.dtype})
     if args.adapter is not None:
         load_adapter(pipe, args.adapter)
     if torch.cuda.is_available():

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from slas_trl.cli.main import main
+from slas_trl.policy.doctor import load_pipeline
 from slas_trl.quick_start import ADAPTER_FILE
 from slas_trl.scripts.arguments import parse
 from slas_trl.scripts.compare_arm import run_arm
@@ -133,6 +135,12 @@ def test_generate_takes_the_base_that_the_card_names(capsys, tmp_path):
         assert "add --model_name_or_path user/model" in capsys.readouterr().err
     assert main([*argv, "--output", "here.png", "--adapter", "published", "--model_name_or_path", "model"]) == 0
     assert main([*argv, "--output", "plain.png", "--model_name_or_path", "model"]) == 0
+    assert main([*argv, "--output", "bf16.png", "--adapter", "published", "--model_name_or_path", "model",
+                 "--dtype", "bfloat16"]) == 0  # fmt: skip
+    pipe: Any = load_pipeline("model", {"dtype": "bfloat16"})
+    pipe.load_lora_weights("published")
+    rounded = pipe(["a dot"], num_inference_steps=2, generator=[torch.Generator().manual_seed(0)]).images[0]
+    assert (np.asarray(Image.open("bf16.png")) == np.asarray(rounded)).all()
     from_hub, here, plain = (np.asarray(Image.open(f"{name}.png")) for name in ("hub", "here", "plain"))
     assert (from_hub == here).all() and (here != plain).any()
 
