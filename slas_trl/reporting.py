@@ -24,7 +24,7 @@ MARGIN = 10
 FONT_SIZE = 13
 GALLERY = 4  # prompts of a model card's gallery, each with a picture before and one after
 GALLERY_SIDE = 768  # pixels of their longer side, at most
-INPUT_SIDE = 1024  # of a picture to edit, which a reader is to edit again
+MOST_INPUTS, INPUT_SIDE = 8, 1024  # of the pictures to edit, which a reader is to edit again, and of their sides
 # The sheet of a model card, two columns wide, is legible on a phone: rows, pixels of a picture, and of the captions.
 COMPARED, SIDE, SHEET_FONT_SIZE = 6, 360, 24
 CAPTION_LINES = 6  # at most; longer captions end in an ellipsis
@@ -86,13 +86,14 @@ def save_samples(
     prompts: Sequence[str],
     after: Sequence[Image.Image],
     before: Sequence[Image.Image] | None = None,
-    inputs: Sequence[Mapping[str, Image.Image | list[Image.Image]]] | None = None,
+    inputs: Sequence[Mapping[str, Image.Image | list[Image.Image]]] = (),
 ) -> tuple[list[Sample], str]:
     """
     Write the pictures of a model card into the folder `samples` of a run: 4 of the prompts, one file a picture, for
     the gallery, and one sheet of 6, before and after side by side. Those over 768 pixels are reduced, small ones
     enlarged without smoothing; photographs are JPEG, so that a card's pictures are a megabyte or two at most. Of the
-    first prompt the pictures that it edits are there too, as they are but for those over 1,024 pixels.
+    first prompt the pictures that it edits are there too, if they are 8 at most, and as they are but for those over
+    1,024 pixels.
 
     Args:
         run_dir (`str` or `Path`): The run's folder.
@@ -125,9 +126,11 @@ def save_samples(
     ]
     shown = spread(len(prompts), COMPARED)
     columns: dict[str, Sequence[Image.Image]] = {}
-    if inputs is not None and inputs[0]:
-        samples[0].inputs = _save_inputs(Path(run_dir), inputs[0])
-        columns["edited"] = [_pictures_in(given)[0] for given in inputs]
+    edited = [_pictures_in(given) for given in inputs]
+    if edited and all(edited):
+        columns["edited"] = [pictures[0] for pictures in edited]
+        if len(edited[0]) <= MOST_INPUTS:
+            samples[0].inputs = _save_inputs(Path(run_dir), inputs[0])
     columns |= {} if before is None else {"before": before}
     columns |= {"after": after}
     pairs = [

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from slas_trl.reporting import plot_training, read_metrics, sample_grid
+from slas_trl.reporting import plot_training, read_metrics, sample_grid, save_samples
 
 
 def pictures(count: int, size: tuple[int, int] = (32, 32)) -> list[Image.Image]:
@@ -105,3 +105,24 @@ class TestMetrics:
     def test_missing_metrics_leave_their_panel_empty(self, tmp_path, records):
         plot_training(self.write(tmp_path / "metrics.jsonl", records), tmp_path / "training.png")
         assert (tmp_path / "training.png").stat().st_size > 5_000
+
+
+class TestSaveSamples:
+    def test_pictures_that_were_edited_are_beside_the_others(self, tmp_path):
+        given = [{"image": picture} for picture in pictures(6, (2048, 1024))]
+        samples, sheet = save_samples(tmp_path, list("abcdef"), pictures(6), pictures(6), given)
+        assert samples[0].inputs == {"image": "samples/1_input.png"} and not any(s.inputs for s in samples[1:])
+        with Image.open(tmp_path / "samples" / "1_input.png") as kept:
+            assert kept.size == (1024, 512)
+        _, narrow = save_samples(tmp_path / "texts", list("abcdef"), pictures(6), pictures(6), [{}] * 6)
+        with Image.open(tmp_path / sheet) as three, Image.open(tmp_path / "texts" / narrow) as two:
+            assert three.width > 1.4 * two.width
+
+    def test_several_pictures_of_one_prompt(self, tmp_path):
+        mask = pictures(1)[0]
+        given = [{"image": pictures(7), "mask": mask}]
+        [sample], _ = save_samples(tmp_path, ["a"], pictures(1), None, given)
+        assert sample.inputs["mask"] == "samples/1_input_8.png" and len(sample.input_paths) == 8
+        for other in ({"image": pictures(8), "mask": mask}, {"image": pictures(9)}, {"image": []}):
+            [sample], _ = save_samples(tmp_path / "more", ["a"], pictures(1), None, [other])
+            assert not sample.inputs and not list((tmp_path / "more" / "samples").glob("*input*"))
