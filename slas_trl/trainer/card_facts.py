@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,9 @@ def settings_of(args: SLASConfig, scheduler: object) -> dict[str, Any]:
     bounds = ("gamma_max",) if args.gamma_schedule in ("trust_region", "kl", "ess") else ()
     filters = ("min_group_std",) if args.min_group_std else ()
     values = {name: getattr(args, name) for name in (*SETTINGS, *bounds, *filters, *noise)}
-    return {name: str(value) if name == "optim" else value for name, value in values.items() if value is not None}
+    return {
+        name: value.value if isinstance(value, Enum) else value for name, value in values.items() if value is not None
+    }
 
 
 def plain(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -198,6 +198,7 @@ def test_the_card_names_the_base_model_and_its_license(tmp_path, server, online,
     assert (data["license"], data["license_name"]) == ("other", "mine")
     assert data["license_link"] == "https://huggingface.co/org/base/blob/main/LICENSE.md"
     assert data["datasets"] == ["org/prompts"] and "mine" in data["tags"]
+    assert "`optim` **adamw_torch" in text
     assert (tmp_path / "run" / "README.md").read_text() == text  # the same here and there
     # The quick start, as pasted: base and adapter both come from the server.
     monkeypatch.chdir(tmp_path)
