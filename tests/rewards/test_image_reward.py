@@ -135,9 +135,9 @@ def test_full_size_scores_are_those_of_its_own_package(tmp_path, original, monke
 
 
 def test_scores_are_those_recorded(folder):
-    # By image-reward 1.5 for the same weights, prompts and pictures.
+    # By image-reward 1.5 for the same weights, prompts and pictures, on one kind of CPU; others differ by 3e-6.
     recorded = [1.6481716633, 1.4566916227, 1.4621160030, 1.4243829250, 1.4919533730, 1.6412967443]
-    assert score(folder) == pytest.approx(recorded, abs=2e-6)
+    assert score(folder) == pytest.approx(recorded, abs=1e-5)
 
 
 @pytest.mark.rewards
