@@ -21,6 +21,7 @@ import httpx2
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
+    HFValidationError,
     OfflineModeIsEnabled,
     RevisionNotFoundError,
 )
@@ -112,6 +113,11 @@ def publish(facts: RunFacts, push: Push, card: Callable[[str], str] | None = Non
         text = render(facts, push.repo_id, push.revision, files, on_hub=True) if card is None else card(push.repo_id)
         push.files[CARD_FILE] = text.encode()
         return _commit(push, stale)
+    except HFValidationError as error:
+        raise PushError(
+            f"Nothing was pushed: {reason(error)}. Give the repository another name; {str(push.run_dir)!r} has all "
+            "that was to be pushed."
+        ) from error
     except (*FAILURES, ValueError) as error:
         raise PushError(
             f"Nothing was pushed to {push.repo_id!r}: {reason(error)}. Not there: {_listed(push.files)}. All of it is "
@@ -198,7 +204,7 @@ def reason(error: BaseException) -> str:
         return f"the Hub could not be reached ({str(error).strip() or type(error).__name__})"
     if isinstance(error, RuntimeError) and error.__cause__ is not None:  # huggingface_hub's around an LFS upload
         return f"{error}: {reason(error.__cause__)}"
-    return str(error) or type(error).__name__
+    return str(error).strip().rstrip(".") or type(error).__name__
 
 
 def is_refusal(error: BaseException) -> bool:
