@@ -12,7 +12,8 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from huggingface_hub.errors import (
 from transformers.utils import logging
 
 from .markdown import as_python
-from .model_card import CARD_FILE, render
+from .model_card import CARD_FILE, file_lines, render
 from .quick_start import DOWNLOADS, FROM_HERE, LOADS_IMAGES, adapter_file
 from .run_facts import FACTS_FILE, Base, RunFacts
 
@@ -44,6 +45,8 @@ PLOTS = {
 }
 OLD_PICTURES = rf"{PICTURES}/(\d+_(before|after|input(_\d+)*)|comparison)\.(png|jpg)|training\.png|calibration\.png"
 OLD_CHECKPOINT = rf"{LAST_CHECKPOINT}/.*"
+# The card as somebody has edited it, given a repository and what is in it: path, and what it is.
+EditedCard = Callable[[str, Sequence[tuple[str, str]]], str]
 # What goes wrong with a network, a server or a file. Errors of an LFS upload come as RuntimeError.
 FAILURES = (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError)
 
@@ -88,7 +91,7 @@ def create_repository(repo_id: str, private: bool | None = None, token: str | No
     return repo_id
 
 
-def publish(facts: RunFacts, push: Push, card: Callable[[str], str] | None = None) -> CommitInfo:
+def publish(facts: RunFacts, push: Push, card: EditedCard | None = None) -> CommitInfo:
     """
     Push files with their model card, in one commit, so that weights, card and checkpoint are always of the same
     update. Nothing new is no commit. The repository is made if it is not there; `push.repo_id` has its whole name
@@ -97,8 +100,7 @@ def publish(facts: RunFacts, push: Push, card: Callable[[str], str] | None = Non
     Args:
         facts ([`RunFacts`]): for the card.
         push ([`Push`]): what, and where to.
-        card (`Callable`, *optional*): makes the card, given the repository, where it is not to be written from
-        `facts`.
+        card (`EditedCard`, *optional*): makes the card, where it is not to be written from `facts`.
 
     Raises:
         [`PushError`]: when nothing was pushed; the message says why, and how to do it later.
@@ -110,7 +112,10 @@ def publish(facts: RunFacts, push: Push, card: Callable[[str], str] | None = Non
         facts.keep_pictures(push.files)
         stays, stale = _there(push)
         files = describe({*stays, *push.files}, facts)
-        text = render(facts, push.repo_id, push.revision, files, on_hub=True) if card is None else card(push.repo_id)
+        if card is None:
+            text = render(facts, push.repo_id, push.revision, files, on_hub=True)
+        else:
+            text = card(push.repo_id, files)
         push.files[CARD_FILE] = text.encode()
         return _commit(push, stale)
     except HFValidationError as error:
@@ -118,10 +123,12 @@ def publish(facts: RunFacts, push: Push, card: Callable[[str], str] | None = Non
             f"Nothing was pushed: {reason(error)}. Give the repository another name; {str(push.run_dir)!r} has all "
             "that was to be pushed."
         ) from error
-    except (*FAILURES, ValueError) as error:
+    except Exception as error:  # what is no answer of the Hub comes as a KeyError, for one
+        login = "" if push.token is None else ", with HF_TOKEN set to the same token,"
         raise PushError(
-            f"Nothing was pushed to {push.repo_id!r}: {reason(error)}. Not there: {_listed(push.files)}. All of it is "
-            f"in {str(push.run_dir)!r}; push it later with\n    {command(push)}"
+            f"Nothing was pushed to {push.repo_id!r}: {reason(error)}. Not pushed: "
+            f"{_listed({CARD_FILE, *push.files})}. All of it is in {str(push.run_dir)!r}; push it later{login} with\n"
+            f"    {command(push)}"
         ) from error
 
 
@@ -138,7 +145,7 @@ def command(push: Push) -> str:
     return shlex.join(words)
 
 
-def _listed(files: Mapping[str, object]) -> str:
+def _listed(files: Iterable[str]) -> str:
     names = list(dict.fromkeys(name.split("/")[0] + "/" * ("/" in name) for name in sorted(files)))
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
@@ -146,13 +153,24 @@ def _listed(files: Mapping[str, object]) -> str:
 def _commit(push: Push, stale: list[str]) -> CommitInfo:
     api = HfApi(token=push.token)
 
-    def commit() -> CommitInfo:
+    def try_once() -> CommitInfo:
         # Made anew for a second try: they remember what has been uploaded.
         operations = [CommitOperationAdd(name, file) for name, file in sorted(push.files.items())]
         deleted = [CommitOperationDelete(name) for name in stale]
         return api.create_commit(
             push.repo_id, [*operations, *deleted], commit_message=push.message, revision=push.revision
         )
+
+    def commit() -> CommitInfo:
+        # A thread of huggingface_hub that meets a broken connection closes that of the others, which then give up.
+        for pause in (1, 8):
+            try:
+                return try_once()
+            except RuntimeError as error:
+                if "client has been closed" not in f"{error} {error.__cause__}":
+                    raise
+                time.sleep(pause)
+        return try_once()
 
     try:
         return commit()
@@ -194,24 +212,27 @@ def reason(error: BaseException) -> str:
         return "HF_HUB_OFFLINE is set, so that the Hub is not asked"
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
+        message = (error.server_message or str(error)).strip().splitlines()[0].rstrip(".")
         if status in (401, 403):
             return (
-                f"the Hub refused the token ({status}): it must be one that may write there; log in with "
-                "`hf auth login`, or set HF_TOKEN"
+                f"the Hub refused ({status}, {message!r}); if it is for the token, log in with `hf auth login`, or "
+                "set HF_TOKEN, with one that may do this"
             )
-        return f"the Hub answered {status}: {(error.server_message or str(error)).strip().splitlines()[0]}"
+        return f"the Hub answered {status}: {message}"
     if isinstance(error, httpx2.HTTPError | ConnectionError):
         return f"the Hub could not be reached ({str(error).strip() or type(error).__name__})"
     if isinstance(error, RuntimeError) and error.__cause__ is not None:  # huggingface_hub's around an LFS upload
-        return f"{error}: {reason(error.__cause__)}"
+        return f"{str(error).rstrip('.')}: {reason(error.__cause__)}"
+    if isinstance(error, json.JSONDecodeError | LookupError | TypeError):
+        return f"the answer was not one of the Hub ({type(error).__name__}: {error})"
     return str(error).strip().rstrip(".") or type(error).__name__
 
 
 def is_refusal(error: BaseException) -> bool:
     """Whether the Hub was there, and will not have it: a later try would end alike."""
-    return isinstance(error, ValueError) or (
-        isinstance(error, HfHubHTTPError) and error.response.status_code in (400, 401, 403)
-    )
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in (400, 401, 403)
+    return isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError)
 
 
 class Uploads:
@@ -362,13 +383,13 @@ class SavedCard:
     Attributes:
         facts ([`RunFacts`]): of the card.
         saved_step (`int`, *optional*): the update of the weights in the folder itself.
-        edited (`Callable`, *optional*): if somebody has written in the card since, what makes that card for a
-            repository: the same, but for the repository's name in its code.
+        edited (`EditedCard`, *optional*): if somebody has written in the card since, what makes that card for a
+            repository.
     """
 
     facts: RunFacts
     saved_step: int | None
-    edited: Callable[[str], str] | None
+    edited: EditedCard | None
 
 
 def read_card(folder: Path) -> SavedCard:
@@ -386,12 +407,14 @@ def read_card(folder: Path) -> SavedCard:
     return SavedCard(
         RunFacts.from_dict(record["facts"]),
         record["saved_step"],
-        (lambda repo_id: _moved(text, record["location"], repo_id)) if edited else None,
+        (lambda repo_id, files: _moved(text, record["location"], repo_id, files)) if edited else None,
     )
 
 
-def _moved(card: str, location: str, repo_id: str) -> str:
-    """The card, its code loading from the repository."""
+def _moved(card: str, location: str, repo_id: str, files: Sequence[tuple[str, str]]) -> str:
+    """The card, its code loading from the repository, and its list that of the repository's files."""
+    listing = "".join(f"- {line}\n" for line in file_lines(files))
+    card = re.sub(r"(?m)^(## Files\n\n)(?:- .*\n)+", lambda match: match[1] + listing, card)
     # Only in the lines that load: "." may stand for other things elsewhere.
     here = re.escape(as_python(location))
     card = re.sub(

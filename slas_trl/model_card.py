@@ -61,11 +61,16 @@ def render(
             for name, value in facts.settings.items()
         ],
         started_from=facts.started_from and as_code(facts.started_from),
-        files=[f"{as_code(path)}: {as_text(what)}" for path, what in files],
+        files=file_lines(files),
         license=_license(facts.base),
         versions=[f"{as_text(name)} {as_text(version)}" for name, version in facts.versions.items()],
     )
     return f"---\n{to_yaml(_metadata(facts).to_dict())}---\n\n{text}"
+
+
+def file_lines(files: Sequence[tuple[str, str]]) -> list[str]:
+    """Of the card's list."""
+    return [f"{as_code(path)}: {as_text(what)}" for path, what in files]
 
 
 def _metadata(facts: RunFacts) -> ModelCardData:

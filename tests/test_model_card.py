@@ -430,18 +430,19 @@ class TestQuickStart:
     def test_of_an_edited_card_loads_from_its_new_place(self, tmp_path, folder):
         sample = Sample("a", "a.png", inputs={"image": "samples/1_input.png"})
         run = facts(picture_arguments=["image"], samples=[sample])
-        card = render(run, folder)
+        card = render(run, folder, files=[("samples/", "pictures")])
         hub.write_card(tmp_path, run, card, folder, None)
         (tmp_path / "README.md").write_text(card + "My own words.")
         edited = hub.read_card(tmp_path).edited
         assert edited is not None
-        assert edited("user/repo") == render(run, "user/repo", on_hub=True) + "My own words."
-        (tmp_path / "README.md").write_text(edited("user/repo"))
-        hub.write_card(tmp_path, run, edited("user/repo"), "user/repo", None)
-        (tmp_path / "README.md").write_text(edited("user/repo") + "More.")
+        there = [("samples/", "pictures"), ("notes.txt", "not of this run")]
+        text = edited("user/repo", there)
+        assert text == render(run, "user/repo", files=there, on_hub=True) + "My own words."
+        hub.write_card(tmp_path, run, text, "user/repo", None)
+        (tmp_path / "README.md").write_text(text + "More.")
         again = hub.read_card(tmp_path).edited
         assert again is not None
-        assert again("user/other").startswith(render(run, "user/other", on_hub=True))
+        assert again("user/other", there).startswith(render(run, "user/other", files=there, on_hub=True))
 
     @pytest.mark.parametrize("kind", ["embedded", "adapter", "whole"])
     def test_makes_the_picture(self, tmp_path, monkeypatch, kind):

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,8 +43,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise FileNotFoundError(f"there is no folder {args.run_dir}; RUN_DIR is a run's output_dir.")
     facts, edited, weights = find_result(run_dir)
     if edited is not None:
-        print("README.md has been edited, and is pushed as it stands.", file=sys.stderr)
+        print("README.md has been edited, and is pushed as it stands but for its places and files.", file=sys.stderr)
     if args.base_model is not None:
+        if edited is not None:
+            print("It does not name --base_model: write that into it.", file=sys.stderr)
         facts.base = replace(facts.base, hub_id=args.base_model, name=None, embedded=False, license=None)
     files = hub.run_files(run_dir, weights, facts)
     files |= chosen_checkpoints(run_dir, args.hub_strategy)
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"Pushed: {done.commit_url}")
 
 
-def find_result(run_dir: Path) -> tuple[RunFacts, Callable[[str], str] | None, Path]:
+def find_result(run_dir: Path) -> tuple[RunFacts, hub.EditedCard | None, Path]:
     """
     The facts for the card, the card if it was edited, and the folder of the weights: that of the run, if they were
     saved there at its end, or else its last whole checkpoint.

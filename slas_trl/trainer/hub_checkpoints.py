@@ -70,9 +70,10 @@ def fetch_checkpoint(source: str, output_dir: Path, revision: str | None = None,
             there = sorted({name.split("/")[0] for name in names if name.endswith(f"/{STATE_FILE}")}, key=_number)
             folder = wanted or (hub.LAST_CHECKPOINT if hub.LAST_CHECKPOINT in there else there[-1] if there else "")
             if folder not in there:
+                source = f"{repo_id}@{revision}" if revision else repo_id
                 raise ValueError(
-                    f"{repo_id} holds {'no checkpoint ' + repr(wanted) if wanted else 'no checkpoint'} to resume from "
-                    f"(it has {', '.join(there) or 'none'}). A run pushes them with hub_strategy='checkpoint' or "
+                    f"{source} holds no checkpoint{f' {wanted!r}' if wanted else ''} to resume from (it has "
+                    f"{', '.join(there) or 'none'}). A run pushes them with hub_strategy='checkpoint' or "
                     "'all_checkpoints'."
                 )
             logger.info(f"Downloading {folder} of {repo_id}.")

@@ -258,7 +258,9 @@ def save_weights(
         if not writes:
             continue
         # lora_alpha is among the metadata, without which a reader takes alpha = r. What is published names no path.
-        metadata = {**denoiser.peft_config[ADAPTER_NAME].to_dict(), "base_model_name_or_path": None}
+        config = {**denoiser.peft_config[ADAPTER_NAME].to_dict(), "base_model_name_or_path": None}
+        # What peft keeps as a set comes in another order in every process.
+        metadata = {key: sorted(value) if _is_names(value) else value for key, value in config.items()}
         file = adapter_file(name, names)
         if isinstance(pipe, LoraBaseMixin):
             # A pipeline's saving knows of one denoiser; the second is written, and read, as if it were that.
@@ -275,6 +277,10 @@ def save_weights(
                 lora_adapter_metadata=metadata,
             )
         _settle(Path(folder) / file)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list | set) and all(isinstance(item, str) for item in value)
 
 
 def _settle(path: Path) -> None:

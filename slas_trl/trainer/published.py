@@ -60,8 +60,9 @@ def _load_into(pipe: Any, name: str, names: list[str], source: str, file: Path |
         else:
             denoiser.load_lora_adapter(place, prefix=None, use_safetensors=True, **options)
     except Exception as error:  # of the file, the Hub or the network: too many kinds to name
+        why = str(error).rstrip(".")
         raise ValueError(
-            f"could not load the adapter {source} into a {type(pipe).__name__}: {error}. Was it trained on this model?"
+            f"could not load the adapter {source} into a {type(pipe).__name__}: {why}. Was it trained on this model?"
         ) from error
     if not carries_adapter(denoiser):  # keys that it does not know, diffusers leaves out
         raise ValueError(f"{source} holds no weights that fit this pipeline. Was it trained from another one?")

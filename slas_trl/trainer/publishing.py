@@ -1,5 +1,6 @@
 """The part of the trainer that shows its result: pictures, the model card, and the Hub."""
 
+import copy
 import functools
 import os
 import shutil
@@ -54,6 +55,7 @@ class PublishingTrainer(EvaluatingTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         self._uploads = hub.Uploads()
         self._unpushed: list[Path] = []  # checkpoints that should be on the Hub and are not
+        self._newest: tuple[Path, RunFacts] | None = None  # checkpoint that was to be pushed, and what the card says
         super().__init__(*args, **kwargs)
 
     # Pictures
@@ -241,7 +243,7 @@ class PublishingTrainer(EvaluatingTrainer):
                     name, args.hub_private_repo if private is None else private, token
                 )
                 hub.check_token(token)
-            except (*hub.FAILURES, ValueError) as raised:
+            except Exception as raised:
                 if hub.is_refusal(raised):
                     error = ValueError(f"push_to_hub cannot push to {name!r}: {hub.reason(raised)}.")
                 else:
@@ -384,6 +386,7 @@ class PublishingTrainer(EvaluatingTrainer):
         if strategy == HubStrategy.END:
             return
         every = strategy == HubStrategy.ALL_CHECKPOINTS
+        self._newest = Path(checkpoint_folder), self._facts()
         self._unpushed = [*(self._unpushed if every else []), Path(checkpoint_folder)]
         # Of several checkpoints that wait, the newest is enough, unless all are asked for.
         if self._uploads.busy and not self.args.hub_always_push and not every:
@@ -392,9 +395,11 @@ class PublishingTrainer(EvaluatingTrainer):
         self._push_checkpoint(Path(checkpoint_folder))
 
     def _push_checkpoint(self, checkpoint: Path) -> None:
+        """Whichever is pushed, be it late, the weights at the root are the newest, and those of the card."""
+        assert self._newest is not None  # a checkpoint has been saved
+        newest, facts = self._newest[0], copy.deepcopy(self._newest[1])
         try:
-            facts = self._facts()
-            files: dict[str, Path | bytes] = dict(hub.weight_files(checkpoint, facts))
+            files: dict[str, Path | bytes] = dict(hub.weight_files(newest, facts))
             push = self._push_of(files, f"Training in progress, {checkpoint.name.replace('-', ' ')}")
             if push.strategy in hub.CHECKPOINT_STRATEGIES:
                 every = push.strategy == hub.ALL_CHECKPOINTS
@@ -419,6 +424,8 @@ class PublishingTrainer(EvaluatingTrainer):
         if self._uploads.busy:
             logger.info("Waiting for the push of a checkpoint to be finished.")
         self._wait_for_uploads()
+        if lost := [folder.name for folder in self._unpushed if not folder.is_dir()]:
+            logger.warning(f"{', '.join(lost)} could not be pushed, and save_total_limit has removed them since.")
         for checkpoint in [folder for folder in self._unpushed if folder.is_dir()]:
             self._push_checkpoint(checkpoint)
         self._wait_for_uploads()
@@ -444,7 +451,7 @@ class PublishingTrainer(EvaluatingTrainer):
         if untrained and self.args.push_to_hub and self.draws_gallery and not self._begins_without:
             self._before = self._draw_pictures()
         if isinstance(source, str) and not Path(source).is_dir() and names_checkpoint(source):
-            own = "/".join(source.split("@")[0].split("/")[:2]) == self.args.hub_model_id
+            own = "/".join(source.split("@")[0].split("/")[:2]) == self._repository
             revision = self.args.hub_revision if own else None
             resume_from_checkpoint = self._fetch(source, revision)
         try:

@@ -166,8 +166,8 @@ def test_weights_of_an_earlier_update_are_not_pushed(tmp_path, server, online):
         (["nowhere", REPO], "there is no folder nowhere"),
         (["empty", REPO], "'empty' is no run's folder"),
         (["run", REPO, "--hub_strategy", "all_checkpoint"], "invalid choice"),
-        (["run", "a/b/c"], "'a/b/c'. Give the repository another name; 'run' has all"),
-        (["run", "other/name"], "the Hub refused the token (403)"),
+        (["run", "a/b/c"], "Give the repository another name; 'run' has all that"),
+        (["run", "other/name"], "the Hub refused (403, "),
     ],
 )
 def test_what_cannot_be_pushed(unpushed, at_home, online, argv, expected, capsys):

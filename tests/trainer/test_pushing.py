@@ -225,7 +225,7 @@ def test_a_server_that_fails_in_the_middle_of_an_upload(tmp_path, server, online
     trainer.save_model()  # by itself, it is told and not raised
     later = f"slas-trl push {tmp_path / 'run'} {REPO} --private"
     assert "Nothing was pushed to 'user/run': " in caplog.text and "507" in caplog.text
-    assert f"Not there: README.md, {ADAPTER}" in caplog.text and later in caplog.text
+    assert f"Not pushed: README.md, {ADAPTER}" in caplog.text and later in caplog.text
     with pytest.raises(hub.PushError, match=re.escape(later)):
         trainer.push_to_hub()
     assert len(server.commits(REPO)) == 1
@@ -257,6 +257,64 @@ def test_a_connection_that_comes_back(tmp_path, server, online):
     trainer.add_callback(Heal)
     trainer.train()
     assert [commit["title"] for commit in server.commits(REPO)][0] == "Training in progress, checkpoint 2"
+
+
+def test_a_checkpoint_that_comes_late_leaves_the_newest_weights_where_they_are(tmp_path, server, online):
+    server.fail("commit", times=1)
+    trainer = tiny_trainer(tmp_path, **PUSHED, hub_strategy="all_checkpoints", **EVERY_UPDATE, max_steps=3)
+    trainer.train()
+    titles = [commit["title"].split()[-1] for commit in server.commits(REPO)]
+    assert titles == ["1", "3", "2", "commit"]
+    files = server.files(REPO)
+    assert files[ADAPTER] == (tmp_path / "checkpoint-3" / ADAPTER).read_bytes()
+    assert "`updates` **3**" in files["README.md"].decode() and "checkpoint-1/optimizer.pt" in files
+    assert "- `checkpoint-1/`" in files["README.md"].decode()
+
+
+def test_checkpoints_that_are_gone_before_they_could_be_pushed(tmp_path, server, online, caplog):
+    server.fail("commit", times=2)
+    trainer = tiny_trainer(
+        tmp_path, **PUSHED, hub_strategy="all_checkpoints", **EVERY_UPDATE, max_steps=3, save_total_limit=1
+    )
+    trainer.train()
+    assert "checkpoint-1, checkpoint-2 could not be pushed, and save_total_limit has removed them" in caplog.text
+    assert "checkpoint-3/optimizer.pt" in server.files(REPO)
+
+
+@pytest.mark.parametrize("route", ["create", "commit"])
+def test_an_answer_that_is_not_the_hubs_ends_no_run(tmp_path, server, online, caplog, route):
+    server.fail(route, status=200)
+    trainer = tiny_trainer(tmp_path, **PUSHED, hub_token="hf_good", max_steps=1)
+    trainer.train()
+    with pytest.raises(
+        hub.PushError, match="the answer was not one of the Hub .*set to the same token, with\n    slas"
+    ):
+        trainer.push_to_hub()
+    server.heal()
+    trainer.push_to_hub()
+    assert ADAPTER in server.files(REPO)
+
+
+def test_a_thread_that_gave_up_with_another_is_no_failure(tmp_path, server, online, monkeypatch):
+    """What huggingface_hub does when a connection breaks in one of its threads; when, is a matter of chance."""
+    commit, calls = HfApi.create_commit, []
+
+    def create_commit(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("Error while uploading") from RuntimeError("as the client has been closed.")
+        return commit(self, *args, **kwargs)
+
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    trained(tmp_path, **PUSHED, max_steps=1).push_to_hub()
+    assert len(calls) > 1 and ADAPTER in server.files(REPO)
+
+
+def test_a_refusal_has_the_hubs_own_words(tmp_path, server, online):
+    trainer = trained(tmp_path, **PUSHED, max_steps=1)
+    server.fail("commit", status=403)
+    with pytest.raises(hub.PushError, match=r"the Hub refused \(403, 'This server was told to fail'\); if it is"):
+        trainer.push_to_hub()
 
 
 def test_a_token_that_may_not_write_is_known_before_training(tmp_path, online):
