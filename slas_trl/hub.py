@@ -257,10 +257,13 @@ class Uploads:
 
     def wait(self, seconds: float) -> bool:
         """Until none is under way, or for so long; whether none is."""
+        if self._last is None:
+            return True
+        after = self._executor.submit(lambda: True)  # the last one, and its note
         try:
-            # After the last one, and its note.
-            return self._last is None or self._executor.submit(lambda: True).result(seconds)
+            return after.result(seconds)
         except TimeoutError:
+            after.cancel()
             return False
 
 
@@ -420,10 +423,15 @@ def _moved(card: str, location: str, repo_id: str, files: Sequence[tuple[str, st
     card = re.sub(
         rf"((?:load_lora_\w+|from_pretrained|hf_hub_download)\(\s*){here}", lambda m: m[1] + as_python(repo_id), card
     )
-    download = f"load_image(hf_hub_download({as_python(repo_id)}, filename="
-    card, pictures = re.subn(rf"load_image\({here[:-1]}/([^\"]*\")\)", lambda m: f'{download}"{m[1]}))', card)
+    branch = re.search(r'revision="[^"]*"', card)
+    arguments = f", {branch[0]}" if branch else ""
+    card, pictures = re.subn(
+        rf'load_image\({here[:-1]}/({PICTURES}/\d+_input[^"]*)"\)',
+        lambda match: f'load_image(hf_hub_download({as_python(repo_id)}, filename="{match[1]}"{arguments}))',
+        card,
+    )
     card = card.replace(f"{FROM_HERE}\n", "")
-    return card.replace(LOADS_IMAGES, f"{LOADS_IMAGES}\n{DOWNLOADS}") if pictures else card
+    return re.sub(rf"(?m)^{LOADS_IMAGES}.*", rf"\g<0>\n{DOWNLOADS}", card, count=1) if pictures else card
 
 
 # What is read

@@ -93,7 +93,9 @@ def _loaded(paths: str | list[str], place: dict[str, Any], on_hub: bool) -> str:
     if not on_hub:
         return f"load_image({as_python(place[''] + '/' + paths)})"
     # Not the picture's address, which of a private repository cannot be read without the token.
-    return f"load_image({_call('hf_hub_download', {'': place[''], 'filename': paths, **place})})"
+    arguments = {"": place[""], "filename": paths, **place}
+    written = ", ".join(_argument(name, value, wrapped=False) for name, value in arguments.items())
+    return f"load_image(hf_hub_download({written}))"
 
 
 class _Name:

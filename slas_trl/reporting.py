@@ -24,7 +24,7 @@ MARGIN = 10
 FONT_SIZE = 13
 GALLERY = 4  # prompts of a model card's gallery, each with a picture before and one after
 GALLERY_SIDE = 768  # pixels of their longer side, at most
-MOST_INPUTS, INPUT_SIDE = 8, 1024  # of the pictures to edit, which a reader is to edit again, and of their sides
+MOST_INPUTS, INPUT_SIDE = 4, 1024  # of the pictures to edit, which a reader is to edit again, and of their sides
 # The sheet of a model card, two columns wide, is legible on a phone: rows, pixels of a picture, and of the captions.
 COMPARED, SIDE, SHEET_FONT_SIZE = 6, 360, 24
 CAPTION_LINES = 6  # at most; longer captions end in an ellipsis
@@ -92,8 +92,7 @@ def save_samples(
     Write the pictures of a model card into the folder `samples` of a run: 4 of the prompts, one file a picture, for
     the gallery, and one sheet of 6, before and after side by side. Those over 768 pixels are reduced, small ones
     enlarged without smoothing; photographs are JPEG, so that a card's pictures are a megabyte or two at most. Of the
-    first prompt the pictures that it edits are there too, if they are 8 at most, and as they are but for those over
-    1,024 pixels.
+    first prompt the pictures that it edits are there too, if they are 4 at most, reduced to 1,024 pixels.
 
     Args:
         run_dir (`str` or `Path`): The run's folder.
@@ -157,8 +156,9 @@ def _save_inputs(run_dir: Path, given: Mapping[str, Image.Image | list[Image.Ima
         pixels = Image.fromarray(np.asarray(image.convert("RGB")))
         pixels.thumbnail((INPUT_SIDE, INPUT_SIDE))
         number = next(numbers)
-        name = f"samples/1_input{'' if number == 1 else f'_{number}'}.png"
-        pixels.save(run_dir / name)
+        kind = "png" if max(pixels.size) <= LARGEST else "jpg"
+        name = f"samples/1_input{'' if number == 1 else f'_{number}'}.{kind}"
+        pixels.save(run_dir / name, quality=95)
         return name
 
     return {
@@ -168,12 +168,11 @@ def _save_inputs(run_dir: Path, given: Mapping[str, Image.Image | list[Image.Ima
 
 
 def _side_by_side(images: Sequence[Image.Image]) -> Image.Image:
-    height = max(image.height for image in images)
-    row = Image.new("RGB", (sum(image.width + MARGIN for image in images) - MARGIN, height), "white")
-    left = 0
-    for image in images:
-        row.paste(image, (left, height - image.height))
-        left += image.width + MARGIN
+    """In equally wide columns."""
+    width, height = max(image.width for image in images), max(image.height for image in images)
+    row = Image.new("RGB", (len(images) * (width + MARGIN) - MARGIN, height), "white")
+    for i, image in enumerate(images):
+        row.paste(image, (i * (width + MARGIN) + (width - image.width) // 2, height - image.height))
     return row
 
 

@@ -343,6 +343,20 @@ class TestText:
         assert "None" not in page.text and "papers/" not in page.text
 
 
+class TestPictures:
+    def test_that_are_not_pushed_are_not_shown(self):
+        edited = Sample("a", "a.png", "b.png", inputs={"image": ["i.png", "j.png"]})
+        run = facts(samples=[edited, Sample("c", "c.png")])
+        assert run.pictures[:5] == ["i.png", "j.png", "b.png", "a.png", "c.png"]
+        run.keep_pictures({"a.png", "b.png", "j.png"})
+        assert run.samples == [Sample("a", "a.png", "b.png")] and run.sheets == []
+
+    def test_of_an_earlier_push_are_replaced(self):
+        old = ["samples/1_before.png", "samples/4_after.jpg", "samples/1_input.png", "samples/1_input_2.jpg"]
+        assert all(re.fullmatch(hub.OLD_PICTURES, name) for name in [*old, "samples/comparison.jpg", "training.png"])
+        assert not any(re.fullmatch(hub.OLD_PICTURES, name) for name in ("samples/mine.png", "photo.png"))
+
+
 class TestQuickStart:
     def test_flux(self):
         assert quick_start(facts(call={}), "user/repo", revision="v2") == (
@@ -435,6 +449,7 @@ class TestQuickStart:
         (tmp_path / "README.md").write_text(card + "My own words.")
         edited = hub.read_card(tmp_path).edited
         assert edited is not None
+        assert ("# From the folder of this card:" in card) == (folder == ".")
         there = [("samples/", "pictures"), ("notes.txt", "not of this run")]
         text = edited("user/repo", there)
         assert text == render(run, "user/repo", files=there, on_hub=True) + "My own words."
@@ -443,6 +458,23 @@ class TestQuickStart:
         again = hub.read_card(tmp_path).edited
         assert again is not None
         assert again("user/other", there).startswith(render(run, "user/other", files=there, on_hub=True))
+
+    def test_of_an_edited_card_leaves_the_editors_own_lines(self, tmp_path):
+        sample = Sample("a", "a.png", inputs={"image": "samples/1_input.png"})
+        run = facts(picture_arguments=["image"], samples=[sample])
+        card = render(run, "runs/x", "trial")
+        hub.write_card(tmp_path, run, card, "runs/x", None)
+        own = card.replace("import load_image\n", "import load_image, make_image_grid\n")
+        (tmp_path / "README.md").write_text(own + 'load_image("runs/x/mask.png")')
+        edited = hub.read_card(tmp_path).edited
+        assert edited is not None
+        text = edited("user/repo", [])
+        assert text.endswith('load_image("runs/x/mask.png")')
+        assert "import load_image, make_image_grid\nfrom huggingface_hub import hf_hub_download\n" in text
+        assert 'hf_hub_download("user/repo", filename="samples/1_input.png", revision="trial")' in text
+        assert 'hf_hub_download("user/repo", filename="samples/1_input.png", revision="trial")' in render(
+            run, "user/repo", "trial", on_hub=True
+        )
 
     @pytest.mark.parametrize("kind", ["embedded", "adapter", "whole"])
     def test_makes_the_picture(self, tmp_path, monkeypatch, kind):

@@ -109,20 +109,22 @@ class TestMetrics:
 
 class TestSaveSamples:
     def test_pictures_that_were_edited_are_beside_the_others(self, tmp_path):
-        given = [{"image": picture} for picture in pictures(6, (2048, 1024))]
+        given = [{"image": Image.new("RGB", (2048, 1024), (0, 0, 250))}] * 6
         samples, sheet = save_samples(tmp_path, list("abcdef"), pictures(6), pictures(6), given)
-        assert samples[0].inputs == {"image": "samples/1_input.png"} and not any(s.inputs for s in samples[1:])
-        with Image.open(tmp_path / "samples" / "1_input.png") as kept:
+        assert samples[0].inputs == {"image": "samples/1_input.jpg"} and not any(s.inputs for s in samples[1:])
+        with Image.open(tmp_path / "samples" / "1_input.jpg") as kept:
             assert kept.size == (1024, 512)
         _, narrow = save_samples(tmp_path / "texts", list("abcdef"), pictures(6), pictures(6), [{}] * 6)
         with Image.open(tmp_path / sheet) as three, Image.open(tmp_path / "texts" / narrow) as two:
             assert three.width > 1.4 * two.width
+            first, *others = (three.getpixel((10 + (2 * i + 1) * (three.width - 20) // 6, 250)) for i in range(3))
+            assert first[2] > 200 and all(blue < 50 for _, _, blue in others)  # each in its column, under its head
 
     def test_several_pictures_of_one_prompt(self, tmp_path):
         mask = pictures(1)[0]
-        given = [{"image": pictures(7), "mask": mask}]
+        given = [{"image": pictures(3), "mask": mask}]
         [sample], _ = save_samples(tmp_path, ["a"], pictures(1), None, given)
-        assert sample.inputs["mask"] == "samples/1_input_8.png" and len(sample.input_paths) == 8
-        for other in ({"image": pictures(8), "mask": mask}, {"image": pictures(9)}, {"image": []}):
+        assert sample.inputs["mask"] == "samples/1_input_4.png" and len(sample.input_paths) == 4
+        for other in ({"image": pictures(4), "mask": mask}, {"image": pictures(5)}, {"image": []}):
             [sample], _ = save_samples(tmp_path / "more", ["a"], pictures(1), None, [other])
             assert not sample.inputs and not list((tmp_path / "more" / "samples").glob("*input*"))

@@ -65,7 +65,7 @@ class RunReport:
         sheet = self._draw(self.sheet_rows)
         if self.base_model is not None:
             return Measurement(sheet, None, self._rewards())
-        with trainer.published_weights():
+        with trainer.as_published():
             shapes = evaluate_shapes(
                 trainer.pipe,
                 self.prompts,

@@ -136,6 +136,8 @@ class PipelineCalls:
     def pictures(self, dataset: Dataset, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The pictures, or lists of them, that the pipeline edits in the rows at `indices`, by argument."""
         columns = [column for column in self.columns(dataset) if is_picture_column(dataset, column)]
+        if not columns:
+            return []
         return [{column: row[column] for column in columns} for row in self.rows(dataset, indices)]
 
     def check(self, dataset: Dataset, like: Dataset | None = None) -> None:

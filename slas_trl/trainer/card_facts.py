@@ -7,12 +7,12 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
 from datasets import Dataset
-from diffusers import ConfigMixin, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -83,23 +83,23 @@ def base_of(pipe: DiffusionPipeline, denoiser: torch.nn.Module, init_kwargs: Map
     return base
 
 
-def scheduler_of(pipe: DiffusionPipeline, revision: str | None = None) -> Scheduler | None:
+def scheduler_of(pipe: DiffusionPipeline, init_kwargs: Mapping[str, Any]) -> Scheduler | None:
     """
-    The pipeline's scheduler, where it is another one than that of the model it was loaded from; `None` where it is
-    not, or nobody can tell.
+    The pipeline's scheduler, where it is another one than that of the model it was loaded from, with `init_kwargs`;
+    `None` where it is not, or nobody can tell. Without a network: what was loaded is on the disk.
     """
     own: Any = pipe.components.get("scheduler")
-    if pipe.name_or_path is None or not isinstance(own, ConfigMixin):
-        return None
-    kind: Any = type(own)
+    place = {"local_files_only": True} | {k: v for k, v in init_kwargs.items() if k in ("cache_dir", "revision")}
     try:
-        loaded = kind.load_config(pipe.name_or_path, subfolder="scheduler", revision=revision)
-    except (OSError, ValueError):
+        index: Any = DiffusionPipeline.load_config(pipe.name_or_path, **place)
+        name, kind = index["scheduler"][1], cast(Any, type(own))
+        if getattr(diffusers, kind.__name__, None) is not kind:
+            return Scheduler(kind.__name__) if kind.__name__ != name else None
+        original = getattr(diffusers, name)
+        loaded = original.load_config(pipe.name_or_path, subfolder="scheduler", **place)
+        given = kind.from_config(original.from_config(loaded).config)
+    except Exception:  # of whatever somebody has saved: no name, no such class, no file
         return None
-    original = getattr(diffusers, loaded["_class_name"], None)
-    if original is None:
-        return None
-    given = kind.from_config(original.from_config(loaded).config)
     values, expected = plain(own.config), plain(given.config)
     changes = {name: v for name, v in values.items() if not name.startswith("_") and v != expected.get(name)}
     return Scheduler(kind.__name__, changes) if changes or kind is not original else None

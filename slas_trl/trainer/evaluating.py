@@ -149,7 +149,7 @@ class EvaluatingTrainer(ResumableTrainer):
             self.pipe.components[name].eval()
         self._place_frozen_components(self.accelerator.device)
         images = []
-        with self.published_weights():
+        with self.as_published():
             for chunk in self.calls.chunks(dataset, indices, size):
                 rows = [indices[i] for i in chunk]
                 made = as_pictures(self.pipe(**self.calls.call(dataset, rows, [generators[i] for i in chunk]))[0])

@@ -223,7 +223,9 @@ def as_loaded(denoisers: Iterable[torch.nn.Module]) -> Iterator[None]:
     kept: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
     layers: list[Any] = [layer for denoiser in denoisers for layer in _adapter_layers(denoiser)]
     for layer in layers:
-        dtype = next(layer.get_base_layer().parameters()).dtype
+        base = layer.get_base_layer()
+        # A quantized layer's weights are integers; it names the type that it computes with.
+        dtype = getattr(base, "compute_dtype", None) or getattr(getattr(base, "weight", None), "dtype", None)
         if dtype not in (torch.bfloat16, torch.float16):
             continue
         for module in layer.modules():

@@ -7,7 +7,7 @@ import yaml
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils import logging
-from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError, RepositoryNotFoundError
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
@@ -38,6 +38,8 @@ def load_adapter(pipe: DiffusionPipeline, source: str, token: str | None = None)
     try:
         for name in names:
             file = _file_of(source, adapter_file(name, names), token)
+            if file is None and name == names[0]:
+                file = _only_file(source, token)
             if file is not None or name == names[0]:
                 _load_into(pipe, name, names, source, file, token)
     finally:
@@ -100,6 +102,18 @@ def base_model_of(source: str, token: str | None = None) -> str | None:
     if isinstance(base, list):
         base = base[0] if len(base) == 1 else None
     return base if isinstance(base, str) else None
+
+
+def _only_file(source: str, token: str | None) -> Path | None:
+    """
+    Of a repository where no file has the usual name. diffusers would look for it in the main branch of a public one.
+    """
+    if Path(source).exists():
+        return None
+    repo_id, revision = _place_of(source)
+    names = HfApi(token=token).list_repo_files(repo_id, revision=revision)
+    names = [name for name in names if name.endswith(".safetensors")]
+    return _file_of(source, names[0], token) if len(names) == 1 else None
 
 
 def _place_of(source: str) -> tuple[str, str | None]:

@@ -69,14 +69,19 @@ class PublishingTrainer(EvaluatingTrainer):
     ) -> None:
         """
         Take these pictures of the prompts in these rows, the i-th drawn with seed i, for the gallery and the
-        comparison grid of the card, as long as no update is made.
+        comparison grid of the card, as long as no update is made. Every process has to call it.
         """
-        self._shown_at = self.state.global_step
+        error = None
         if self.is_world_process_zero():
             from ..reporting import save_samples  # matplotlib, not before it is needed
 
-            prompts, inputs = [data[row]["prompt"] for row in rows], self.calls.pictures(data, rows)
-            self._samples, self._sheet = save_samples(self._output_dir, prompts, after, before, inputs)
+            try:
+                prompts, inputs = [data[row]["prompt"] for row in rows], self.calls.pictures(data, rows)
+                self._samples, self._sheet = save_samples(self._output_dir, prompts, after, before, inputs)
+            except (OSError, ValueError) as raised:  # a full disk, or a picture that is no longer there
+                error = raised
+        raise_together(error)
+        self._shown_at = self.state.global_step
 
     def _draw_gallery(self) -> None:
         """Where nobody has shown any pictures. Every process has to call it."""
@@ -205,7 +210,7 @@ class PublishingTrainer(EvaluatingTrainer):
 
     @functools.cached_property
     def _other_scheduler(self) -> Scheduler | None:
-        return card_facts.scheduler_of(self.pipe, cast(dict, self.args.model_init_kwargs or {}).get("revision"))
+        return card_facts.scheduler_of(self.pipe, cast(dict, self.args.model_init_kwargs or {}))
 
     def _rewards_of_card(self) -> list[Reward]:
         """What is said of ours is not said of a user's by the same name."""
@@ -271,7 +276,7 @@ class PublishingTrainer(EvaluatingTrainer):
         if self.args.push_to_hub and not _internal_call:
             try:
                 self.push_to_hub(commit_message="Model save")
-            except (hub.PushError, ValueError) as error:
+            except (OSError, ValueError) as error:  # of the push, or a full disk
                 logger.error(str(error))
 
     def push_to_hub(

@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import save_fsdp_optimizer
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import logging
@@ -100,10 +101,25 @@ class ResumableTrainer(Trainer):
         return nullcontext() if self._ema is None else self._ema.averaged()
 
     @contextmanager
-    def published_weights(self) -> Iterator[None]:
-        """In place of the weights, those that a reader of what is saved has: averaged, and rounded."""
-        with self._averaged_weights(), lora.as_loaded(self.pipe.components[name] for name in self.denoiser_names):
-            yield
+    def as_published(self) -> Iterator[None]:
+        """
+        The pipeline as a reader of what is saved has it: with weights averaged, and rounded, and without the mixed
+        precision of training. Sharded weights keep the precision of theirs.
+        """
+        denoisers = [self.pipe.components[name] for name in self.denoiser_names]
+        wrapped = {
+            denoiser: denoiser.forward
+            for denoiser in denoisers
+            if "_original_forward" in vars(denoiser) and not isinstance(denoiser, FSDPModule)
+        }
+        for denoiser in wrapped:
+            denoiser.forward = denoiser._original_forward
+        try:
+            with self._averaged_weights(), lora.as_loaded(denoisers):
+                yield
+        finally:
+            for denoiser, forward in wrapped.items():
+                denoiser.forward = forward
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """

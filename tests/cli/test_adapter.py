@@ -118,11 +118,11 @@ def test_an_arm_of_a_comparison_is_compared_with_it(beta):
     assert found["0"] == 0.0 < found["1e-2"]
 
 
-def test_generate_takes_the_base_that_the_card_names(capsys, tmp_path):
+def test_generate_takes_the_base_that_the_card_names(capsys, tmp_path, monkeypatch):
     argv = ["generate", "--prompt", "a dot", "--num_inference_steps", "2"]
     with HubServer(tmp_path / "hub") as hub, hub.in_process():
         for name in ("model", "published"):
-            huggingface_hub.create_repo(f"user/{name}")
+            huggingface_hub.create_repo(f"user/{name}", private=name == "published")
         huggingface_hub.upload_folder(repo_id="user/model", folder_path="model")
         Path("card.md").write_text("---\nbase_model: user/model\n---\n")
         huggingface_hub.upload_folder(repo_id="user/published", folder_path="published")
@@ -133,6 +133,11 @@ def test_generate_takes_the_base_that_the_card_names(capsys, tmp_path):
         train = ["train", *settings, "--reward_funcs", "adapter_rewards:darkness", "--adapter", "user/published"]
         assert main([*train, "--output_dir", "refused"]) == 2
         assert "add --model_name_or_path user/model" in capsys.readouterr().err
+        monkeypatch.delenv("HF_TOKEN")
+        private = [*train, "--output_dir", "private", "--model_name_or_path", "model", "--report_prompts", "0"]
+        private += ["--max_steps", "1"]
+        assert main(private) == 2
+        assert main([*private, "--hub_token", "hf_good"]) == 0
     assert main([*argv, "--output", "here.png", "--adapter", "published", "--model_name_or_path", "model"]) == 0
     assert main([*argv, "--output", "plain.png", "--model_name_or_path", "model"]) == 0
     assert main([*argv, "--output", "bf16.png", "--adapter", "published", "--model_name_or_path", "model",

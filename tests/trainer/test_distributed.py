@@ -214,6 +214,7 @@ def test_what_a_sharded_run_saves_is_plain(sharded, fsdp_folder):
 def test_one_pushes_what_both_have_trained(way, server, request):
     results = [found["pushed"] for found in request.getfixturevalue(way)]
     assert [found["returned"] for found in results] == [True, False]
+    assert [found["looks"] for found in results] == [3, 3]
     assert all("push_to_hub cannot push to" in found["refused"] for found in results)
     titles = [commit["title"] for commit in server.commits(results[0]["repo"])]
     assert titles == ["Model save", "Training in progress, checkpoint 1", "initial commit"]  # nothing new afterwards

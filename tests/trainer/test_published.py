@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
+from slas_trl.quick_start import ADAPTER_FILE
 from slas_trl.trainer.lora import carries_adapter
 from slas_trl.trainer.published import base_model_of, load_adapter
 from tests.local_hub import HubServer
@@ -125,6 +126,17 @@ def test_a_branch_and_a_token(tmp_path, hub, monkeypatch):
         load_adapter(pipe, f"{source}@trial")
     load_adapter(pipe, f"{source}@trial", token="hf_good")
     assert same(pipe.transformer, trained.transformer)
+    for name in ("sd3.5-slg", "bria"):  # with methods for adapters, and without
+        family = FAMILIES[name]
+        trained = family.build()
+        publish(trained, ["transformer"], tmp_path / name)
+        (tmp_path / name / ADAPTER_FILE).rename(tmp_path / name / "other.safetensors")
+        huggingface_hub.create_branch(source, branch=name, token="hf_good")
+        upload = {"repo_id": source, "folder_path": tmp_path / name, "revision": name, "token": "hf_good"}
+        huggingface_hub.upload_folder(**upload, delete_patterns="*.safetensors")
+        pipe = family.build()
+        load_adapter(pipe, f"{source}@{name}", token="hf_good")
+        assert same(pipe.transformer, trained.transformer)
 
 
 def test_a_typo(tmp_path, hub):

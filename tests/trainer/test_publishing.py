@@ -1,5 +1,8 @@
 """What a run puts on the Hub, read back from a server that speaks its protocol, by plain diffusers."""
 
+import copy
+import io
+import json
 import re
 
 import numpy as np
@@ -8,10 +11,17 @@ import torch
 import yaml
 from datasets import Dataset
 from datasets import Image as HFImage
-from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 
+from slas_trl.run_facts import Scheduler
+from slas_trl.trainer.card_facts import scheduler_of
 from tests.local_hub import REPO
 from tests.policy.zoo.all import FAMILIES
 from tests.tiny_pipelines import PIPELINES
@@ -21,6 +31,13 @@ from .zoo_trainers import zoo_trainer
 
 
 PUSHED = {"push_to_hub": True, "hub_model_id": REPO}
+
+
+def one() -> tuple[list[int], list[torch.Generator], int]:
+    """Row, seed and size of a call that draws one picture."""
+    return [0], [torch.Generator().manual_seed(0)], 1
+
+
 ADAPTER = "pytorch_lora_weights.safetensors"
 
 
@@ -94,6 +111,75 @@ def test_a_bfloat16_pipeline_is_judged_by_the_adapter_as_it_is_loaded(tmp_path, 
     assert not same(weights, trained_weights(trainer))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_drawn_is_without_the_mixed_precision_of_training(tmp_path, dtype):
+    pipe = PIPELINES["sd"][0]().to(dtype)
+    before = tiny_trainer(tmp_path / "before", "sd", model=copy.deepcopy(pipe)).draw(PROMPTS, *one())[0].tobytes()
+    trainer = trained(tmp_path / "run", "sd", model=pipe, bf16=True, max_steps=1, learning_rate=0.0)
+    forward = trainer.pipe.unet.forward
+    assert trainer.draw(PROMPTS, *one())[0].tobytes() == before
+    assert trainer.pipe.unet.forward == forward != trainer.pipe.unet._original_forward
+
+
+def test_before_is_not_what_was_resumed(tmp_path, server, online):
+    settings = {**PUSHED, "full": True, "save_strategy": "steps", "save_steps": 1}
+    trained(tmp_path, max_steps=1, **settings)
+    trainer = tiny_trainer(tmp_path, max_steps=2, **settings)
+    trainer.train(resume_from_checkpoint=True)
+    trainer.push_to_hub()
+    pictures = {name for name in server.files(REPO) if name.startswith("samples/")}
+    assert pictures == {"samples/comparison.png", *(f"samples/{i}_after.png" for i in range(1, 5))}
+
+
+def test_a_picture_that_is_no_longer_there(tmp_path, server, online, caplog):
+    """When a model is saved it is told, and ends no run."""
+    family = FAMILIES["kontext"]
+    paths = [str(tmp_path / f"{i}.png") for i in range(4)]
+    for path in paths:
+        Image.new("RGB", (16, 16), (40, 90, 200)).save(path)
+    data = Dataset.from_dict({"prompt": PROMPTS["prompt"][:4], "image": paths})
+    trainer = zoo_trainer(family, tmp_path / "run", train_dataset=data, **PUSHED)
+    trainer.train()
+    trainer.draw = lambda *args: [Image.new("RGB", (16, 16))] * 4
+    (tmp_path / "0.png").unlink()
+    trainer.save_model()
+    assert "The column 'image' of row 0 holds no image" in caplog.text
+
+
+class TestTheSchedulerOfThePipeline:
+    @pytest.fixture
+    def base(self, tmp_path):
+        PIPELINES["sd3"][0]().save_pretrained(tmp_path / "base", safe_serialization=True)
+        index = json.loads((tmp_path / "base" / "model_index.json").read_text())
+        left_out = dict.fromkeys(("text_encoder_3", "tokenizer_3"))
+        return DiffusionPipeline.from_pretrained(tmp_path / "base", **left_out), tmp_path / "base", index
+
+    def test_somebodys_own(self, base):
+        class Mine(FlowMatchEulerDiscreteScheduler):
+            def __init__(self, table):
+                super().__init__()
+
+        pipe, folder, index = base
+        assert scheduler_of(pipe, {}) is None
+        pipe.scheduler = Mine([1])
+        assert scheduler_of(pipe, {}) == Scheduler("Mine")
+        index["scheduler"] = ["mine", "Mine"]
+        (folder / "model_index.json").write_text(json.dumps(index))
+        assert scheduler_of(pipe, {}) is None
+
+    @pytest.mark.parametrize("text", ["{", "{}", '{"scheduler": ["diffusers", "Nothing"]}'])
+    def test_nobody_can_tell(self, base, text):
+        pipe, folder, _ = base
+        (folder / "model_index.json").write_text(text)
+        assert scheduler_of(pipe, {}) is None
+
+    def test_asks_no_hub(self, base, server, online):
+        pipe, _, _ = base
+        pipe.register_to_config(_name_or_path="user/base")
+        assert scheduler_of(pipe, {"revision": "x"}) is None
+        assert not [request for request in server.requests() if "user/base" in request["path"]]
+
+
 def test_a_pipeline_without_methods_for_adapters(tmp_path, server, online):
     family = FAMILIES["ovis-image"]
     trainer = zoo_trainer(family, tmp_path, **PUSHED, learning_rate=1e-2)
@@ -115,7 +201,7 @@ def test_a_pipeline_that_edits(tmp_path, server, online, monkeypatch):
     for i in range(4):
         image, exif = Image.new("RGB", (16, 16), (40 * i, 90, 200)), Image.Exif()
         exif[0x010E] = "taken at home"
-        image.save(tmp_path / f"{i}.png", exif=exif)
+        image.save(tmp_path / f"{i}.png", exif=exif, icc_profile=b"at home")
         pictures.append(str(tmp_path / f"{i}.png"))
     data = Dataset.from_dict({"prompt": PROMPTS["prompt"][:4], "image": pictures}).cast_column("image", HFImage())
     pipe = DiffusionPipeline.from_pretrained(base)
@@ -126,7 +212,8 @@ def test_a_pipeline_that_edits(tmp_path, server, online, monkeypatch):
     card = files["README.md"].decode()
     assert "samples/4_before.png" in files and "pipeline_tag: image-to-image" in card
     assert [name for name in files if "input" in name] == ["samples/1_input.png"]
-    assert not any(b"taken at home" in content for content in files.values())
+    with Image.open(io.BytesIO(files["samples/1_input.png"])) as pushed:
+        assert not pushed.info
     with Image.open(tmp_path / "run" / "samples" / "1_input.png") as pushed, Image.open(pictures[0]) as given:
         assert pushed.tobytes() == given.tobytes()
     monkeypatch.chdir(tmp_path)
@@ -198,7 +285,7 @@ def test_the_card_names_the_base_model_and_its_license(tmp_path, server, online,
     assert (data["license"], data["license_name"]) == ("other", "mine")
     assert data["license_link"] == "https://huggingface.co/org/base/blob/main/LICENSE.md"
     assert data["datasets"] == ["org/prompts"] and "mine" in data["tags"]
-    assert "`optim` **adamw_torch" in text
+    assert "`optim` **adamw_torch" in text and "scheduler" not in python_in(text)
     assert (tmp_path / "run" / "README.md").read_text() == text  # the same here and there
     # The quick start, as pasted: base and adapter both come from the server.
     monkeypatch.chdir(tmp_path)

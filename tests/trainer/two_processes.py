@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from slas_trl.trainer import lora as adapters
 from slas_trl.trainer import publishing
-from slas_trl.trainer.collectives import full_tensor, gathered
+from slas_trl.trainer.collectives import full_tensor, gathered, wait_together
 from tests.policy.zoo.all import FAMILIES
 from tests.test_trust_region import dense_fisher
 from tests.tiny_pipelines import PIPELINES
@@ -130,6 +130,18 @@ def components(folder: Path, rank: int) -> dict[str, Any]:
     return {**line, "held_out": trainer.evaluate()["eval_rewards/held_out/mean"] / expected, "uneven": message}
 
 
+def waited_for_both() -> int:
+    """How often both look whether something is done, of which the second one is ready at its third look."""
+    looks = []
+
+    def done() -> bool:
+        looks.append(1)
+        return PartialState().process_index == 0 or len(looks) == 3
+
+    wait_together(done)
+    return len(looks)
+
+
 def pushed(folder: Path, **settings: Any) -> dict[str, Any]:
     """A run that pushes from its start to its end, and one whose token the Hub refuses."""
     repo = f"user/{folder.parent.name}-{folder.name}".replace("_", "-")
@@ -146,7 +158,7 @@ def pushed(folder: Path, **settings: Any) -> dict[str, Any]:
     except ValueError as error:
         refused = str(error)
     os.environ["HF_TOKEN"] = token
-    return {"repo": repo, "returned": returned is not None, "refused": refused}
+    return {"looks": waited_for_both(), "repo": repo, "returned": returned is not None, "refused": refused}
 
 
 def ddp(folder: Path, state: PartialState) -> dict[str, Any]:
