@@ -60,7 +60,9 @@ def base_of(pipe: DiffusionPipeline, denoiser: torch.nn.Module, init_kwargs: Map
     chosen = {k: v for k, v in init_kwargs.items() if v is None or k in ("variant", "revision")}
     # The base's weights, which are frozen under an adapter in float32.
     parameters = sorted(denoiser.parameters(), key=lambda parameter: parameter.requires_grad)
-    dtype = str(parameters[0].dtype).removeprefix("torch.")
+    # Quantized weights are integers; what is beside them has the type that all is computed in.
+    floating = [parameter for parameter in parameters if parameter.is_floating_point()]
+    dtype = str((floating or parameters)[0].dtype).removeprefix("torch.")
     base = Base(type(pipe).__name__, init_kwargs=chosen, dtype=dtype)
     origin = pipe.name_or_path
     if origin is None:

@@ -122,7 +122,7 @@ def test_generate_takes_the_base_that_the_card_names(capsys, tmp_path, monkeypat
     argv = ["generate", "--prompt", "a dot", "--num_inference_steps", "2"]
     with HubServer(tmp_path / "hub") as hub, hub.in_process():
         for name in ("model", "published"):
-            huggingface_hub.create_repo(f"user/{name}", private=name == "published")
+            huggingface_hub.create_repo(f"user/{name}")
         huggingface_hub.upload_folder(repo_id="user/model", folder_path="model")
         Path("card.md").write_text("---\nbase_model: user/model\n---\n")
         huggingface_hub.upload_folder(repo_id="user/published", folder_path="published")
@@ -133,8 +133,11 @@ def test_generate_takes_the_base_that_the_card_names(capsys, tmp_path, monkeypat
         train = ["train", *settings, "--reward_funcs", "adapter_rewards:darkness", "--adapter", "user/published"]
         assert main([*train, "--output_dir", "refused"]) == 2
         assert "add --model_name_or_path user/model" in capsys.readouterr().err
+        huggingface_hub.create_repo("user/hidden", private=True)
+        huggingface_hub.upload_folder(repo_id="user/hidden", folder_path="published")
         monkeypatch.delenv("HF_TOKEN")
         private = [*train, "--output_dir", "private", "--model_name_or_path", "model", "--report_prompts", "0"]
+        private[private.index("user/published")] = "user/hidden"
         private += ["--max_steps", "1"]
         assert main(private) == 2
         assert main([*private, "--hub_token", "hf_good"]) == 0
