@@ -228,7 +228,10 @@ def _doubts(facts: RunFacts) -> list[str]:
             "this repository. Without them its pictures are not those shown here."
         )
     if facts.reading:
-        points.append(f"What the rewards say together, by the calibration panel: {as_text(facts.reading)}")
+        points.append(
+            "What the rewards say together, by the calibration panel (changes since the start of the training, in "
+            f"standard deviations between pictures): {as_text(facts.reading)}"
+        )
     held_out = [as_code(reward.name) for reward in facts.rewards if not reward.weight]
     if not held_out:
         points.append(

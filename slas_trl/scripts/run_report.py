@@ -81,7 +81,10 @@ class RunReport:
         if before.shapes is not None and after.shapes is not None:
             table, rows = compare(before.shapes, after.shapes), _shapes_rows(before.shapes, after.shapes)
             scores: dict[str, Any] = {"before": before.shapes.to_dict(), "after": after.shapes.to_dict()}
-            judged, in_card = "The verifier's graded score, and in brackets its strict one,", "The verifier's scores"
+            judged = "The verifier's graded score, and in brackets its strict one,"
+            in_card = (
+                "Mean share of a prompt's demands that a picture meets (all or nothing: of pictures that meet all),"
+            )
             names = {"shapes_verifier": "graded", "shapes_verifier_strict": "strict"}
             was, now = (report.estimates[OVERALL] for report in (before.shapes, after.shapes))
             metrics = [_metric(name, now[score], was[score]) for name, score in names.items()]
