@@ -176,7 +176,7 @@ def _method(facts: RunFacts) -> str:
         )
     return (
         "What sets Super-Linear Advantage Shaping (SLAS) apart is how much a picture counts: large differences in "
-        "score count for more than their size, and small ones, which are mostly noise, for less."
+        "score count for more than their size, and small ones, which may be noise, for less."
     )
 
 
@@ -239,7 +239,7 @@ def _doubts(facts: RunFacts) -> list[str]:
         )
     elif facts.hacking is None:
         points.append(
-            f"{', '.join(held_out)} was held out, but too few evaluations are kept for this state to warn of reward "
+            f"{', '.join(held_out)} was held out, but too few evaluations are kept of these weights to warn of reward "
             "hacking."
         )
     elif not facts.hacking:
@@ -250,16 +250,19 @@ def _doubts(facts: RunFacts) -> list[str]:
     for reward in facts.rewards:
         if reward.weight:
             spot = as_text(reward.blind_to) if reward.blind_to else "unknown, for its author has not said"
-            points.append(f"What {as_code(reward.name)} is blind to: {spot}. Training may have given that up.")
+            points.append(f"What {as_code(reward.name)} is blind to: {spot}. Training may have made that worse.")
     points.append(
         "The reward that was trained on rises in any training that works. That alone does not make better pictures: "
         "look at them, and at the rewards that were held out."
     )
     counts = [metric.prompts for metric in facts.evaluation.metrics if metric.prompts] if facts.evaluation else []
     if counts:
-        points.append(f"The figures come from {max(counts)} prompts. With prompts of another kind they may differ.")
+        points.append(
+            f"The figures come from {max(counts)} prompts, and from one training with one seed. Prompts of another "
+            "kind, or another training, may give others; the intervals do not cover that."
+        )
     if facts.evaluation is None:
-        points.append("No scores are kept for this state.")
+        points.append("No scores are kept of these weights.")
     return points
 
 

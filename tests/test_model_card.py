@@ -299,8 +299,8 @@ class TestText:
 
     def test_what_is_not_kept_is_not_denied(self):
         text = self.text(evaluation=None, hacking=None)
-        assert text.count("No scores are kept for this state.") == 2
-        assert "word was held out, but too few evaluations are kept for this state to warn of reward hacking" in text
+        assert text.count("No scores are kept of these weights.") == 2
+        assert "word was held out, but too few evaluations are kept of these weights to warn of reward hacking" in text
 
     def test_settings_are_explained_and_short(self):
         settings = {"gamma": 0.1 + 0.2, "learning_rate": 1e-5, "new": [1, None]}
@@ -331,7 +331,7 @@ class TestText:
         assert "before and after" not in after.lower()
 
     def test_a_reader_edits_a_picture_of_their_own(self):
-        words = "It draws the first prompt of the pictures below"
+        words = "It draws the first of the pictures after training below"
         assert words in self.text() and words not in self.text(picture_arguments=["image"])
 
     def test_the_rest(self):
