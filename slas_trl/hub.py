@@ -22,6 +22,7 @@ import httpx2
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
+    HfUriError,
     HFValidationError,
     OfflineModeIsEnabled,
     RevisionNotFoundError,
@@ -45,8 +46,8 @@ PLOTS = {
 }
 OLD_PICTURES = rf"{PICTURES}/(\d+_(before|after|input(_\d+)*)|comparison)\.(png|jpg)|training\.png|calibration\.png"
 OLD_CHECKPOINT = rf"{LAST_CHECKPOINT}/.*"
-# The card as somebody has edited it, given a repository and what is in it: path, and what it is.
-EditedCard = Callable[[str, Sequence[tuple[str, str]]], str]
+# The card as somebody has edited it, given a repository, its branch, and what is in it: path, and what it is.
+EditedCard = Callable[[str, str | None, Sequence[tuple[str, str]]], str]
 # What goes wrong with a network, a server or a file. Errors of an LFS upload come as RuntimeError.
 FAILURES = (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError)
 
@@ -115,7 +116,7 @@ def publish(facts: RunFacts, push: Push, card: EditedCard | None = None) -> Comm
         if card is None:
             text = render(facts, push.repo_id, push.revision, files, on_hub=True)
         else:
-            text = card(push.repo_id, files)
+            text = card(push.repo_id, push.revision, files)
         push.files[CARD_FILE] = text.encode()
         return _commit(push, stale)
     except HFValidationError as error:
@@ -223,7 +224,7 @@ def reason(error: BaseException) -> str:
         return f"the Hub could not be reached ({str(error).strip() or type(error).__name__})"
     if isinstance(error, RuntimeError) and error.__cause__ is not None:  # huggingface_hub's around an LFS upload
         return f"{str(error).rstrip('.')}: {reason(error.__cause__)}"
-    if isinstance(error, json.JSONDecodeError | LookupError | TypeError):
+    if isinstance(error, json.JSONDecodeError | UnicodeError | LookupError | TypeError):
         return f"the answer was not one of the Hub ({type(error).__name__}: {error})"
     return str(error).strip().rstrip(".") or type(error).__name__
 
@@ -232,7 +233,7 @@ def is_refusal(error: BaseException) -> bool:
     """Whether the Hub was there, and will not have it: a later try would end alike."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in (400, 401, 403)
-    return isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError)
+    return isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError | UnicodeError | HfUriError)
 
 
 class Uploads:
@@ -410,21 +411,20 @@ def read_card(folder: Path) -> SavedCard:
     return SavedCard(
         RunFacts.from_dict(record["facts"]),
         record["saved_step"],
-        (lambda repo_id, files: _moved(text, record["location"], repo_id, files)) if edited else None,
+        (lambda repo_id, branch, files: _moved(text, record["location"], repo_id, branch, files)) if edited else None,
     )
 
 
-def _moved(card: str, location: str, repo_id: str, files: Sequence[tuple[str, str]]) -> str:
+def _moved(card: str, location: str, repo_id: str, branch: str | None, files: Sequence[tuple[str, str]]) -> str:
     """The card, its code loading from the repository, and its list that of the repository's files."""
     listing = "".join(f"- {line}\n" for line in file_lines(files))
-    card = re.sub(r"(?m)^(## Files\n\n)(?:- .*\n)+", lambda match: match[1] + listing, card)
+    card = re.sub(r"(?m)^(## Files\n\n)(?:- .*(?:\n|\Z))+", lambda match: match[1] + listing, card)
     # Only in the lines that load: "." may stand for other things elsewhere.
     here = re.escape(as_python(location))
     card = re.sub(
         rf"((?:load_lora_\w+|from_pretrained|hf_hub_download)\(\s*){here}", lambda m: m[1] + as_python(repo_id), card
     )
-    branch = re.search(r'revision="[^"]*"', card)
-    arguments = f", {branch[0]}" if branch else ""
+    arguments = f", revision={as_python(branch)}" if branch else ""
     card, pictures = re.subn(
         rf'load_image\({here[:-1]}/({PICTURES}/\d+_input[^"]*)"\)',
         lambda match: f'load_image(hf_hub_download({as_python(repo_id)}, filename="{match[1]}"{arguments}))',
@@ -443,7 +443,7 @@ def license_of(base: Base, token: str | None = None) -> None:
         return
     try:
         card = HfApi(token=token).model_info(base.hub_id, timeout=10).card_data
-    except (*FAILURES, ValueError) as error:
+    except Exception as error:  # of whatever kind: it is no reason not to push
         logger.info(f"The license of {base.hub_id} is not known: {reason(error)}.")
         return
     if card is not None:

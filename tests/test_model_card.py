@@ -451,13 +451,13 @@ class TestQuickStart:
         assert edited is not None
         assert ("# From the folder of this card:" in card) == (folder == ".")
         there = [("samples/", "pictures"), ("notes.txt", "not of this run")]
-        text = edited("user/repo", there)
+        text = edited("user/repo", None, there)
         assert text == render(run, "user/repo", files=there, on_hub=True) + "My own words."
         hub.write_card(tmp_path, run, text, "user/repo", None)
         (tmp_path / "README.md").write_text(text + "More.")
         again = hub.read_card(tmp_path).edited
         assert again is not None
-        assert again("user/other", there).startswith(render(run, "user/other", files=there, on_hub=True))
+        assert again("user/other", None, there).startswith(render(run, "user/other", files=there, on_hub=True))
 
     def test_of_an_edited_card_leaves_the_editors_own_lines(self, tmp_path):
         sample = Sample("a", "a.png", inputs={"image": "samples/1_input.png"})
@@ -468,7 +468,7 @@ class TestQuickStart:
         (tmp_path / "README.md").write_text(own + 'load_image("runs/x/mask.png")')
         edited = hub.read_card(tmp_path).edited
         assert edited is not None
-        text = edited("user/repo", [])
+        text = edited("user/repo", "trial", [])
         assert text.endswith('load_image("runs/x/mask.png")')
         assert "import load_image, make_image_grid\nfrom huggingface_hub import hf_hub_download\n" in text
         assert 'hf_hub_download("user/repo", filename="samples/1_input.png", revision="trial")' in text

@@ -20,6 +20,7 @@ from .. import __version__, hub
 from ..calibration import CALIBRATION_FILE, read_rewards, read_rollouts, reward_curves
 from ..run_facts import Base, Evaluation, Metric, Scheduler
 from ..schedulers import FlowSDEScheduler
+from . import lora
 from .callbacks import METRICS_FILE
 from .calls import PipelineCalls, is_picture_column
 from .prompts import BUILDERS
@@ -58,11 +59,7 @@ def base_of(pipe: DiffusionPipeline, denoiser: torch.nn.Module, init_kwargs: Map
     """Where the pipeline came from: its name on the Hub, or that of its folder."""
     # Those that choose what is loaded; not where from, nor with which token.
     chosen = {k: v for k, v in init_kwargs.items() if v is None or k in ("variant", "revision")}
-    # The base's weights, which are frozen under an adapter in float32.
-    parameters = sorted(denoiser.parameters(), key=lambda parameter: parameter.requires_grad)
-    # Quantized weights are integers; what is beside them has the type that all is computed in.
-    floating = [parameter for parameter in parameters if parameter.is_floating_point()]
-    dtype = str((floating or parameters)[0].dtype).removeprefix("torch.")
+    dtype = str(lora.base_dtype(denoiser) or torch.float32).removeprefix("torch.")
     base = Base(type(pipe).__name__, init_kwargs=chosen, dtype=dtype)
     origin = pipe.name_or_path
     if origin is None:

@@ -214,6 +214,15 @@ def adapters_beside(denoiser: torch.nn.Module) -> list[str]:
     return [name for name in dict.fromkeys(active) if name != ADAPTER_NAME]
 
 
+def base_dtype(module: torch.nn.Module) -> torch.dtype | None:
+    """
+    The type that a module computes in: that of its first floating-point weights which are not trained, if there are
+    any, for adapters are in float32, and quantized weights integers.
+    """
+    parameters = sorted(module.parameters(), key=lambda parameter: parameter.requires_grad)
+    return next((parameter.dtype for parameter in parameters if parameter.is_floating_point()), None)
+
+
 @contextmanager
 def as_loaded(denoisers: Iterable[torch.nn.Module]) -> Iterator[None]:
     """

@@ -39,7 +39,7 @@ def load_adapter(pipe: DiffusionPipeline, source: str, token: str | None = None)
         for name in names:
             file = _file_of(source, adapter_file(name, names), token)
             if file is None and name == names[0]:
-                file = _only_file(source, token)
+                file = _only_file(source, token, {adapter_file(other, names) for other in names})
             if file is not None or name == names[0]:
                 _load_into(pipe, name, names, source, file, token)
     finally:
@@ -104,15 +104,19 @@ def base_model_of(source: str, token: str | None = None) -> str | None:
     return base if isinstance(base, str) else None
 
 
-def _only_file(source: str, token: str | None) -> Path | None:
+def _only_file(source: str, token: str | None, others: set[str]) -> Path | None:
     """
-    Of a repository where no file has the usual name. diffusers would look for it in the main branch of a public one.
+    Of a repository where no file has the usual name: the one that is at its root and not among `others`. diffusers
+    would look for it in the main branch of a public one.
     """
     if Path(source).exists():
         return None
     repo_id, revision = _place_of(source)
-    names = HfApi(token=token).list_repo_files(repo_id, revision=revision)
-    names = [name for name in names if name.endswith(".safetensors")]
+    try:
+        names = HfApi(token=token).list_repo_files(repo_id, revision=revision)
+    except Exception as error:  # of the network, or what is no answer of the Hub
+        raise ValueError(f"could not see what is in the repository {source}: {hub.reason(error)}") from error
+    names = [name for name in names if name.endswith(".safetensors") and "/" not in name and name not in others]
     return _file_of(source, names[0], token) if len(names) == 1 else None
 
 

@@ -78,8 +78,8 @@ class PublishingTrainer(EvaluatingTrainer):
             try:
                 prompts, inputs = [data[row]["prompt"] for row in rows], self.calls.pictures(data, rows)
                 self._samples, self._sheet = save_samples(self._output_dir, prompts, after, before, inputs)
-            except (OSError, ValueError) as raised:  # a full disk, or a picture that is no longer there
-                error = raised
+            except Exception as raised:  # a full disk, or a picture that is gone: the other processes wait for a word
+                error = ValueError(f"The pictures for the card could not be kept: {raised}")
         raise_together(error)
         self._shown_at = self.state.global_step
 
@@ -380,7 +380,7 @@ class PublishingTrainer(EvaluatingTrainer):
         if self.is_world_process_zero():
             try:
                 self._write_card(self._facts(), is_new=True)  # for `slas-trl push`, should the run not come to its end
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 logger.warning(f"The model card could not be written, and training goes on: {error}")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -391,7 +391,11 @@ class PublishingTrainer(EvaluatingTrainer):
         if strategy == HubStrategy.END:
             return
         every = strategy == HubStrategy.ALL_CHECKPOINTS
-        self._newest = Path(checkpoint_folder), self._facts()
+        try:
+            self._newest = Path(checkpoint_folder), self._facts()
+        except (OSError, ValueError) as error:  # a picture of the data set that is gone, for one
+            logger.warning(f"{Path(checkpoint_folder).name} was not pushed, and training goes on: {error}")
+            return
         self._unpushed = [*(self._unpushed if every else []), Path(checkpoint_folder)]
         # Of several checkpoints that wait, the newest is enough, unless all are asked for.
         if self._uploads.busy and not self.args.hub_always_push and not every:
@@ -404,7 +408,8 @@ class PublishingTrainer(EvaluatingTrainer):
         assert self._newest is not None  # a checkpoint has been saved
         newest, facts = self._newest[0], copy.deepcopy(self._newest[1])
         try:
-            files: dict[str, Path | bytes] = dict(hub.weight_files(newest, facts))
+            # The Trainer may have removed it, if another one is the best.
+            files: dict[str, Path | bytes] = dict(hub.weight_files(newest, facts)) if newest.is_dir() else {}
             push = self._push_of(files, f"Training in progress, {checkpoint.name.replace('-', ' ')}")
             if push.strategy in hub.CHECKPOINT_STRATEGIES:
                 every = push.strategy == hub.ALL_CHECKPOINTS
@@ -456,7 +461,8 @@ class PublishingTrainer(EvaluatingTrainer):
         if untrained and self.args.push_to_hub and self.draws_gallery and not self._begins_without:
             self._before = self._draw_pictures()
         if isinstance(source, str) and not Path(source).is_dir() and names_checkpoint(source):
-            own = "/".join(source.split("@")[0].split("/")[:2]) == self._repository
+            # Its whole name is known to the main process.
+            own = "/".join(source.split("@")[0].split("/")[:2]) == gathered(self._repository)[0]
             revision = self.args.hub_revision if own else None
             resume_from_checkpoint = self._fetch(source, revision)
         try:

@@ -104,13 +104,16 @@ class ResumableTrainer(Trainer):
     def as_published(self) -> Iterator[None]:
         """
         The pipeline as a reader of what is saved has it: with weights averaged, and rounded, and without the mixed
-        precision of training. Sharded weights keep the precision of theirs.
+        precision of training. It stays where the parts of the pipeline are of different types, which may need it, and
+        where weights are sharded.
         """
         denoisers = [self.pipe.components[name] for name in self.denoiser_names]
+        modules = [part for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)]
+        one_type = len({lora.base_dtype(module) for module in modules} - {None}) == 1
         wrapped = {
             denoiser: denoiser.forward
             for denoiser in denoisers
-            if "_original_forward" in vars(denoiser) and not isinstance(denoiser, FSDPModule)
+            if one_type and "_original_forward" in vars(denoiser) and not isinstance(denoiser, FSDPModule)
         }
         for denoiser in wrapped:
             denoiser.forward = denoiser._original_forward

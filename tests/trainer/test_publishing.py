@@ -121,6 +121,15 @@ def test_what_is_drawn_is_without_the_mixed_precision_of_training(tmp_path, dtyp
     assert trainer.pipe.unet.forward == forward != trainer.pipe.unet._original_forward
 
 
+def test_parts_of_different_types_keep_the_mixed_precision_that_they_need(tmp_path):
+    family = FAMILIES["qwen-image"]
+    pipe = family.build()
+    pipe.text_encoder.to(torch.bfloat16)
+    trainer = zoo_trainer(family, tmp_path, pipe=pipe, bf16=True)
+    trainer.train()
+    assert len(trainer.draw(PROMPTS, [0, 1], [torch.Generator().manual_seed(i) for i in range(2)], 2)) == 2
+
+
 def test_before_is_not_what_was_resumed(tmp_path, server, online):
     settings = {**PUSHED, "full": True, "save_strategy": "steps", "save_steps": 1}
     trained(tmp_path, max_steps=1, **settings)

@@ -271,6 +271,43 @@ def test_a_checkpoint_that_comes_late_leaves_the_newest_weights_where_they_are(t
     assert "- `checkpoint-1/`" in files["README.md"].decode()
 
 
+def test_a_late_checkpoint_whose_newest_is_gone(tmp_path, server, online, caplog):
+    """The best one is kept, and the newest removed at the end."""
+    server.fail("commit", times=1)
+    trainer = tiny_trainer(
+        tmp_path,
+        **PUSHED,
+        **EVERY_UPDATE,
+        hub_strategy="all_checkpoints",
+        max_steps=3,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_reward",
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_dataset=PROMPTS.select(range(2)),
+    )
+    log = trainer.log
+
+    def worse(logs, *args, **kwargs):
+        if "eval_reward" in logs:
+            logs["eval_reward"] = -float(trainer.state.global_step)  # so that the first is the best
+        log(logs, *args, **kwargs)
+
+    trainer.log = worse
+    trainer.train()
+    assert not (tmp_path / "checkpoint-3").exists() and "was not pushed" not in caplog.text
+    assert {f"checkpoint-{i}/optimizer.pt" for i in (1, 2, 3)} <= server.files(REPO).keys()
+
+
+def test_a_card_whose_base_cannot_be_asked_for_its_license_is_pushed(tmp_path, server, online):
+    trainer = trained(tmp_path, **PUSHED, max_steps=1)
+    trainer.pipe.register_to_config(_name_or_path="org/base")
+    server.fail("info", status=200)
+    trainer.push_to_hub()
+    assert "**Unknown.**" in server.files(REPO)["README.md"].decode()
+
+
 def test_checkpoints_that_are_gone_before_they_could_be_pushed(tmp_path, server, online, caplog):
     server.fail("commit", times=2)
     trainer = tiny_trainer(
