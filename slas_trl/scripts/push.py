@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     facts, edited, weights = find_result(run_dir)
     if edited is not None:
         print("README.md has been edited, and is pushed as it stands but for its places and files.", file=sys.stderr)
+        if args.revision is not None:
+            print(f"See that its code loads from the branch: revision={args.revision!r}.", file=sys.stderr)
     if args.base_model is not None:
         if edited is not None:
             print("It does not name --base_model: write that into it.", file=sys.stderr)

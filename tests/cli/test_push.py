@@ -112,6 +112,9 @@ class TestARunThatCouldNotBePushed:
         shutil.copytree("run", "edited")
         text = Path("edited/README.md").read_text(encoding="utf-8")
         Path("edited/README.md").write_text(text.replace("## Use", "My own words.\n\n## Use"), encoding="utf-8")
+        assert main(["push", "edited", REPO, "--revision", "try", "--base_model", "org/base"]) == 0
+        told = capsys.readouterr().err
+        assert "its code loads from the branch: revision='try'" in told and "does not name --base_model" in told
         assert main(["push", "edited", REPO]) == 0
         card = server.files(REPO)["README.md"].decode()
         assert "My own words." in card and f'pipe.load_lora_weights("{REPO}")' in card
