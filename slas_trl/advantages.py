@@ -22,6 +22,7 @@ Super-Linear Advantage Shaping". Where it is silent, or we depart from it:
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -69,20 +70,22 @@ def compute_advantages(
     _check("batch_std_of", batch_std_of, "centered", "raw")
     _check("shaping_baseline", shaping_baseline, "mean", "zero_sum")
     _check("multi_objective_aggregation", multi_objective_aggregation, "sum_then_normalize", "normalize_then_sum")
-    _check_number("gamma", gamma)
-    _check_number("min_group_std", min_group_std)
-    _check_number("advantage_clip", 1.0 if advantage_clip is None else advantage_clip, positive=True)
+    check_number("gamma", gamma, "[0, inf)")
+    check_number("min_group_std", min_group_std, "[0, inf)")
+    check_number("advantage_clip", 1.0 if advantage_clip is None else advantage_clip, "(0, inf)")
     r, weights = _check_rewards(rewards, num_generations, reward_weights)  # (K, groups, G), (K, 1, 1)
 
-    # Missing scores are left out of the sum; only a row without any stays NaN.
-    scored = ~r.isnan().all(dim=0)
-    total = (weights * r).nansum(dim=0).masked_fill(~scored, math.nan)
-    magnitude = (weights * r).abs().nansum(dim=0)
+    total = weighted_sum(r, weights)
+    scored = ~total.isnan()
 
     # x = Δr / s (Eq. 9 and 1) of the summed rewards, or the sum of each reward's own x.
-    x, group_std, batch_std = _center_and_scale(total, magnitude, scale_rewards, batch_std_of)
+    x, group_std, batch_std = _center_and_scale(total, (weights * r).abs().nansum(dim=0), scale_rewards, batch_std_of)
     if multi_objective_aggregation == "normalize_then_sum":
-        x = (weights * _center_and_scale(r, r.abs().nan_to_num(), scale_rewards, batch_std_of)[0]).sum(dim=0)
+        parts = weights * _center_and_scale(r, r.abs().nan_to_num(), scale_rewards, batch_std_of)[0]
+        x = parts.sum(dim=0)
+        if scale_rewards == "batch":  # again one batch std is the pivot of the shaping, whatever the weights
+            summed = x.masked_fill(~scored, math.nan)
+            x = _center_and_scale(summed, parts.abs().sum(dim=0), scale_rewards, batch_std_of)[0]
     baseline = _zero_sum_baseline(x, scored, gamma) if shaping_baseline == "zero_sum" and gamma > 0 else 0.0
     unshaped, x = x, (x - baseline) * scored
 
@@ -140,8 +143,9 @@ def slas_advantages(
     Args:
         rewards (`torch.Tensor`, array or list of shape `(N,)` or `(N, K)`):
             Scores of a rollout's N images (of all processes) by K reward functions, images of a prompt consecutive.
-            NaN is "no score", and so is a score of weight 0: it is left out of sums. A row without any score gets 0,
-            and so does a group with fewer than two scored rows.
+            NaN is "no score", and so is a score of weight 0. A missing one counts as the mean of that reward over the
+            row's group, and not at all where the whole group lacks it. A row without any score gets 0, and so does a
+            group with fewer than two scored rows.
         num_generations (`int`):
             Images per prompt, G >= 2. Divides N.
         scale_rewards (`str` or `bool`, *optional*, defaults to `"batch"`):
@@ -161,7 +165,7 @@ def slas_advantages(
             Weights of the reward functions. `None` weighs each by 1.
         multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
             `"sum_then_normalize"` sums the weighted rewards first. `"normalize_then_sum"` centres and scales each one
-            by itself, then sums and shapes, so that a missing score counts as an average one.
+            by itself, then sums; with a batch std the sum is divided by its own, before it is shaped.
         min_group_std (`float`, *optional*, defaults to `0.0`):
             Groups whose summed rewards have a std below this, in units of the reward, get 0.
 
@@ -169,6 +173,16 @@ def slas_advantages(
     Raises `ValueError` (shapes, infinite rewards, unknown options, values out of range) or `TypeError` (other types).
     """
     return compute_advantages(**locals()).advantages
+
+
+def weighted_sum(rewards: Tensor, weights: Tensor) -> Tensor:
+    """
+    Sum of the rewards `(K, groups, G)` by their weights `(K, 1, 1)`, as `(groups, G)`. NaN, a missing score, counts as
+    the mean of that reward over its group (left out, it would count as 0), or not at all where the whole group lacks
+    it. A row without any is NaN.
+    """
+    filled = torch.where(rewards.isnan(), rewards.nanmean(dim=-1, keepdim=True), rewards)
+    return (weights * filled).nansum(dim=0).masked_fill(rewards.isnan().all(dim=0), math.nan)
 
 
 def effective_share(advantages: Tensor) -> float:
@@ -220,11 +234,17 @@ def _check(name: str, value: object, *choices: str) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
-def _check_number(name: str, value: object, positive: bool = False) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
-    if not 0 <= value < math.inf or (positive and value == 0):
-        raise ValueError(f"{name} must be finite and {'> 0' if positive else '>= 0'}, got {value!r}.")
+def check_number(name: str, value: object, interval: str, whole: bool = False) -> None:
+    """
+    Raises `TypeError` for what is no number, or no `whole` one, and `ValueError` for one that is not in `interval`,
+    such as "[0, inf)"; NaN is in none.
+    """
+    if not isinstance(value, Integral if whole else Real) or isinstance(value, bool):
+        kind = "whole number" if whole else "number"
+        raise TypeError(f"{name} must be a {kind}, got {value!r} of type {type(value).__name__}.")
+    low, high = map(float, interval[1:-1].split(","))
+    if not (low < value < high or (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")):
+        raise ValueError(f"{name} must be in {interval}, got {value!r}.")
 
 
 def _check_rewards(rewards: Tensor | Sequence, num_generations: int, reward_weights) -> tuple[Tensor, Tensor]:

@@ -25,10 +25,13 @@ class StochasticScheduler:
         controller ([`StepController`] or `None`): decides x_{t-1}; `None` draws it from the Gaussian.
         window (`range` or `None`): indices of the stochastic steps; the steps outside follow the stock scheduler's
             deterministic update and have std 0. `None` makes every step stochastic.
+        noisy_final_step (`bool`): whether the schedule's last step, whose noise stays on the image, may be stochastic.
     """
 
+    timesteps: torch.Tensor
     controller: StepController | None = None
     window: range | None = None
+    noisy_final_step: bool = True
 
     def transition(
         self, model_output: torch.Tensor, sample: torch.Tensor, index: int
@@ -70,7 +73,9 @@ class StochasticScheduler:
         return sample
 
     def is_stochastic(self, index: int) -> bool:
-        return self.window is None or index in self.window
+        """Whether noise is added at this step."""
+        may_be = self.noisy_final_step or index < len(self.timesteps) - 1
+        return may_be and (self.window is None or index in self.window)
 
     def _next_sample(
         self, model_output: torch.Tensor, sample: torch.Tensor, index: int, generator: torch.Generator | None

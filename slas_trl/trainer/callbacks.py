@@ -149,7 +149,8 @@ class EMACallback(TrainerCallback):
 
     def adopt(self) -> None:
         """Start the average anew from the weights as they are."""
-        self.model = EMAModel(self.parameters, decay=self.decay, min_decay=self.decay)
+        # By default diffusers' first update forgets these weights.
+        self.model = EMAModel(self.parameters, decay=self.decay, min_decay=self.decay, update_after_step=-1)
 
     def save(self, folder: Path, writes: bool) -> None:
         """Every process calls it, since weights may be sharded; the one that `writes` writes."""

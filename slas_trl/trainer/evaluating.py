@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 
+from ..advantages import weighted_sum
 from . import sampling
 from .calls import PipelineCalls, as_pictures
 from .collectives import gathered, raise_together, reshard
@@ -98,9 +99,9 @@ class EvaluatingTrainer(ResumableTrainer):
         start = time.perf_counter()
         scores = self._sample_and_score(dataset)  # type: ignore[arg-type]
         weights = torch.tensor(self.trained_weights, dtype=torch.float64)
-        rewards = scores.rewards[:, : len(weights)]
-        total = (rewards.nan_to_num() * weights).sum(1)
-        total[(rewards.isnan() | (weights == 0)).all(1)] = torch.nan
+        rewards = scores.rewards[:, : len(weights)].masked_fill(weights == 0, torch.nan)
+        by_prompt = rewards.T.reshape(len(weights), len(dataset), -1)  # type: ignore[arg-type]
+        total = weighted_sum(by_prompt, weights.view(-1, 1, 1)).flatten()
         metrics = {"reward": total.nanmean().item(), "reward_std": total[~total.isnan()].std(correction=0).item()}
         metrics |= reward_metrics(self.eval_scorer.names, scores) | reward_times(self.eval_scorer.names, scores)
         metrics |= half_widths(self.eval_scorer.names, scores.rewards, len(dataset))  # type: ignore[arg-type]

@@ -2,15 +2,33 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, cast
+from types import UnionType
+from typing import Annotated, Any, Union, cast, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
+from ..advantages import check_number
 from ..schedulers.flow_sde import NOISE_SCHEDULES
 
 
 # Arguments of the pipeline's call that are the trainer's, or have a field of their own.
 RESERVED = {"prompt", "generator", "num_inference_steps", "num_images_per_prompt", "output_type", "return_dict"}
+
+# Numbers and the interval that they have to be in, which is checked when they are read.
+Count = Annotated[int, "[1, inf)"]
+Positive = Annotated[float, "(0, inf)"]
+NotNegative = Annotated[float, "[0, inf)"]
+
+# Of the inherited ones; any other has to be finite.
+INHERITED = {
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"), "[0, inf)"),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), "[1, inf)"),
+    **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "eval_steps"), "(0, inf)"),
+    **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit"), "[1, inf)"),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), "[0, 1)"),
+    **dict.fromkeys(("seed", "data_seed"), f"[0, {2**32})"),
+    **{"eval_delay": "[0, inf)", "max_steps": "[-1, inf)"},
+}
 
 
 @dataclass
@@ -157,22 +175,22 @@ class SLASConfig(TrainingArguments):
     )
 
     # Groups and rollouts
-    num_generations: int = field(default=8, metadata={"help": "Images per prompt."})
-    num_generations_eval: int | None = field(
+    num_generations: Annotated[int, "[2, inf)"] = field(default=8, metadata={"help": "Images per prompt."})
+    num_generations_eval: Count | None = field(
         default=None, metadata={"help": "Images per prompt in evaluation. Default: num_generations."}
     )
-    generation_batch_size: int | None = field(
+    generation_batch_size: Count | None = field(
         default=None, metadata={"help": "Images per rollout over all processes; or give steps_per_generation."}
     )
-    steps_per_generation: int | None = field(
+    steps_per_generation: Count | None = field(
         default=None, metadata={"help": "Chunks per rollout and process. Default: num_generations."}
     )
-    num_iterations: int = field(default=1, metadata={"help": "Passes over each rollout."})
+    num_iterations: Count = field(default=1, metadata={"help": "Passes over each rollout."})
 
     # Objective
-    epsilon: float = field(default=1e-4, metadata={"help": "Clip range of the ratio."})
-    epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range. Default: epsilon."})
-    beta: float = field(default=0.0, metadata={"help": "Weight of the KL divergence to the reference policy."})
+    epsilon: Positive = field(default=1e-4, metadata={"help": "Clip range of the ratio."})
+    epsilon_high: Positive | None = field(default=None, metadata={"help": "Upper clip range. Default: epsilon."})
+    beta: NotNegative = field(default=0.0, metadata={"help": "Weight of the KL divergence to the reference policy."})
     kl_reference: str = field(
         default="initial",
         metadata={
@@ -189,7 +207,7 @@ class SLASConfig(TrainingArguments):
             "choices": ["batch", "group", "none"],
         },
     )
-    gamma: float = field(default=0.5, metadata={"help": "Exponent 1 + gamma shapes the advantages."})
+    gamma: NotNegative = field(default=0.5, metadata={"help": "Exponent 1 + gamma shapes the advantages."})
     gamma_schedule: str = field(
         default="constant",
         metadata={
@@ -197,22 +215,22 @@ class SLASConfig(TrainingArguments):
             "choices": ["constant", "linear", "cosine", "trust_region", "kl", "ess"],
         },
     )
-    gamma_max: float = field(default=1.0, metadata={"help": "Largest gamma of trust_region, kl and ess."})
-    gamma_warmup_steps: int = field(default=20, metadata={"help": "Updates until linear and cosine reach gamma."})
-    kl_threshold: float | None = field(
+    gamma_max: NotNegative = field(default=1.0, metadata={"help": "Largest gamma of trust_region, kl and ess."})
+    gamma_warmup_steps: Count = field(default=20, metadata={"help": "Updates until linear and cosine reach gamma."})
+    kl_threshold: Positive | None = field(
         default=None,
         metadata={
             "help": "KL of an update that trust_region and kl keep to, per latent element. Default: 3e-4, 1e-5."
         },
     )
-    fisher_update_steps: int | None = field(
+    fisher_update_steps: Count | None = field(
         default=None,
         metadata={"help": "Updates between measurements of the Fisher matrix. Default: 20 with trust_region."},
     )
-    min_effective_share: float = field(
+    min_effective_share: Annotated[float, "(0, 1]"] = field(
         default=0.25, metadata={"help": "Share of the images that is to carry the update under ess."}
     )
-    advantage_clip: float | None = field(
+    advantage_clip: Positive | None = field(
         default=5.0, metadata={"help": "Bound on scaled rewards before shaping, in standard deviations."}
     )
     shape_order: str = field(
@@ -225,52 +243,58 @@ class SLASConfig(TrainingArguments):
     shaping_baseline: str = field(
         default="mean", metadata={"help": "Baseline of a group before shaping.", "choices": ["mean", "zero_sum"]}
     )
-    min_group_std: float = field(default=0.0, metadata={"help": "Groups with a smaller std get advantage 0."})
-    reward_weights: list[float] | None = field(default=None, metadata={"help": "One weight for each reward."})
+    min_group_std: NotNegative = field(default=0.0, metadata={"help": "Groups with a smaller std get advantage 0."})
+    reward_weights: Annotated[list[float], "(-inf, inf)"] | None = field(
+        default=None, metadata={"help": "One weight for each reward."}
+    )
     multi_objective_aggregation: str = field(
         default="sum_then_normalize",
         metadata={"help": "How several rewards meet.", "choices": ["sum_then_normalize", "normalize_then_sum"]},
     )
     concurrent_rewards: bool = field(default=True, metadata={"help": "Score while the next chunk is sampled."})
-    hacking_patience: int = field(
+    hacking_patience: Count = field(
         default=3, metadata={"help": "Evaluations with the reward rising and a held-out one falling before an action."}
     )
     hacking_action: str = field(default="warn", metadata={"help": "What that leads to.", "choices": ["warn", "stop"]})
 
     # Sampling
-    num_inference_steps: int = field(default=10, metadata={"help": "Denoising steps."})
-    guidance_scale: float | None = field(
+    num_inference_steps: Count = field(default=10, metadata={"help": "Denoising steps."})
+    guidance_scale: Annotated[float, "(-inf, inf)"] | None = field(
         default=None, metadata={"help": "Guidance in sampling and loss. Default: the pipeline's own."}
     )
-    height: int | None = field(default=None, metadata={"help": "Image height in pixels."})
-    width: int | None = field(default=None, metadata={"help": "Image width in pixels."})
-    eta: float = field(default=1.0, metadata={"help": "Noise of the DDIM step."})
+    height: Count | None = field(default=None, metadata={"help": "Image height in pixels."})
+    width: Count | None = field(default=None, metadata={"help": "Image width in pixels."})
+    eta: Annotated[float, "[0, 1]"] = field(default=1.0, metadata={"help": "Noise of the DDIM step."})
     noise_schedule: str = field(
         default="flow_grpo", metadata={"help": "Noise of flow-matching models.", "choices": list(NOISE_SCHEDULES)}
     )
-    noise_level: float | None = field(
+    noise_level: NotNegative | None = field(
         default=None, metadata={"help": "Noise level of flow-matching models. Default: 0.3 for dance_grpo, else 0.7."}
     )
-    timestep_fraction: float = field(default=1.0, metadata={"help": "Share of the trainable timesteps to train."})
+    timestep_fraction: Annotated[float, "(0, 1]"] = field(
+        default=1.0, metadata={"help": "Share of the trainable timesteps to train."}
+    )
     train_final_step: bool = field(default=False, metadata={"help": "Train the last transition too."})
-    sde_window_size: int | None = field(default=None, metadata={"help": "Number of stochastic steps. Default: all."})
-    sde_window_start: int | None = field(
+    sde_window_size: Count | None = field(default=None, metadata={"help": "Number of stochastic steps. Default: all."})
+    sde_window_start: Annotated[int, "[0, inf)"] | None = field(
         default=None, metadata={"help": "First stochastic step. Default: drawn for each rollout from the first half."}
     )
-    sde_window_slide_every: int | None = field(
+    sde_window_slide_every: Count | None = field(
         default=None, metadata={"help": "Rollouts after which the window of stochastic steps moves on by one step."}
     )
     init_same_noise: bool = field(default=True, metadata={"help": "Start all images of a group from the same noise."})
 
     # The rest
-    max_skipped_updates: int = field(
+    max_skipped_updates: Annotated[int, "[0, inf)"] = field(
         default=3, metadata={"help": "Updates in a row that may be skipped because of NaN or infinity."}
     )
     offload_frozen_components: bool = field(
         default=False, metadata={"help": "Keep text encoders and VAE on the CPU while the denoiser is trained."}
     )
     use_ema: bool = field(default=False, metadata={"help": "Evaluate and save a moving average of the weights."})
-    ema_decay: float = field(default=0.9, metadata={"help": "Decay of the moving average per update."})
+    ema_decay: Annotated[float, "[0, 1)"] = field(
+        default=0.9, metadata={"help": "Decay of the moving average per update."}
+    )
     log_completions: bool = field(
         default=True, metadata={"help": "Show sampled images in the trackers, and draw calibration.png."}
     )
@@ -394,44 +418,26 @@ class SLASConfig(TrainingArguments):
                 raise ValueError(f"{name} must be one of {choices}, but it is {getattr(self, name)!r}.")
 
     def _check_numbers(self) -> None:
-        if self.num_generations < 2:
-            raise ValueError(
-                f"num_generations must be at least 2, but it is {self.num_generations}: an advantage compares an "
-                "image with others of its prompt."
-            )
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_iterations",
-                     "num_inference_steps", "steps_per_generation", "generation_batch_size", "num_generations_eval",
-                     "sde_window_size", "sde_window_slide_every", "gamma_warmup_steps", "hacking_patience",
-                     "fisher_update_steps"):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, but it is {value}.")
-        for name in ("epsilon", "epsilon_high"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be positive, but it is {value}; 1e-4 is usual.")
-        for name in ("gamma", "gamma_max", "beta", "min_group_std", "max_skipped_updates", "sde_window_start"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} must not be negative, but it is {getattr(self, name)}.")
+        for name, hint in get_type_hints(SLASConfig, include_extras=True).items():
+            for kind in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
+                interval = INHERITED.get(name, "(-inf, inf)") if kind in (int, float) else None
+                if get_origin(kind) is Annotated:
+                    kind, interval = get_args(kind)
+                value = getattr(self, name)
+                for number in value if isinstance(value, list) else [value]:
+                    if interval is not None and number is not None:
+                        check_number(name, number, interval, whole=kind is int)
         if self.gamma_schedule in ("trust_region", "kl") and self.gamma > self.gamma_max:
             raise ValueError(
                 f"gamma ({self.gamma}), with which {self.gamma_schedule!r} begins, is above gamma_max "
                 f"({self.gamma_max}); lower it or raise gamma_max."
             )
-        if self.allowed_kl <= 0:
-            raise ValueError(f"kl_threshold must be positive, but it is {self.kl_threshold}; leave it out at first.")
-        if not 0 < self.min_effective_share <= 1:
-            raise ValueError(f"min_effective_share must be in (0, 1], but it is {self.min_effective_share}.")
         if self.fisher_interval is not None and self.shape_order == "shape_then_scale":
             raise ValueError(
                 'shape_order="shape_then_scale" makes the moment of the advantages the same for every gamma, so that '
                 "there is no trust region on it; use scale_then_shape, or another gamma_schedule without "
                 "fisher_update_steps."
             )
-        if not 0 < self.timestep_fraction <= 1:
-            raise ValueError(f"timestep_fraction must be in (0, 1], but it is {self.timestep_fraction}.")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), but it is {self.ema_decay}.")
         if self.num_inference_steps == 1 and not self.train_final_step:
             raise ValueError("With num_inference_steps=1 the only step is the final one; set train_final_step=True.")
         last = self.num_trainable_steps

@@ -1,6 +1,7 @@
 """What a configuration makes of its arguments, and what it refuses."""
 
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from trl import TrlParser
@@ -90,11 +91,6 @@ def test_the_fix_that_an_error_names_works():
     config(gradient_accumulation_steps=None)
 
 
-def test_a_group_of_one_is_refused():
-    with pytest.raises(ValueError, match="num_generations must be at least 2, but it is 1"):
-        config(num_generations=1)
-
-
 # Single values
 
 
@@ -111,6 +107,7 @@ def test_an_unknown_choice_is_refused_with_the_known_ones(name):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("num_generations", 1),
         ("per_device_train_batch_size", 0),
         ("gradient_accumulation_steps", 0),
         ("num_iterations", 0),
@@ -127,6 +124,20 @@ def test_an_unknown_choice_is_refused_with_the_known_ones(name):
         ("timestep_fraction", 0.0),
         ("timestep_fraction", 1.1),
         ("ema_decay", 1.0),
+        ("height", 0),
+        ("width", -512),
+        ("eta", -1.0),
+        ("eta", 1.5),
+        ("noise_level", -0.1),
+        ("advantage_clip", 0.0),
+        ("reward_weights", [1.0, float("nan")]),
+        ("max_grad_norm", -1.0),
+        ("weight_decay", -1.0),
+        ("learning_rate", -1e-5),
+        ("adam_beta1", 1.0),
+        ("num_train_epochs", -1.0),
+        ("save_steps", 0),
+        ("seed", -1),
         ("num_inference_steps", 1),  # only the final step, which is not trained
         ("sde_window_start", 2),  # without a size
         ("auto_find_batch_size", True),
@@ -135,6 +146,26 @@ def test_an_unknown_choice_is_refused_with_the_known_ones(name):
 def test_a_value_out_of_range_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=name):
         config(**{name: value})
+
+
+FLOATS = sorted(name for name, hint in get_type_hints(SLASConfig).items() if float in (hint, *get_args(hint)))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_every_number_is_finite_on_both_ways_in(tmp_path, value):
+    assert {"epsilon", "beta", "max_grad_norm", "guidance_scale", "kl_threshold", "learning_rate"} <= {*FLOATS}
+    for name in FLOATS:
+        with pytest.raises(ValueError):
+            config(**{name: float(value)})
+    for name in ("epsilon", "beta", "max_grad_norm", "reward_weights"):
+        with pytest.raises(ValueError, match=name):
+            parsed(tmp_path, "use_cpu: true\n", f"--{name}={value}")
+
+
+@pytest.mark.parametrize("given", [{"gamma": "0.5"}, {"height": 512.5}, {"num_generations": 8.0}, {"beta": True}])
+def test_what_is_no_number_is_refused(given):
+    with pytest.raises(TypeError, match=f"{min(given)} must be a (whole )?number"):
+        config(**given)
 
 
 def test_data_parallel_is_refused(monkeypatch):
