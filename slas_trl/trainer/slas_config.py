@@ -368,6 +368,7 @@ class SLASConfig(TrainingArguments):
         one_update_per_pass = self.gradient_accumulation_steps is None
         if one_update_per_pass:
             self.gradient_accumulation_steps = 1  # a number for TrainingArguments; the true one is computed below
+        self._check_intervals()
         super().__post_init__()
         if isinstance(self.scale_rewards, bool):  # as TRL accepts it
             self.scale_rewards = "group" if self.scale_rewards else "none"
@@ -417,7 +418,7 @@ class SLASConfig(TrainingArguments):
             if choices and getattr(self, name) is not None and getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, but it is {getattr(self, name)!r}.")
 
-    def _check_numbers(self) -> None:
+    def _check_intervals(self) -> None:
         for name, hint in get_type_hints(SLASConfig, include_extras=True).items():
             for kind in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
                 interval = INHERITED.get(name, "(-inf, inf)") if kind in (int, float) else None
@@ -427,6 +428,8 @@ class SLASConfig(TrainingArguments):
                 for number in value if isinstance(value, list) else [value]:
                     if interval is not None and number is not None:
                         check_number(name, number, interval, whole=kind is int)
+
+    def _check_numbers(self) -> None:
         if self.gamma_schedule in ("trust_region", "kl") and self.gamma > self.gamma_max:
             raise ValueError(
                 f"gamma ({self.gamma}), with which {self.gamma_schedule!r} begins, is above gamma_max "
