@@ -23,6 +23,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -234,7 +235,7 @@ def _check(name: str, value: object, *choices: str) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
-def check_number(name: str, value: object, interval: str, whole: bool = False) -> None:
+def check_number(name: str, value: Any, interval: str, whole: bool = False) -> None:
     """
     Raises `TypeError` for what is no number, or no `whole` one, and `ValueError` for one that is not in `interval`,
     such as "[0, inf)"; NaN is in none.
@@ -242,8 +243,8 @@ def check_number(name: str, value: object, interval: str, whole: bool = False) -
     if not isinstance(value, Integral if whole else Real) or isinstance(value, bool):
         kind = "whole number" if whole else "number"
         raise TypeError(f"{name} must be a {kind}, got {value!r} of type {type(value).__name__}.")
-    low, high = map(float, interval[1:-1].split(","))
-    if not (low < value < high or (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")):
+    number, (low, high) = float(value), map(float, interval[1:-1].split(","))
+    if not (low < number < high or (number == low and interval[0] == "[") or (number == high and interval[-1] == "]")):
         raise ValueError(f"{name} must be in {interval}, got {value!r}.")
 
 

@@ -398,7 +398,7 @@ def test_no_score_at_all(scale_rewards, batch_std_of, shape_order):
     assert (result.advantages == 0).all() and result.effective_share == 0 and result.batch_std == 0
 
 
-# Two rewards of one prompt. The second has no score for row 1, which counts as its mean, 25; row 3 has no score at all.
+# Two rewards of one prompt. The second has none for row 1, which counts as its mean, 25; row 3 has no score at all.
 TWO_REWARDS = [[1.0, 10.0], [2.0, NAN], [3.0, 40.0], [NAN, NAN]]
 
 

@@ -1,5 +1,6 @@
 """Tiny pipelines with random weights: real diffusers classes and tokenizers, no network, built in under a second."""
 
+import math
 import string
 
 import torch
@@ -14,11 +15,15 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -182,3 +187,32 @@ PIPELINES = {
     "sd3": (sd3_pipeline, {"guidance_scale": 4.5, "height": 16, "width": 16, "max_sequence_length": 8}),
     "flux": (flux_pipeline, {"guidance_scale": 3.5, "height": 16, "width": 16, "max_sequence_length": 8}),
 }
+
+
+def nan_in(vae: torch.nn.Module, *rows: int) -> None:
+    """Let the decoder overflow in these images of each batch."""
+    decode = vae.decode
+
+    def broken(latents, *args, **kwargs):
+        pixels = decode(latents, *args, **kwargs)[0].clone()
+        pixels[list(rows)] = math.nan
+        return (pixels,)
+
+    vae.decode = broken
+
+
+def with_safety_checker(pipe, threshold: float):
+    """A real one, with random weights: below what a cosine can be it flags every picture, above it none."""
+    vision = CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+                              image_size=16, patch_size=8, projection_dim=8)  # fmt: skip
+    checker = StableDiffusionSafetyChecker(
+        CLIPConfig(text_config=clip_config(8).to_dict(), vision_config=vision.to_dict(), projection_dim=8)
+    )
+    for weights in (checker.concept_embeds_weights, checker.special_care_embeds_weights):
+        weights.data.fill_(threshold)
+    size = {"height": 16, "width": 16}
+    pipe.register_modules(
+        safety_checker=checker.eval(),
+        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size, do_resize=True),
+    )
+    return pipe

@@ -1,6 +1,7 @@
 """Any diffusers pipeline as a stochastic policy: record one call, execute it again for the gradient of one step."""
 
 from .doctor import RatioReport, check_pipeline, find_dropout, measure_ratio
+from .pictures import call_pipeline
 from .replayer import PipelineReplayer
 from .rollout import ReplayError, Rollout, Step, StepOutput
 
@@ -12,6 +13,7 @@ __all__ = [
     "Rollout",
     "Step",
     "StepOutput",
+    "call_pipeline",
     "check_pipeline",
     "find_dropout",
     "measure_ratio",

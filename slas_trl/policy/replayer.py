@@ -22,6 +22,7 @@ from torch import nn
 
 from ..schedulers import StochasticScheduler, stochastic_scheduler
 from .doctor import check_pipeline, denoisers_of
+from .pictures import call_pipeline
 from .rollout import ReplayError, Rollout, StepOutput
 from .sessions import Finished, RandomSources, Recording, Refilling, Replaying, Session, copied
 
@@ -121,7 +122,7 @@ class PipelineReplayer:
         recording = Recording(_noise_source(noise_generator, generators), random)
         random_states = random.states()
         with self._installed(recording, self.models):
-            output = self.pipe(**copied(call))
+            output, problems = call_pipeline(self.pipe, copied(call))
         if not recording.steps:
             raise ValueError(
                 f"{type(self.pipe).__name__} finished without calling scheduler.step, so it has no steps to train."
@@ -134,6 +135,7 @@ class PipelineReplayer:
             )
         return Rollout(
             images=images,
+            problems=problems,
             log_probs=torch.stack(recording.log_probs, dim=1),
             trainable_steps=tuple(i for i, step in enumerate(recording.steps) if step.std > 0),
             steps=recording.steps,

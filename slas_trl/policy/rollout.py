@@ -48,6 +48,7 @@ class Rollout:
 
     Attributes:
         images: the first field of the pipeline's output: B `PIL.Image.Image` unless `output_type` says otherwise.
+        problems (`list[str | None]`): for each of them why it cannot be judged, if it cannot.
         log_probs (`torch.Tensor`): `(B, T)`, float32, mean over non-batch elements; NaN at deterministic steps.
         trainable_steps (`tuple[int, ...]`): positions in `steps` that have a density.
         steps (`list[Step]`): the T recorded steps.
@@ -63,6 +64,7 @@ class Rollout:
     random_states: list[torch.Tensor]
     window: range | None = None
     memo: list[Answer] = field(default_factory=list)
+    problems: list[str | None] = field(default_factory=list)
 
     def __len__(self) -> int:
         return self.log_probs.shape[0]

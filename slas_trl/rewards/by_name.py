@@ -65,7 +65,10 @@ def resolve_reward(reward: RewardFunc | str) -> RewardFunc:
         raise ValueError(f"There is no reward {reward!r} ({error}).{_hint(reward)} {EXPECTED}") from error
     if not callable(found):
         raise TypeError(f"The reward {reward!r} is a {type(found).__name__}, not a function.")
-    return _with_options(reward, found, text)
+    made = _with_options(reward, found, text)
+    if not callable(made):
+        raise TypeError(f"The reward {reward!r} is a {type(made).__name__}, which has no __call__.")
+    return made
 
 
 def split_name(reward: str) -> tuple[str, str, str]:
@@ -85,6 +88,13 @@ def reward_name(reward: RewardFunc) -> str:
     if isinstance(reward, functools.partial):
         return reward_name(reward.func)
     return getattr(reward, "__name__", type(reward).__name__)
+
+
+def is_ours(reward: RewardFunc) -> bool:
+    """Whether it comes with the package."""
+    while isinstance(reward, functools.partial):
+        reward = reward.func
+    return str(getattr(reward, "__module__", "")).startswith("slas_trl.rewards.")
 
 
 def _hint(reward: str) -> str:

@@ -12,15 +12,18 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
-from slas_trl.rewards.base import load_once
-from slas_trl.rewards.by_name import RewardFunc
+from slas_trl.rewards.base import load_once, still
+from slas_trl.rewards.by_name import RewardFunc, is_ours
 
 
 @torch.no_grad()
 def call_reward(reward: RewardFunc, prompts: list[str], images: list[Image], columns: dict[str, list[Any]]) -> Any:
     """
-    What the reward returns, once it is there: a list of scores, or a dictionary of them, as plain Python objects.
+    What the reward returns, once it is there: a list of scores, or a dictionary of them, as plain Python objects. Of
+    a video, our own rewards see the middle frame, and others all, in a list.
     """
+    if is_ours(reward) and type(reward).__name__ != "ProcessReward":  # which may call anybody's
+        images = [still(image) for image in images]
     result = reward(prompts=prompts, images=images, completions=images, **columns)
     if inspect.isawaitable(result):
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
@@ -54,7 +57,11 @@ def _plain(values: Any) -> Any:
     if isinstance(values, (torch.Tensor, np.ndarray)):
         return values.tolist()
     if isinstance(values, (list, tuple)):
-        return [value.item() if isinstance(value, (torch.Tensor, np.generic)) else value for value in values]
+        if isinstance(values, tuple) and any(isinstance(value, (list, Mapping, torch.Tensor)) for value in values):
+            return values  # scores, and something else
+        arrays = (torch.Tensor, np.ndarray, np.generic)
+        single = [isinstance(value, arrays) and math.prod(value.shape) == 1 for value in values]
+        return [value.item() if is_one else value for value, is_one in zip(values, single, strict=True)]
     return values
 
 
@@ -71,7 +78,8 @@ def numbers(values: Any, prompts: Sequence[str], who: str) -> list[float]:
         `TypeError`, `ValueError`: for what are no scores.
     """
     if not isinstance(values, list):
-        raise TypeError(f"{who} returned a {type(values).__name__}; expected a list of {len(prompts)} numbers.")
+        size = f" of {len(values)}" if isinstance(values, tuple) else ""
+        raise TypeError(f"{who} returned a {type(values).__name__}{size}; expected a list of {len(prompts)} numbers.")
     if len(values) != len(prompts):
         raise ValueError(
             f"{who} returned {len(values)} values for {len(prompts)} images; expected one for each image."

@@ -17,6 +17,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from slas_trl.evaluation.shapes import SCORES
 from slas_trl.objective import gaussian_kl
+from slas_trl.rewards.base import still
 from slas_trl.scripts.arguments import parse
 from slas_trl.scripts.compare import BASE, EVALUATIONS, RESULT, SAMPLES, SPEC, with_config
 from slas_trl.scripts.model import make_pipeline
@@ -133,7 +134,7 @@ class Evaluator(TrainerCallback):
     def _keep(self, images: list[Any]) -> None:
         (self.folder / SAMPLES).mkdir(exist_ok=True)
         for i, row in enumerate(self.shown):
-            images[row].save(self.folder / SAMPLES / f"{i}.png")
+            still(images[row]).save(self.folder / SAMPLES / f"{i}.png")
 
     @torch.no_grad()
     def _kl(self) -> float:
@@ -152,8 +153,6 @@ class Evaluator(TrainerCallback):
                 call = trainer.calls.call(self.data, chosen, seeds)
                 rollout = trainer.replayer.sample(noise_generator=[noise[i] for i in part], **call)
                 for step in rollout.trainable_steps:
-                    if step == len(rollout.steps) - 1 and not trainer.args.train_final_step:
-                        continue
                     policy = trainer.replayer.replay(rollout, step)
                     base = trainer.replayer.reference(rollout, step, self._base, lora.ADAPTER_NAME, self._kept)
                     values.append(gaussian_kl(policy.mean, base.mean, policy.std))

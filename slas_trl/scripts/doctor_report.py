@@ -13,9 +13,11 @@ from transformers.training_args import OptimizerNames
 from slas_trl.advantages import compute_advantages, slas_advantages
 from slas_trl.policy import Rollout
 from slas_trl.policy.doctor import denoisers_of, rollout_bytes, samples_per_call
+from slas_trl.rewards.base import still
 from slas_trl.schedulers import DDIMSDEScheduler, FlowSDEScheduler
 from slas_trl.scripts.examination import ExaminedTrainer, Findings
 from slas_trl.trainer.lora import ADAPTER_NAME
+from slas_trl.trainer.metrics import advantage_problem
 from slas_trl.trainer.scoring import reward_resolution, typical_group_std
 
 
@@ -75,13 +77,11 @@ class DoctorReport:
     def print_sampling(self, rollout: Rollout) -> None:
         trainer, config = self.trainer, self.config
         if trainer.images:
-            width, height = trainer.images[0].size
+            width, height = still(trainer.images[0]).size
             latents = " x ".join(map(str, rollout.steps[0].sample.shape[1:]))
             print_row("images", f"{width} x {height} pixels, from latents of {latents}")
         print_row("denoiser calls", _calls(rollout))
-        final = len(rollout.steps) - 1
-        candidates = [step for step in rollout.trainable_steps if step != final or config.train_final_step]
-        wanted = config.num_trained_timesteps
+        candidates, wanted = rollout.trainable_steps, config.num_trained_timesteps
         text = f"{len(rollout.steps)}, of which trained: {min(wanted, len(candidates))}"
         if wanted < len(candidates):
             text += f", drawn for each rollout from {len(candidates)} (timestep_fraction {config.timestep_fraction:g})"
@@ -165,18 +165,8 @@ class DoctorReport:
             f"{shaped.effective_share:.3f} of the {len(rewards)} images with gamma {config.gamma:g}, "
             f"{linear.effective_share:.3f} with gamma 0",
         )
-        if shaped.frac_reward_zero_std == 1:
-            warnings.append(
-                "In no group do the rewards differ; images like these teach nothing. Look at the reward, or raise the "
-                "noise (noise_level, eta) or num_generations."
-            )
-        elif shaped.frac_groups_filtered == 1:
-            warnings.append(f"The std of every group is below min_group_std ({config.min_group_std:g}); lower it.")
-        elif shaped.effective_share < 0.1:
-            warnings.append(
-                f"The effective sample share is {shaped.effective_share:.2f}, below 0.1: few images decide the "
-                "update. Lower gamma or enlarge the rollout."
-            )
+        if (problem := advantage_problem(shaped, config.min_group_std)) is not None:
+            warnings.append(problem)
 
     def print_costs(self, rollout: Rollout) -> None:
         """Memory and time."""

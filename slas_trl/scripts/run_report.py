@@ -12,6 +12,7 @@ from PIL import Image
 
 from slas_trl.evaluation.shapes import OVERALL, Estimate, ShapesReport, compare, evaluate_shapes, paired_difference
 from slas_trl.reporting import compare_scores, score_rows, score_table
+from slas_trl.rewards.base import still
 from slas_trl.run_facts import Evaluation, Metric, spread
 from slas_trl.trainer import SLASTrainer
 
@@ -62,7 +63,7 @@ class RunReport:
     def measure(self) -> Measurement:
         """Draw and judge, with the pipeline's own sampler and the same seeds every time."""
         trainer = self.trainer
-        sheet = self._draw(self.sheet_rows)
+        sheet = [still(made) for made in self._draw(self.sheet_rows)]
         if self.base_model is not None:
             return Measurement(sheet, None, self._rewards())
         with trainer.as_published():

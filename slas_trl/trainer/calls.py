@@ -36,17 +36,22 @@ def _as_picture(value: Any) -> Any:
     return [load_image(item) for item in value] if isinstance(value, list) else load_image(value)
 
 
-def as_pictures(images: Any) -> list[Any]:
+def as_pictures(images: Any, problems: Sequence[str | None], prompts: str | Sequence[str]) -> list[Any]:
     """
     What a pipeline returned, as one `PIL.Image.Image` for each sample; a video of one frame is an image, one of more
-    frames a list of them.
+    frames a list of them. One with a problem is `None`, and named in a warning: it has no score.
     """
+    for i, problem in enumerate(problems):
+        if problem is not None:
+            prompt = prompts if isinstance(prompts, str) else prompts[i]
+            logger.warning(f"The picture of {prompt!r} (image {i} of its chunk) has no score: {problem}.")
     if isinstance(images, torch.Tensor):  # (B, [F,] C, H, W)
         images = images.detach().float().cpu().movedim(-3, -1).numpy()
     if isinstance(images, np.ndarray):  # (B, [F,] H, W, C) in [0, 1]
         pixels = (images * 255).round().clip(0, 255).astype(np.uint8)
         images = [[Image.fromarray(f) for f in s] if s.ndim == 4 else Image.fromarray(s) for s in pixels]
-    return [s[0] if isinstance(s, list) and len(s) == 1 else s for s in images]
+    made = [s[0] if isinstance(s, list) and len(s) == 1 else s for s in images]
+    return [s if problem is None else None for s, problem in zip(made, problems, strict=True)]
 
 
 class PipelineCalls:

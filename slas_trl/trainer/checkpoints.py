@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,8 +21,8 @@ from ..policy import PipelineReplayer, Rollout
 
 logger = logging.get_logger(__name__)
 
-STATE_FILE = "slas_state.json"  # where in its rollout the run was, and the size of every file written before
-TRAINER_STATE_FILE = "trainer_state.json"  # the Trainer's, written last
+STATE_FILE = "slas_state.json"  # where in its rollout the run was, its settings, and sizes and checksums of all files
+TRAINER_STATE_FILE = "trainer_state.json"  # the Trainer's
 # Folders of checkpoints on their way in and out. Neither we nor transformers take them for checkpoints, and names that
 # begin so are not uploaded to the Hub.
 WRITING, REMOVED = "_writing-", "_removed-"
@@ -34,9 +35,25 @@ def rollout_file(rank: int) -> str:
 
 
 def write_state(folder: Path, **state: Any) -> None:
-    """Write `STATE_FILE` with the sizes of the files that are in `folder` by now."""
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    (folder / STATE_FILE).write_text(json.dumps({**state, "written": time.time(), "files": files}, indent=2))
+    """Write `STATE_FILE` with the sizes and checksums of the files that are in `folder` by now."""
+    files = {str(path.relative_to(folder)): _content(path) for path in folder.rglob("*") if path.is_file()}
+    state |= {"written": time.time(), "files": files}
+    (folder / STATE_FILE).write_text(json.dumps({**state, "checksum": _checksum(state)}, indent=2))
+
+
+def _checksum(state: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(state, sort_keys=True).encode())
+
+
+def _content(path: Path) -> list[int]:
+    """The length of a file, and the CRC-32 of what is in it."""
+    if path.name == TRAINER_STATE_FILE:  # in which the best checkpoint's place is another one on another machine
+        return [0, _checksum({**json.loads(path.read_text()), "best_model_checkpoint": None})]
+    checksum = 0
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            checksum = zlib.crc32(part, checksum)
+    return [path.stat().st_size, checksum]
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -44,22 +61,22 @@ def read_state(folder: Path) -> dict[str, Any]:
     The contents of `STATE_FILE`.
 
     Raises:
-        `ValueError`: when the checkpoint is not whole; the message says what is missing.
+        `ValueError`: when the checkpoint is not whole; the message says which file is not what was written.
     """
     if not folder.is_dir():
         raise ValueError(f"There is no checkpoint folder {str(folder)!r}.")
+    file = STATE_FILE
     try:
         state = json.loads((folder / STATE_FILE).read_text())
-        json.loads((folder / TRAINER_STATE_FILE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"The checkpoint {str(folder)!r} was not written to its end ({error}).") from error
-    for name, size in state["files"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            found = f"{path.stat().st_size} bytes" if path.is_file() else "nothing"
-            raise ValueError(
-                f"The checkpoint {str(folder)!r} is damaged: {name} should be {size} bytes, found {found}."
-            )
+        if state.pop("checksum") != _checksum(state):
+            raise ValueError("not as it was written")
+        for file, content in {TRAINER_STATE_FILE: None, **state["files"]}.items():
+            if _content(folder / file) != content:
+                raise ValueError("not as it was written")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"The checkpoint {str(folder)!r} is damaged, or was not written to its end: {file} ({error})."
+        ) from error
     return state
 
 
@@ -72,8 +89,8 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
 def _written(folder: Path) -> float:
     """When, in seconds since the epoch; a copy keeps it, unless it is broken."""
     try:
-        return json.loads((folder / STATE_FILE).read_text())["written"]
-    except (OSError, json.JSONDecodeError, KeyError):
+        return float(json.loads((folder / STATE_FILE).read_text())["written"])
+    except (OSError, ValueError, TypeError, KeyError):
         return folder.stat().st_mtime
 
 

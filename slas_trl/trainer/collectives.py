@@ -90,6 +90,20 @@ def shard_on_cpus(accelerator: Accelerator) -> bool:
     return True
 
 
+def check_sharding(accelerator: Accelerator, is_fsdp: bool, denoisers: int) -> None:
+    """Raises `ValueError` for ways to share a model between processes that are not supported."""
+    deepspeed = accelerator.state.deepspeed_plugin
+    if deepspeed is not None and deepspeed.zero_stage == 3:
+        raise ValueError("DeepSpeed's ZeRO-3 is not supported; FSDP2 shards weights too (accelerate_config fsdp2).")
+    if is_fsdp and not accelerator.is_fsdp2:
+        raise ValueError("FSDP of version 1 is not supported; set fsdp_version: 2 (accelerate_config fsdp2).")
+    if is_fsdp and denoisers > 1:
+        raise ValueError(
+            f"{denoisers} denoisers cannot be sharded by FSDP as one model. Use DDP (accelerate_config multi_gpu), "
+            "with peft_config to save memory."
+        )
+
+
 @torch.no_grad()
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replace each gradient by its mean over the processes; one that some do not have counts as 0 there."""

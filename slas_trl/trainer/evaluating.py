@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 
 from ..advantages import weighted_sum
+from ..policy import call_pipeline
 from . import sampling
 from .calls import PipelineCalls, as_pictures
 from .collectives import gathered, raise_together, reshard
@@ -70,6 +71,16 @@ class EvaluatingTrainer(ResumableTrainer):
     def _raise_reward_errors(self, errors: dict[str, Exception]) -> None:
         save = (lambda: self._save_unfinished("A reward failed")) if self.is_in_train else None
         raise_together(next(iter(errors.values()), None), save)
+
+    def _check_best_metric(self) -> None:
+        """Raises `ValueError` for a `metric_for_best_model` that no evaluation will have."""
+        metric, data = self.args.metric_for_best_model, self.eval_dataset
+        prefixes = [f"eval_{name}_" for name in data] if isinstance(data, dict) else ["eval_"]
+        rewards = [f"{prefix}rewards/{name}/" for prefix in prefixes for name in self.eval_scorer.names]
+        known = [f"{prefix}reward" for prefix in prefixes] + [f"{prefix}mean" for prefix in rewards]
+        asked = f"eval_{(metric or '').removeprefix('eval_')}"
+        if data is not None and metric and asked not in known and not asked.startswith(tuple(rewards)):
+            raise ValueError(f"metric_for_best_model must be one of {', '.join(known)}, but it is {metric!r}.")
 
     def evaluate(
         self,
@@ -141,9 +152,9 @@ class EvaluatingTrainer(ResumableTrainer):
         on_chunk: Callable[[list[int], list[Any]], None] = lambda rows, images: None,
     ) -> list[Any]:
         """
-        Pictures of the rows at `indices`, one each, by the pipeline's own scheduler, at most `size` in a call, after
-        which `on_chunk` gets its rows and pictures; by the weights as they are once saved and loaded. Every process of
-        a sharded model has to call it with as many.
+        Pictures of the rows at `indices`, one each, see [`as_pictures`], by the pipeline's own scheduler, at most
+        `size` in a call, after which `on_chunk` gets its rows and pictures; by the weights as they are once saved and
+        loaded. Every process of a sharded model has to call it with as many.
         """
         modes = {name: self.pipe.components[name].training for name in self.denoiser_names}
         for name in modes:
@@ -153,7 +164,9 @@ class EvaluatingTrainer(ResumableTrainer):
         with self.as_published():
             for chunk in self.calls.chunks(dataset, indices, size):
                 rows = [indices[i] for i in chunk]
-                made = as_pictures(self.pipe(**self.calls.call(dataset, rows, [generators[i] for i in chunk]))[0])
+                call = self.calls.call(dataset, rows, [generators[i] for i in chunk])
+                output, problems = call_pipeline(self.pipe, call)
+                made = as_pictures(output[0], problems, call["prompt"])
                 on_chunk(rows, made)
                 images += made
         reshard(cast(torch.nn.Module, self.model))

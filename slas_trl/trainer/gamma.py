@@ -92,18 +92,11 @@ class GammaControl(TrainerCallback):
     ):
         self.args, self.replayer, self.model, self.accelerator, self.log = args, replayer, model, accelerator, log
         self.interval = args.fisher_interval
-        if self.interval is not None:
-            if accelerator.distributed_type == DistributedType.DEEPSPEED:
-                raise ValueError(
-                    "DeepSpeed makes the update within its backward pass, where its length cannot be measured. Use "
-                    "DDP or FSDP2, or another gamma_schedule than 'trust_region' and no fisher_update_steps."
-                )
-            narrow = [p.dtype for p in self.parameters if p.dtype in NARROW]
-            if narrow:
-                raise ValueError(
-                    f"The weights that are trained are in {narrow[0]}, too coarse to measure the Fisher matrix. "
-                    "Load the pipeline in float32 and set bf16=True, or train an adapter (peft_config)."
-                )
+        if self.interval is not None and accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise ValueError(
+                "DeepSpeed makes the update within its backward pass, where its length cannot be measured. Use DDP or "
+                "FSDP2, or another gamma_schedule than 'trust_region' and no fisher_update_steps."
+            )
         self.reset()
 
     @property

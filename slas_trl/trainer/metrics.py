@@ -67,15 +67,21 @@ def reward_times(names: list[str], scores: Scores) -> dict[str, float]:
     return {f"rewards/{name}/time": seconds for name, seconds in zip(names, scores.seconds, strict=True)}
 
 
-def warn_of_advantages(result: Advantages, update: int) -> None:
-    """Of a rollout without scores, and of one that few images decide."""
-    if result.rewards.isnan().all():
-        logger.warning(f"No image of the rollout after update {update} got a score: nothing to learn.")
-    if 0 < result.effective_share < 0.1:
-        logger.warning_once(
-            f"The effective sample share of the advantages is {result.effective_share:.2f}, below 0.1: few images "
-            "decide the update. Lower gamma or enlarge the rollout."
+def advantage_problem(result: Advantages, min_group_std: float) -> str | None:
+    """Why little can be learned from a rollout, if so."""
+    if not (result.group_std > 0).any():
+        return (
+            "In no group do the rewards differ; images like these teach nothing. Look at the reward, or raise the "
+            "noise (noise_level, eta) or num_generations."
         )
+    if result.frac_groups_filtered == 1:
+        return f"The std of every group is below min_group_std ({min_group_std:g}); lower it."
+    if result.effective_share < 0.1:
+        return (
+            f"The effective sample share is {result.effective_share:.2f}, below 0.1: few images decide the update. "
+            "Lower gamma, or enlarge the rollout."
+        )
+    return None
 
 
 def warn_of_resolution(names: list[str], rewards: torch.Tensor, num_generations: int) -> None:

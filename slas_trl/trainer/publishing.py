@@ -21,7 +21,9 @@ from transformers.utils import logging
 
 from .. import hub
 from ..model_card import render
+from ..rewards.base import still
 from ..rewards.blind_spots import BLIND_SPOTS, MEASURES
+from ..rewards.by_name import is_ours
 from ..run_facts import Evaluation, Reward, RunFacts, Sample, Scheduler, spread
 from . import card_facts, checkpoints, lora
 from .calls import is_picture_column
@@ -95,7 +97,8 @@ class PublishingTrainer(EvaluatingTrainer):
 
     def _draw_pictures(self) -> list[Image.Image]:
         seeds = [torch.Generator().manual_seed(i) for i in range(len(self._shown_rows))]
-        return self.draw(self._shown_prompts, self._shown_rows, seeds, self.args.per_device_train_batch_size)
+        size = self.args.per_device_train_batch_size
+        return [still(made) for made in self.draw(self._shown_prompts, self._shown_rows, seeds, size)]
 
     @property
     def _shown_prompts(self) -> Dataset:
@@ -215,7 +218,7 @@ class PublishingTrainer(EvaluatingTrainer):
     def _rewards_of_card(self) -> list[Reward]:
         """What is said of ours is not said of a user's by the same name."""
         functions = dict(zip(self.eval_scorer.names, self.eval_scorer.functions, strict=True))
-        ours = {name for name, function in functions.items() if _is_ours(function)}
+        ours = {name for name, function in functions.items() if is_ours(function)}
         return [
             Reward(name, weight, *((BLIND_SPOTS.get(name), MEASURES.get(name)) if name in ours else ()))
             for name, weight in self.weight_of.items()
@@ -481,9 +484,3 @@ class PublishingTrainer(EvaluatingTrainer):
                 error = raised
         raise_together(error)
         return next(found for found in gathered(path) if found is not None)
-
-
-def _is_ours(function: Any) -> bool:
-    while isinstance(function, functools.partial):
-        function = function.func
-    return function.__module__.startswith("slas_trl.rewards.")

@@ -3,6 +3,7 @@ The part of the trainer that outlives it: weights on disk, checkpoints between t
 """
 
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,6 +16,7 @@ from accelerate.utils import save_fsdp_optimizer
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from torch.distributed.fsdp import FSDPModule
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import logging
@@ -24,10 +26,14 @@ from . import checkpoints, lora
 from .callbacks import EMACallback
 from .collectives import gathered, shard_on_cpus
 from .gamma import GammaControl
+from .scoring import RewardScorer
 from .slas_config import SLASConfig
 
 
 logger = logging.get_logger(__name__)
+
+# Hyperparameters in the groups of an optimizer, beside which it may keep states there. The rate is the scheduler's.
+GIVEN = {"initial_lr", "weight_decay", "betas", "eps", "momentum", "dampening", "nesterov", "alpha"}
 
 
 @dataclass
@@ -51,6 +57,7 @@ class ResumableTrainer(Trainer):
     pipe: Any  # a DiffusionPipeline; every class has a __call__ of its own
     replayer: PipelineReplayer
     denoiser_names: list[str]
+    scorer: RewardScorer
     has_adapter: bool
     _ema: EMACallback | None
     _gamma: GammaControl
@@ -81,7 +88,7 @@ class ResumableTrainer(Trainer):
             config = self.pipe.components[self.denoiser_names[0]].peft_config[lora.ADAPTER_NAME]
             adapter = [config.r, config.lora_alpha, sorted(config.target_modules), config.use_rslora]
         prompts = hashlib.sha256("\n".join(self.train_dataset["prompt"]).encode()).hexdigest()
-        return {**self.args.layout, "adapter": adapter, "prompts": prompts}
+        return {**self.args.layout, "adapter": adapter, "prompts": prompts, "rewards": self.scorer.names}
 
     def _calls(self, indices: list[int], rollout_index: int) -> list[dict[str, Any]]:
         """The arguments of the pipeline call of each chunk of a rollout."""
@@ -163,8 +170,11 @@ class ResumableTrainer(Trainer):
                 self.state.best_model_checkpoint = str(folder)
                 if self.args.should_save:
                     self.state.save_to_json(str(written / checkpoints.TRAINER_STATE_FILE))
-            self.accelerator.wait_for_everyone()
+            self.accelerator.wait_for_everyone()  # the files of all processes are listed
             if self.args.should_save:
+                done, midway = self._progress
+                settings = {"layout": self._layout, "settings": self.args.settings}
+                checkpoints.write_state(written, micro_step=done, midway=midway, **settings)
                 checkpoints.publish(written, folder)
             self.accelerator.wait_for_everyone()
         except checkpoints.WRITE_ERRORS as error:
@@ -200,14 +210,31 @@ class ResumableTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.is_deepspeed_enabled:
             self._load_from_checkpoint(checkpoint)  # for which the Trainer has loaded the engine, and nothing of ours
+        optimizer, scheduler = cast(torch.optim.Optimizer, self.optimizer), cast(LRScheduler, self.lr_scheduler)
+        given = [{key: group[key] for key in GIVEN & group.keys()} for group in optimizer.param_groups]
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        # The checkpoint's hyperparameters came along, but those of this run's arguments hold.
+        for group, own in zip(optimizer.param_groups, given, strict=True):
+            group.update(own)
+        if isinstance(scheduler, LambdaLR):
+            scheduler.base_lrs = [own["initial_lr"] for own in given]
+            now = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            scheduler._last_lr = [base * factor(scheduler.last_epoch) for base, factor in now]
+        for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["lr"] = rate
+        then = json.loads((Path(checkpoint) / checkpoints.STATE_FILE).read_text())["settings"]["learning_rate"]
+        if then != self.args.learning_rate and not isinstance(scheduler, LambdaLR):
+            raise ValueError(
+                f"learning_rate {then} cannot become {self.args.learning_rate}: with a {type(scheduler).__name__} the "
+                "rate is the checkpoint's. Leave it as it was."
+            )
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """The last of the Trainer's own files but one; ours follow, so that a checkpoint without them is not whole."""
+        """The last of the Trainer's own files but one, and ours."""
         super()._save_rng_state(output_dir)
-        folder, rank = Path(output_dir), self.accelerator.process_index
-        done = self.state.global_step * self.args.micro_steps_per_update  # an update under way starts over
-        midway = done % self.args.micro_steps_per_rollout != 0
+        folder, rank, midway = Path(output_dir), self.accelerator.process_index, self._progress[1]
         if midway and self._buffer is not None:
             buffer = self._buffer
             checkpoints.save_rollouts(
@@ -221,17 +248,21 @@ class ResumableTrainer(Trainer):
         if self._ema is not None:
             self._ema.save(folder, self.args.should_save)
         self._gamma.save(folder, self.args.should_save)
-        self.accelerator.wait_for_everyone()  # the files of all processes are listed with their sizes
-        if self.args.should_save:
-            checkpoints.write_state(folder, micro_step=done, midway=midway, layout=self._layout)
+
+    @property
+    def _progress(self) -> tuple[int, bool]:
+        """Micro-steps of the updates made, for one under way starts over; and whether that is within a rollout."""
+        done = self.state.global_step * self.args.micro_steps_per_update
+        return done, done % self.args.micro_steps_per_rollout != 0
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        state = checkpoints.read_state(folder)
-        then, now = state["layout"], self._layout
-        # What an older checkpoint does not know, it had the default of.
-        if changed := {name: (then[name], now[name]) for name in now if then.get(name, now[name]) != now[name]}:
-            raise ValueError(f"The checkpoint {str(folder)!r} was made with other settings (then, now): {changed}.")
+        state = json.loads((folder / checkpoints.STATE_FILE).read_text())  # `train` has looked whether it is whole
+        if changed := _differences(state["layout"], self._layout):
+            raise ValueError(f"The checkpoint {str(folder)!r} was made with other settings: {changed}.")
+        if changed := _differences(state["settings"], self.args.settings):
+            update = state["micro_step"] // self.args.micro_steps_per_update
+            logger.warning(f"After update {update}, training goes on with other settings than before: {changed}.")
         self._load_weights(folder)
         if self._ema is not None:
             self._ema.load(folder)
@@ -308,3 +339,8 @@ class ResumableTrainer(Trainer):
             f"{why} after update {step}; the checkpoint is {str(folder)!r}. Resume with "
             f"train(resume_from_checkpoint={str(folder)!r}), or --resume_from_checkpoint {folder} on the command line."
         )
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """What an older checkpoint does not know, it had the default of."""
+    return ", ".join(f"{name} {then[name]} -> {now[name]}" for name in now if then.get(name, now[name]) != now[name])

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from trl.trainer.utils import RepeatSampler
 
+from ..policy import Rollout
 from .slas_config import SLASConfig
 
 
@@ -46,3 +47,33 @@ def window_of(args: SLASConfig, rollout_index: int, rng: np.random.Generator) ->
     elif start is None:
         start = int(rng.integers(min(last, args.num_inference_steps // 2) + 1))
     return range(start, start + size)
+
+
+def trained_steps(args: SLASConfig, rollout: Rollout, rng: np.random.Generator) -> list[int]:
+    """
+    The trained timesteps, in random order.
+
+    Raises:
+        `ValueError`: when the pipeline took other steps than the configuration asks for.
+    """
+    skipped = rollout.steps[0].index
+    if rollout.window is not None and (args.sde_window_start or 0) < skipped:  # before which none begins
+        raise ValueError(
+            f"The pipeline begins at step {skipped} of {args.num_inference_steps} (`strength`), so a window "
+            f"of stochastic steps may lie before it; set sde_window_start to {skipped} or more."
+        )
+    if rollout.steps[-1].std > 0 and not args.train_final_step:
+        raise ValueError(
+            f"The pipeline ended at step {rollout.steps[-1].index}, before its schedule does: noise that no trained "
+            "step explains is left on the images. Set train_final_step=True, or an sde_window_size."
+        )
+    trainable = rollout.trainable_steps
+    wanted = args.num_trained_timesteps
+    if len(trainable) < wanted:
+        raise ValueError(
+            f"{wanted} timesteps should be trained (timestep_fraction {args.timestep_fraction} of "
+            f"num_inference_steps {args.num_inference_steps}), but the pipeline took {len(rollout.steps)} "
+            f"steps, of which {len(trainable)} can be trained. Lower timestep_fraction or sde_window_size, or "
+            "raise the noise (noise_level, eta) if it is 0."
+        )
+    return rng.permutation(trainable)[:wanted].tolist()

@@ -1,5 +1,6 @@
 """Calling reward functions, and saying clearly what is wrong with what they return."""
 
+import inspect
 import math
 import time
 from collections.abc import Sequence
@@ -58,6 +59,24 @@ class RewardScorer:
         if slashed := [name for name in self.names if "/" in name]:
             raise ValueError(f"The reward's name {slashed[0]!r} has a slash, which parts it from its components.")
 
+    def check(self, columns: Sequence[str]) -> None:
+        """Raises `TypeError` for a reward that cannot be called with prompts, images and these columns."""
+        given = dict.fromkeys(("prompts", "images", "completions", *columns))
+        for name, function in zip(self.names, self.functions, strict=True):
+            if isinstance(function, type):
+                raise TypeError(
+                    f"Reward {name!r} is a class; pass an instance of it, which is called like a function."
+                )
+            try:
+                inspect.signature(function).bind(**given)
+            except ValueError:  # written in C
+                continue
+            except TypeError as error:
+                raise TypeError(
+                    f"Reward {name!r} cannot be called with {', '.join(given)} ({error}). Define it as "
+                    "reward(prompts, images, **columns)."
+                ) from error
+
     def score(self, prompts: list[str], images: list[Image], columns: dict[str, list[Any]]) -> torch.Tensor:
         """
         Rewards `(N, K)`, float64, NaN where a reward returned `None` or NaN.
@@ -93,6 +112,7 @@ class Scoring:
         self._threads = [ThreadPoolExecutor(1, initializer=_use_gpu, initargs=gpu) for _ in scorer.names]
         self._chunks: list[list[Future[_ChunkScores]]] = [[] for _ in scorer.names]
         self._sizes: list[int] = []
+        self._images, self._shown = 0, []  # how many came, and the places of those that can be judged
 
     def __enter__(self) -> "Scoring":
         return self
@@ -102,7 +122,14 @@ class Scoring:
             thread.shutdown(wait=False, cancel_futures=True)
 
     def add(self, prompts: list[str], images: list[Image], columns: dict[str, list[Any]]) -> None:
-        """Have these images scored, N of each."""
+        """Have these images scored, N of each; `None`, a picture that shows nothing, has no score."""
+        shown = [i for i, image in enumerate(images) if image is not None]
+        self._shown += [self._images + i for i in shown]
+        self._images += len(images)
+        if not shown:
+            return
+        prompts, images = [prompts[i] for i in shown], [images[i] for i in shown]
+        columns = {key: [values[i] for i in shown] for key, values in columns.items()}
         self._sizes.append(len(images))
         names, functions = self.scorer.names, self.scorer.functions
         for name, function, thread, chunks in zip(names, functions, self._threads, self._chunks, strict=True):
@@ -139,8 +166,14 @@ class Scoring:
                 if part == "reward":
                     continue
                 rows = [v for chunk in scored for v in chunk.components.get(part, [math.nan] * len(chunk.rewards))]
-                components[f"{name}/{part}"] = torch.tensor(rows, dtype=torch.float64)
-        return Scores(torch.tensor(columns, dtype=torch.float64).T, components, seconds), errors
+                components[f"{name}/{part}"] = self._placed(rows)
+        return Scores(torch.stack([self._placed(column) for column in columns], 1), components, seconds), errors
+
+    def _placed(self, scores: list[float]) -> torch.Tensor:
+        """One for each image `(N,)`, NaN for those that were not shown."""
+        placed = torch.full((self._images,), math.nan, dtype=torch.float64)
+        placed[self._shown] = torch.tensor(scores, dtype=torch.float64)
+        return placed
 
 
 @dataclass(frozen=True)
@@ -213,27 +246,14 @@ def _scores_of(
 def _call(
     name: str, function: RewardFunc, prompts: list[str], images: list[Image], columns: dict[str, list[Any]]
 ) -> Any:
-    def call(rows: slice) -> Any:
-        given = {key: values[rows] for key, values in columns.items()}
-        return call_reward(function, prompts[rows], images[rows], given)
-
     try:
-        return call(slice(None))
+        return call_reward(function, prompts, images, columns)
     except (RewardUnavailableError, ImportError, FileNotFoundError) as error:  # no image is to blame
         raise ValueError(f"Reward {name!r} cannot be used: {error}") from error
     except Exception as error:
-        # Which image was it? The ones that score by themselves are not to blame.
-        for i, prompt in enumerate(prompts):
-            try:
-                call(slice(i, i + 1))
-            except Exception as single:
-                raise ValueError(
-                    f"Reward {name!r} raised {type(single).__name__}: {single} on image {i} of {len(images)}, "
-                    f"prompt {prompt!r}. Return None for an image that cannot be scored."
-                ) from single
         raise ValueError(
-            f"Reward {name!r} raised {type(error).__name__}: {error} on a batch of {len(images)} images, though "
-            f"each alone can be scored. The first prompt is {prompts[0]!r}."
+            f"Reward {name!r} raised {type(error).__name__}: {error} on {len(images)} images, the first of "
+            f"{prompts[0]!r}. Return None for an image that cannot be scored."
         ) from error
 
 

@@ -6,6 +6,7 @@ from types import UnionType
 from typing import Annotated, Any, Union, cast, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from ..advantages import check_number
 from ..schedulers.flow_sde import NOISE_SCHEDULES
@@ -124,7 +125,7 @@ class SLASConfig(TrainingArguments):
         timestep_fraction (`float`, *optional*, defaults to `1.0`):
             Share of the trainable timesteps that is trained, drawn anew for each rollout.
         train_final_step (`bool`, *optional*, defaults to `False`):
-            Whether to train the last transition, whose noise stays on the image.
+            Whether to train the last transition, whose noise then stays on the image. Otherwise it is deterministic.
         sde_window_size (`int`, *optional*):
             Number of stochastic steps; the others are deterministic. By default all steps are stochastic.
         sde_window_start (`int`, *optional*):
@@ -142,7 +143,7 @@ class SLASConfig(TrainingArguments):
         use_ema (`bool`, *optional*, defaults to `False`):
             Whether to keep an exponential moving average of the trained weights, which is then evaluated and saved.
         ema_decay (`float`, *optional*, defaults to `0.9`):
-            Its decay per update.
+            Its decay per update. The average begins with the weights before training.
         log_completions (`bool`, *optional*, defaults to `True`):
             Whether to show sampled images in the trackers of `report_to` that can, every tenth rollout; and to record
             each rollout in `calibration.jsonl` and draw `calibration.png` at checkpoints and when training ends.
@@ -354,6 +355,14 @@ class SLASConfig(TrainingArguments):
         return default if self.kl_threshold is None else self.kl_threshold
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run is compared by: the fields above but those that may name a place, and the optimizer's."""
+        places = {"prompt_dataset", "pipeline_kwargs", "model_init_kwargs", "_VALID_DICT_FIELDS"}
+        optimizer = {"adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "max_steps", "num_train_epochs"}
+        names = (SLASConfig.__annotations__.keys() | optimizer | {"warmup_steps", "bf16", "fp16"}) - places
+        return {name: value for name, value in self.to_dict().items() if name in names}
+
+    @property
     def layout(self) -> dict[str, Any]:
         """What must not change when a run is resumed: how prompts, images and micro-steps follow each other."""
         names = ("seed", "data_seed", "per_device_train_batch_size", "generation_batch_size", "num_generations",
@@ -362,10 +371,13 @@ class SLASConfig(TrainingArguments):
                  "sde_window_slide_every", "init_same_noise", "pipeline_columns",
                  "noise_schedule", "noise_level", "eta", "guidance_scale", "height", "width", "use_ema",
                  "kl_reference")  # fmt: skip
-        return {name: getattr(self, name) for name in names} | {"pipeline_kwargs": repr(self.pipeline_kwargs)}
+        others = {"pipeline_kwargs": repr(self.pipeline_kwargs), "optim": OptimizerNames(self.optim).value}
+        return {name: getattr(self, name) for name in names} | others
 
     def __post_init__(self):
         one_update_per_pass = self.gradient_accumulation_steps is None
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
+            self.metric_for_best_model = "eval_reward"
         if one_update_per_pass:
             self.gradient_accumulation_steps = 1  # a number for TrainingArguments; the true one is computed below
         self._check_intervals()

@@ -30,6 +30,7 @@ from ..advantages import Advantages, compute_advantages
 from ..objective import clip_indicators, clipped_surrogate_loss, gaussian_kl, importance_ratio
 from ..policy import PipelineReplayer, Rollout, check_pipeline, measure_ratio
 from ..policy.doctor import denoisers_of, load_pipeline
+from ..rewards.base import still
 from ..rewards.by_name import RewardFunc
 from ..schedulers import stochastic_scheduler
 from . import lora, sampling
@@ -43,11 +44,11 @@ from .callbacks import (
     show_images,
 )
 from .calls import PipelineCalls, as_pictures
-from .collectives import average_gradients, gathered, raise_together, reshard
+from .collectives import average_gradients, check_sharding, gathered, raise_together, reshard
 from .experts import as_model, calls_of
 from .gamma import GammaControl
 from .hacking import RewardHackingCallback
-from .metrics import reward_times, rollout_metrics, warn_of_advantages, warn_of_resolution
+from .metrics import advantage_problem, reward_times, rollout_metrics, warn_of_resolution
 from .precision import autocast_forward, autocast_sharded
 from .prompts import check_prompts, load_prompts
 from .publishing import PublishingTrainer
@@ -57,6 +58,8 @@ from .slas_config import SLASConfig
 
 
 logger = logging.get_logger(__name__)
+
+UNSCORED_ROLLOUTS = 5  # in a row, in which no image got a score, end the training
 
 
 class SLASTrainer(PublishingTrainer):
@@ -126,6 +129,7 @@ class SLASTrainer(PublishingTrainer):
             else check_prompts(train_dataset, "train_dataset")
         )
         self.calls.check(data)
+        self.eval_scorer.check([column for column in data.column_names if column != "prompt"])
         prompts_per_rollout = args.images_per_rollout * args.world_size // args.num_generations
         if len(data) < prompts_per_rollout:
             raise ValueError(
@@ -150,6 +154,11 @@ class SLASTrainer(PublishingTrainer):
                 lora.add_adapter(denoiser, copy.deepcopy(peft_config))
             elif not self.has_adapter:
                 denoiser.requires_grad_(True)
+                if narrow := {p.dtype for p in denoiser.parameters()} & {torch.bfloat16, torch.float16}:
+                    raise ValueError(
+                        f"All weights would be trained in {narrow.pop()}, which rounds most updates away. Load the "
+                        "pipeline in float32 and set bf16=True, or train an adapter (peft_config, use_peft)."
+                    )
             elif self.kept_adapter is not None:
                 lora.keep_reference(denoiser)
             if args.activation_checkpointing:
@@ -160,6 +169,7 @@ class SLASTrainer(PublishingTrainer):
             pipe,
             stochastic_scheduler(pipe, noise_schedule=args.noise_schedule, noise_level=args.noise_level, eta=args.eta),
         )
+        self.replayer.scheduler.noisy_final_step = args.train_final_step  # noise that no step explains is not scored
 
         self._sampler = sampling.EpochRepeatSampler(
             range(len(data)),
@@ -177,18 +187,8 @@ class SLASTrainer(PublishingTrainer):
             callbacks=[PromptOrderCallback(self._sampler), MetricsFileCallback(), *(callbacks or [])],
             optimizers=optimizers,
         )
-        deepspeed = self.accelerator.state.deepspeed_plugin
-        if deepspeed is not None and deepspeed.zero_stage == 3:
-            raise ValueError(
-                "DeepSpeed's ZeRO-3 is not supported; FSDP2 shards the weights too (accelerate_config fsdp2)."
-            )
-        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
-            raise ValueError("FSDP of version 1 is not supported; set fsdp_version: 2 (accelerate_config fsdp2).")
-        if self.is_fsdp_enabled and len(denoisers) > 1:
-            raise ValueError(
-                f"{type(pipe).__name__} has {len(denoisers)} denoisers, which cannot be sharded by FSDP as one model. "
-                "Use DDP (accelerate_config multi_gpu), with peft_config to save memory."
-            )
+        self._check_best_metric()
+        check_sharding(self.accelerator, self.is_fsdp_enabled, len(denoisers))
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(RLProgressCallback)
@@ -234,6 +234,7 @@ class SLASTrainer(PublishingTrainer):
         self._last_images = 0.0  # when images_per_second was logged
         self._unusable: list[str] = []  # images with NaN or infinity in the update under way
         self._skipped = 0  # updates in a row
+        self._unscored = 0  # rollouts in a row
 
     # Data
 
@@ -305,7 +306,7 @@ class SLASTrainer(PublishingTrainer):
                 except (ValueError, RuntimeError) as error:
                     self.calls.explain(error, call)
                     raise
-                made = as_pictures(rollout.images)
+                made = as_pictures(rollout.images, rollout.problems, call["prompt"])
                 self._add_images(scoring, self.train_dataset, indices[len(images) : len(images) + len(made)], made)
                 images += made
                 rollout.images = None  # the replay does not need them
@@ -338,7 +339,7 @@ class SLASTrainer(PublishingTrainer):
             show_images(
                 cast(list, args.report_to),
                 self.callback_handler.callbacks,
-                {f"samples/{i}": image for i, image in enumerate(images[:8])},
+                {f"samples/{i}": still(image) for i, image in enumerate(images[:8])},
                 prompts,
                 self.state.global_step,
             )
@@ -349,23 +350,7 @@ class SLASTrainer(PublishingTrainer):
 
     def _choose_steps(self, rollout: Rollout, rng: np.random.Generator) -> list[int]:
         """The trained timesteps, in random order: the same for all chunks, so that their cut does not matter."""
-        skipped = rollout.steps[0].index
-        if rollout.window is not None and (self.args.sde_window_start or 0) < skipped:  # before which none begins
-            raise ValueError(
-                f"The pipeline begins at step {skipped} of {self.args.num_inference_steps} (`strength`), so a window "
-                f"of stochastic steps may lie before it; set sde_window_start to {skipped} or more."
-            )
-        final = len(rollout.steps) - 1
-        trainable = [step for step in rollout.trainable_steps if step != final or self.args.train_final_step]
-        wanted = self.args.num_trained_timesteps
-        if len(trainable) < wanted:
-            raise ValueError(
-                f"{wanted} timesteps should be trained (timestep_fraction {self.args.timestep_fraction} of "
-                f"num_inference_steps {self.args.num_inference_steps}), but the pipeline took {len(rollout.steps)} "
-                f"steps, of which {len(trainable)} can be trained. Lower timestep_fraction or sde_window_size, or "
-                "raise the noise (noise_level, eta) if it is 0."
-            )
-        return rng.permutation(trainable)[:wanted].tolist()
+        return sampling.trained_steps(self.args, rollout, rng)
 
     def _check_before_training(self, chunks: list[Rollout], steps: list[int], rewards: torch.Tensor) -> None:
         """Once for each call of `train`: the ratio is 1 before any update, and the reward can show a difference."""
@@ -387,8 +372,9 @@ class SLASTrainer(PublishingTrainer):
         elif problem is not None:
             error = ValueError(problem)
         elif rewards[:, trained].isnan().all():
-            names = ", ".join(self.scorer.names[i] for i in trained)
-            error = ValueError(f"No image of the first rollout got a score: {names} returned only None or NaN.")
+            reasons = [problem for chunk in chunks for problem in chunk.problems if problem is not None]
+            reasons += [f"{', '.join(self.scorer.names[i] for i in trained)} returned only None or NaN"]
+            error = ValueError(f"No image of the first rollout got a score: {reasons[0]}.")
         raise_together(error)
         warn_of_resolution([self.scorer.names[i] for i in trained], rewards[:, trained], self.args.num_generations)
 
@@ -429,11 +415,12 @@ class SLASTrainer(PublishingTrainer):
         """The Trainer asks for it before every update, and it is the same on all processes."""
         norm = super()._get_grad_norm(model, grad_norm)
         self._gamma.note_gradient(norm)
-        usable = norm is None or math.isfinite(norm)
+        has_bad_loss = any(gathered(bool(self._unusable)))
+        usable = not has_bad_loss and (norm is None or math.isfinite(norm))
         self._metrics["update_skipped"].append(float(not usable))
         if usable:
             self._skipped = 0
-        elif self.accelerator.scaler is None or any(gathered(bool(self._unusable))):  # float16 finds its scale by that
+        elif self.accelerator.scaler is None or has_bad_loss:  # float16 finds its scale by infinite gradients
             self._skip_update()
         self._unusable = []
         return norm
@@ -444,12 +431,14 @@ class SLASTrainer(PublishingTrainer):
         images = [image for part in gathered(self._unusable) for image in part]
         what = f"NaN or infinity, first for {images[0]}" if images else "a gradient that is NaN or infinite"
         number, self._skipped = self.state.global_step + 1, self._skipped + 1
-        if self._skipped > self.args.max_skipped_updates or self.is_deepspeed_enabled:
+        is_last = number >= self.state.max_steps  # whoever sees "done" takes the weights for good ones
+        if self._skipped > self.args.max_skipped_updates or is_last or self.is_deepspeed_enabled:
             self._save_unfinished("The run has diverged")
             raise ValueError(
-                f"Update {number} had {what}, after {self._skipped - 1} others in a row that were skipped "
-                f"(max_skipped_updates {self.args.max_skipped_updates}; DeepSpeed skips none). Resume from an earlier "
-                "checkpoint with a lower learning_rate or max_grad_norm."
+                f"Update {number} of {self.state.max_steps} had {what}, after {self._skipped - 1} others in a row "
+                f"that were skipped (max_skipped_updates {self.args.max_skipped_updates}; the last update is never "
+                "skipped, and DeepSpeed skips none). Resume from an earlier checkpoint with a lower learning_rate or "
+                "max_grad_norm."
             )
         logger.warning(f"Update {number} is skipped: it had {what}.")
 
@@ -467,7 +456,16 @@ class SLASTrainer(PublishingTrainer):
         if self._calibration is not None and self.is_world_process_zero():
             record = rollout_record(self.args, self.scorer.names, result, metrics)
             self._calibration.append(self.args, {"step": self.state.global_step + 1, **record})
-        warn_of_advantages(result, self.state.global_step)
+        self._unscored = self._unscored + 1 if result.rewards.isnan().all() else 0
+        if not self._unscored:
+            if (problem := advantage_problem(result, self.args.min_group_std)) is not None:
+                logger.warning_once(problem)
+            return
+        what = f"No image of the rollout after update {self.state.global_step} got a score"
+        logger.warning(f"{what}: nothing to learn.")
+        if self._unscored == UNSCORED_ROLLOUTS:
+            self._save_unfinished("The rewards failed")
+            raise ValueError(f"{what}, the {UNSCORED_ROLLOUTS}th in a row. Look at what the rewards return, and why.")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._last_log is not None:  # a training log

@@ -87,6 +87,18 @@ def test_only_the_main_process_writes(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_moving_average_begins_with_the_weights_before_training():
+    weight, seen = torch.nn.Parameter(torch.zeros(1)), []
+    ema = EMACallback(torch.nn.ParameterList([weight]), decay=0.9)
+    ema.on_train_begin(None, None, None)
+    for value in (1.0, 2.0, 3.0):
+        weight.data.fill_(value)
+        ema.on_step_end(None, None, None)
+        with ema.averaged():
+            seen.append(weight.item())
+    assert seen == pytest.approx([0.1, 0.29, 0.561])
+
+
 def test_the_moving_average_and_its_files(tmp_path):
     weight = torch.nn.Parameter(torch.zeros(3))
     ema = EMACallback(torch.nn.ParameterList([weight]), decay=0.5)
@@ -99,7 +111,7 @@ def test_the_moving_average_and_its_files(tmp_path):
         ema.on_step_end(None, None, None)
     with ema.averaged():
         average = weight.detach().clone()
-        assert 1.0 < average[0] < 4.0
+        assert average.tolist() == [3.0625] * 3
     assert weight.tolist() == [4.0] * 3
     with pytest.raises(KeyError), ema.averaged():
         raise KeyError

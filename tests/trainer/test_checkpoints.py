@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import resource
 import shutil
@@ -221,17 +222,19 @@ def test_a_path_will_do(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ({"seed": 7}, r"'seed': \(42, 7\)"),
-        ({"num_inference_steps": 5}, r"'num_inference_steps': \(4, 5\)"),
-        ({"num_generations": 2}, r"'num_generations': \(4, 2\)"),
-        ({"steps_per_generation": 4}, r"'generation_batch_size': \(8, 16\)"),
-        ({"num_iterations": 2}, r"'num_iterations': \(1, 2\)"),
-        ({"timestep_fraction": 0.5}, r"'num_trained_timesteps': \(3, 1\)"),
+        ({"seed": 7}, "seed 42 -> 7"),
+        ({"num_inference_steps": 5}, "num_inference_steps 4 -> 5"),
+        ({"num_generations": 2}, "num_generations 4 -> 2"),
+        ({"steps_per_generation": 4}, "generation_batch_size 8 -> 16"),
+        ({"num_iterations": 2}, "num_iterations 1 -> 2"),
+        ({"timestep_fraction": 0.5}, "num_trained_timesteps 3 -> 1"),
+        ({"optim": "sgd"}, "optim adamw_torch.* -> .*sgd"),
+        ({"reward_funcs": "brightness"}, r"rewards \['redness'\] -> \['brightness'\]"),
     ],
 )
 def test_other_settings_are_refused(tmp_path, one_update, changed, named):
     trainer = tiny_trainer(tmp_path, **changed)
-    with pytest.raises(ValueError, match=f"made with other settings .then, now.: .*{named}"):
+    with pytest.raises(ValueError, match=f"made with other settings: .*{named}"):
         trainer.train(resume_from_checkpoint=str(one_update / "checkpoint-1"))
 
 
@@ -252,6 +255,35 @@ def one_update(tmp_path_factory):
 # Checkpoints that are not whole
 
 
+HYPERPARAMETERS = {"learning_rate": 1e-6, "weight_decay": 0.5, "adam_beta1": 0.5}
+
+
+@pytest.mark.parametrize("lr_scheduler_type", ["constant", "cosine"])
+def test_the_optimizer_goes_by_the_arguments_of_the_resumed_run(tmp_path, caplog, lr_scheduler_type):
+    settings = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": lr_scheduler_type}
+    tiny_trainer(tmp_path / "a", max_steps=2, learning_rate=1e-3, **settings).train()
+    trainer = tiny_trainer(tmp_path / "b", max_steps=4, **settings, **HYPERPARAMETERS)
+    caplog.clear()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    [group] = [g for g in trainer.optimizer.param_groups if g["weight_decay"]]
+    assert (group["weight_decay"], group["betas"]) == (0.5, (0.5, 0.999))
+    rates = [line["learning_rate"] for line in logged(tmp_path / "b") if "learning_rate" in line][2:]
+    # The schedule of four updates, of which the first two are made.
+    factors = [0.5, (1 + math.cos(0.75 * math.pi)) / 2] if lr_scheduler_type == "cosine" else [1, 1]
+    assert rates == pytest.approx([1e-6 * factor for factor in factors])
+    [listed] = [r.getMessage() for r in caplog.records if "with other settings than before" in r.getMessage()]
+    assert "After update 2" in listed and "weight_decay 0.0001 -> 0.5" in listed and "max_steps 2 -> 4" in listed
+    assert "gamma" not in listed and "output_dir" not in listed
+
+
+def test_a_learning_rate_that_the_checkpoint_decides_is_refused(tmp_path):
+    evaluated = {"eval_dataset": PROMPTS, "eval_strategy": "steps", "metric_for_best_model": "eval_reward"}
+    settings = {"lr_scheduler_type": "reduce_lr_on_plateau", **evaluated, **EVERY_UPDATE}
+    tiny_trainer(tmp_path, max_steps=1, **settings).train()
+    with pytest.raises(ValueError, match="learning_rate 0.001 cannot become 0.5: with a ReduceLROnPlateau"):
+        tiny_trainer(tmp_path, max_steps=2, learning_rate=0.5, **settings).train(resume_from_checkpoint=True)
+
+
 @pytest.fixture(scope="module")
 def three_updates(tmp_path_factory):
     """The folder of a run with three checkpoints, each in the middle of a rollout."""
@@ -266,7 +298,7 @@ FILES = [
 ]
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "flipped"])
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_checkpoint(tmp_path, three_updates, caplog, name, damage):
     run = tmp_path / "run"
@@ -274,13 +306,18 @@ def test_a_damaged_checkpoint(tmp_path, three_updates, caplog, name, damage):
     file = run / "checkpoint-3" / name
     if damage == "cut":
         os.truncate(file, file.stat().st_size // 2)
-    else:
+    elif damage == "gone":
         file.unlink()
+    else:  # one bit, and of the same size: of a number, in the files of text
+        content = bytearray(file.read_bytes())
+        place = content.index(b"3") if file.suffix == ".json" else len(content) // 2
+        content[place] ^= 1
+        file.write_bytes(content)
 
     settings = {"max_steps": 3, "gradient_accumulation_steps": 1, "use_ema": True}
     trainer = tiny_trainer(run, **settings)
     before = trained_weights(trainer)
-    with pytest.raises(ValueError, match="checkpoint-3' (was not written to its end|is damaged)"):
+    with pytest.raises(ValueError, match="checkpoint-3' is damaged"):
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-3"))
     assert same(before, trained_weights(trainer))
 
@@ -291,6 +328,17 @@ def test_a_damaged_checkpoint(tmp_path, three_updates, caplog, name, damage):
     expected = load_file(three_updates / "checkpoint-3" / "pytorch_lora_weights.safetensors")
     trainer.save_model(str(tmp_path / "saved"))
     assert same(expected, load_file(tmp_path / "saved" / "pytorch_lora_weights.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["slas_state.json", "trainer_state.json"])
+@pytest.mark.parametrize("text", ["{}", "5", "null", "[]", '"x"', '{"global_step": "2"}'])
+def test_states_that_are_none(three_updates, tmp_path, name, text):
+    folder = tmp_path / "checkpoint-3"
+    shutil.copytree(three_updates / "checkpoint-3", folder)
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=f"is damaged, or was not written to its end: {name}"):
+        checkpoints.read_state(folder)
+    assert checkpoints.last_whole_checkpoint(tmp_path) is None
 
 
 def test_no_checkpoint_at_all(tmp_path):
@@ -309,8 +357,8 @@ def small_checkpoint(folder: Path, run: str) -> Path:
     (folder / "weights").write_text(run)
     (folder / "unet").mkdir()
     (folder / "unet" / "weights").write_text(run)
-    checkpoints.write_state(folder, run=run)
     (folder / checkpoints.TRAINER_STATE_FILE).write_text("{}")
+    checkpoints.write_state(folder, run=run)
     return folder
 
 
@@ -544,6 +592,7 @@ def test_ctrl_c_saves_what_was_learned(tmp_path, caplog, five_updates, moment, u
 
 def test_ctrl_c_while_sampling(tmp_path):
     class Reward:
+        __name__ = "redness"
         calls = 0
 
         def __call__(self, prompts, images, **columns):
@@ -608,13 +657,14 @@ def test_ctrl_c_from_outside(tmp_path):
 
 def test_a_reward_that_fails_late_costs_nothing(tmp_path, caplog):
     class Reward:
+        __name__ = "redness"
         calls = 0
 
         def __call__(self, prompts, images, **columns):
             self.calls += 1
             return redness(prompts, images) if self.calls < 5 else ["broken"] * len(images)
 
-    with pytest.raises(TypeError, match="Reward 'Reward' returned 'broken'"):
+    with pytest.raises(TypeError, match="Reward 'redness' returned 'broken'"):
         trained(tmp_path / "run", reward_funcs=Reward(), max_steps=4)
     assert "A reward failed after update 2" in caplog.text
     second = resumed(tmp_path / "run", tmp_path / "run" / "checkpoint-2", max_steps=4)

@@ -6,8 +6,22 @@ import numpy as np
 import pytest
 import torch
 
+from slas_trl.scripts.run_report import RunReport
+from tests.policy.zoo.all import FAMILIES
+from tests.tiny_pipelines import nan_in, sd3_pipeline, sd_pipeline, with_safety_checker
 from tests.trainer.test_slas_trainer import blueness
-from tests.trainer.tiny_trainers import Watched, logged, redness, same, tiny_trainer, trained, trained_weights, untimed
+from tests.trainer.tiny_trainers import (
+    PROMPTS,
+    Watched,
+    logged,
+    redness,
+    same,
+    tiny_trainer,
+    trained,
+    trained_weights,
+    untimed,
+)
+from tests.trainer.zoo_trainers import zoo_trainer
 
 
 def parts(prompts, images, **columns):
@@ -99,3 +113,78 @@ def test_components_of_images_that_cannot_be_used_do_not_count(tmp_path):
         scores = trainer._gather_scores(scoring, usable=torch.tensor([True, False, True]))
     assert scores.rewards.isnan().tolist() == [[False], [True], [False]]
     assert scores.components["parts/double"].isnan().tolist() == [False, True, False]
+
+
+# Pictures that show nothing of the policy
+
+
+def test_a_picture_that_the_decoder_made_nan_has_no_score(tmp_path, caplog):
+    pipe = sd3_pipeline()
+    nan_in(pipe.vae, 0)
+    seen = []
+
+    def red(prompts, images, **columns):
+        seen.append(len(images))
+        return redness(prompts, images)
+
+    trainer = tiny_trainer(tmp_path, model=pipe, reward_funcs=red, cls=Watched, eval_dataset=PROMPTS, max_steps=1)
+    trainer.train()
+    assert seen == [3, 3]  # of each chunk of four
+    advantages = trainer.micro_steps[0]["advantages"]
+    assert advantages[0] == 0 and (advantages[1:] != 0).all()
+    (line,) = logged(tmp_path)
+    assert line["rewards/red/nan_share"] == 0.25
+    warned = [r.getMessage() for r in caplog.records if "has no score" in r.getMessage()]
+    assert len(warned) == 2 and trainer.train_dataset["prompt"][0] in " ".join(warned)
+    assert trainer.evaluate()["eval_rewards/red/nan_share"] > 0
+
+
+def test_pictures_that_are_all_nan_end_the_run_with_the_reason(tmp_path):
+    pipe = sd3_pipeline()
+    nan_in(pipe.vae, 0, 1, 2, 3)
+    with pytest.raises(ValueError, match="No image of the first rollout got a score: .*vae in torch.float32"):
+        tiny_trainer(tmp_path, model=pipe).train()
+
+
+def test_flagged_pictures_have_no_score(tmp_path):
+    pipe = with_safety_checker(sd_pipeline(), threshold=-2.0)
+    with pytest.raises(ValueError, match="got a score: .*safety checker"):
+        tiny_trainer(tmp_path, "sd", model=pipe).train()
+
+
+def test_five_rollouts_in_a_row_without_a_score_end_the_run(tmp_path):
+    calls = iter(range(100))
+
+    def tired(prompts, images, **columns):
+        return redness(prompts, images) if next(calls) < 2 else [None] * len(images)
+
+    with pytest.raises(ValueError, match="the rollout after update 5 got a score, the 5th in a row"):
+        tiny_trainer(tmp_path, reward_funcs=tired, max_steps=40, beta=0.1).train()
+    assert (tmp_path / "checkpoint-5" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_rewards_that_differ_in_no_group_are_told_once(tmp_path, caplog):
+    tiny_trainer(tmp_path, reward_funcs=lambda prompts, images, **columns: [0.5] * len(images), max_steps=3).train()
+    assert len([r for r in caplog.records if "In no group do the rewards differ" in r.getMessage()]) == 1
+
+
+# Videos
+
+
+def test_a_video_is_trained_shown_and_judged_by_its_middle_frame(tmp_path):
+    family = FAMILIES["wan2.1"]
+    frames = []
+
+    def watching(prompts, images, **columns):
+        frames.extend(len(image) for image in images)
+        return [np.asarray(image[2]).mean() for image in images]
+
+    wide = type(family)(**{**vars(family), "call": {**family.call, "num_frames": 5}})
+    trainer = zoo_trainer(wide, tmp_path, [watching, "brightness"], report_to="tensorboard", log_completions=True)
+    report = RunReport(trainer, "a/video", 2, 1)
+    before = report.measure()
+    trainer.train()
+    text = report.write(before, report.measure())
+    assert set(frames) == {5}  # a user's own reward sees all of them
+    assert "brightness" in text and (tmp_path / "evaluation.json").is_file()
+    assert list(tmp_path.glob("samples/*"))

@@ -44,23 +44,40 @@ def test_an_update_with_nan_is_skipped_and_the_image_named(tmp_path, caplog, fac
 
 def test_a_skipped_update_changes_nothing(tmp_path):
     class Keep(TrainerCallback):
-        weights = {}
+        weights, changed = {}, {}
 
         def on_step_begin(self, args, state, control, model, **kwargs):
             self.weights[state.global_step] = [p.detach().clone() for p in model.parameters() if p.requires_grad]
 
         def on_optimizer_step(self, args, state, control, model, **kwargs):
             after = [p.detach() for p in model.parameters() if p.requires_grad]
-            self.changed = [
+            self.changed[state.global_step] = [
                 not torch.equal(a, b)
                 for a, b in zip(self.weights[state.global_step], after, strict=True)
                 if a.isfinite().all()
             ]
 
     keep = Keep()
-    trainer = tiny_trainer(tmp_path, callbacks=[Break({2: math.nan}), keep], max_steps=3, weight_decay=0.1)
+    trainer = tiny_trainer(tmp_path, callbacks=[Break({2: math.nan}), keep], max_steps=4, weight_decay=0.1)
     trainer.train()
-    assert keep.changed and not any(keep.changed)  # not by momentum or decay either
+    assert any(keep.changed[1]) and not any(keep.changed[2])  # not by momentum or decay either
+
+
+def test_the_last_update_is_never_skipped(tmp_path):
+    """Whoever reads "done" takes the weights that are written for what training made of them."""
+    trainer = tiny_trainer(tmp_path, callbacks=[Break({2: math.nan})], max_steps=3)
+    with pytest.raises(ValueError, match="Update 3 of 3 had NaN"):
+        trainer.train()
+    assert (tmp_path / "checkpoint-2" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_a_loss_that_is_not_finite_is_no_update_even_where_its_gradient_is(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=1)
+    trainer.args.epsilon = math.nan  # min(x, nan) has the gradient of nan, a constant
+    before = trained_weights(trainer)
+    with pytest.raises(ValueError, match="Update 1 of 1 had NaN or infinity"):
+        trainer.train()
+    assert same(trained_weights(trainer), before)
 
 
 def test_too_many_in_a_row_end_the_run_and_keep_what_was_learned(tmp_path, caplog):
@@ -71,7 +88,7 @@ def test_too_many_in_a_row_end_the_run_and_keep_what_was_learned(tmp_path, caplo
         max_skipped_updates=2,
         save_strategy="no",
     )
-    with pytest.raises(ValueError, match=r"Update 4 had NaN .* after 2 others in a row .*learning_rate"):
+    with pytest.raises(ValueError, match=r"Update 4 of 9 had NaN .* after 2 others in a row .*learning_rate"):
         trainer.train()
     assert (tmp_path / "checkpoint-3" / "pytorch_lora_weights.safetensors").is_file()
     assert [line["update_skipped"] for line in logged(tmp_path)] == [0.0, 1.0, 1.0]
@@ -87,7 +104,7 @@ def test_single_ones_do_not_end_it(tmp_path):
 
 def test_an_image_that_is_nan_has_no_part_in_the_rewards(tmp_path):
     """One generator of one image makes NaN noise, as a denoiser that overflows for one prompt would."""
-    trainer = tiny_trainer(tmp_path, max_steps=1)
+    trainer = tiny_trainer(tmp_path, max_steps=2)
     sample = trainer.replayer.sample
 
     def poisoned(**call):
@@ -98,10 +115,8 @@ def test_an_image_that_is_nan_has_no_part_in_the_rewards(tmp_path):
         return rollout
 
     trainer.poisoned, trainer.replayer.sample = False, poisoned
-    before = trained_weights(trainer)
     trainer.train()
-    assert same(trained_weights(trainer), before)
-    (line,) = logged(tmp_path)
+    line, _ = logged(tmp_path)
     assert line["update_skipped"] == 1.0 and math.isfinite(line["reward"]) and math.isfinite(line["advantages/std"])
 
 

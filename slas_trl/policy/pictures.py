@@ -1,0 +1,65 @@
+"""The gate between a pipeline and whoever gets its pictures: rewards, files and trackers."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.vae import AutoencoderMixin
+from torch.utils import _pytree as pytree
+
+
+FLAGS = ("nsfw_content_detected", "nsfw_detected")  # what diffusers' outputs call the verdicts of a safety checker
+
+
+def call_pipeline(pipe: Any, call: dict[str, Any]) -> tuple[Any, list[str | None]]:
+    """
+    Call the pipeline, and find the pictures that show nothing of the policy: PIL makes black of NaN, and so does a
+    safety checker of what it flags.
+
+    Returns:
+        What the pipeline returned, and for each of its B images what is wrong with it, or `None`.
+    """
+    decoders: dict[str, Any] = {
+        name: part for name, part in pipe.components.items() if isinstance(part, AutoencoderMixin)
+    }
+    decoded: list[torch.Tensor] = []
+    with ExitStack() as stack:
+        for decoder in decoders.values():
+            stack.enter_context(_noting_finite(decoder, decoded))
+        output = pipe(**call)
+    count = len(output[0])
+    finite = torch.cat(decoded).tolist() if decoded else [True] * count
+    if len(finite) != count:  # frames, tiles, or several at a time: nobody knows whose they are
+        finite = [all(finite)] * count
+    flags = [output[name] for name in FLAGS if name in output] if isinstance(output, dict) else []
+    flagged = flags[0] if flags else [False] * count
+    types = ", ".join(f"{name} in {decoder.dtype}" for name, decoder in decoders.items())
+    return output, [
+        f"the decoder ({types}) made NaN or infinity; load it in float32"
+        if not is_finite
+        else "the safety checker blackened it; load the pipeline with safety_checker=None"
+        if is_flagged
+        else None
+        for is_finite, is_flagged in zip(finite, flagged, strict=True)
+    ]
+
+
+@contextmanager
+def _noting_finite(decoder: Any, decoded: list[torch.Tensor]) -> Iterator[None]:
+    """Within, `decoded` gets for each call of `decoder.decode` whether its samples are finite, `(B,)`."""
+    decode, before = decoder.decode, vars(decoder).get("decode")
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        result = decode(*args, **kwargs)
+        pixels = next(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
+        decoded.append(pixels.isfinite().flatten(1).all(1))
+        return result
+
+    vars(decoder)["decode"] = noting
+    try:
+        yield
+    finally:
+        vars(decoder).pop("decode")
+        if before is not None:
+            vars(decoder)["decode"] = before
