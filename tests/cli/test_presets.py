@@ -25,6 +25,7 @@ from slas_trl.schedulers import stochastic_scheduler
 from slas_trl.scripts.arguments import SHAPES_SETTINGS, LoraArguments, SLASScriptArguments, parse
 from slas_trl.trainer import SLASConfig
 from tests.tiny_pipelines import PIPELINES
+from tests.trainer.tiny_trainers import Watched, tiny_trainer
 
 
 FOLDER = Path(__file__).parents[2] / "examples" / "cli_configs"
@@ -246,3 +247,41 @@ def test_a_pipeline_of_this_kind_takes_the_call(name, family):
     )
     assert len(rollout.steps) == config.num_inference_steps
     assert len([step for step in rollout.trainable_steps if step < len(rollout.steps) - 1]) == len(rollout.steps) - 1
+
+
+FAMILIES = {
+    "sd14": "sd",
+    "flux": "flux",
+    "sd35": "sd3",
+    "qwen": "sd3",
+    "shapes": "sd3",
+}  # with schedulers of that kind
+
+
+@pytest.mark.parametrize("name", AMOUNTS)
+def test_no_noise_that_is_not_trained_is_left_on_the_pictures(tmp_path, name):
+    """The last transition of the first rollout, by a trainer with all of the preset's settings of sampling."""
+    with processes(PROCESSES.get(name, 8)):
+        config = load(name)[2]
+    family = FAMILIES[name.split("_")[0]]
+    sampling = ("num_inference_steps", "noise_schedule", "noise_level", "eta", "train_final_step")
+    window = ("sde_window_size", "sde_window_start", "timestep_fraction")
+    call = {**PIPELINES[family][1], **(config.pipeline_kwargs or {})} | (
+        {"max_sequence_length": 8} if family != "sd" else {}
+    )
+    own = {key: call.pop(key) for key in ("height", "width", "guidance_scale")}
+    trainer = tiny_trainer(
+        tmp_path,
+        family,
+        cls=Watched,
+        max_steps=1,
+        **{key: getattr(config, key) for key in (*sampling, *window)},
+        **own,
+        pipeline_kwargs={
+            key: value for key, value in call.items() if key not in ("negative_prompt", "true_cfg_scale")
+        },
+    )
+    trainer.train()
+    for rollout in trainer.rollouts:
+        assert rollout.steps[-1].std == 0 and len(rollout.steps) == config.num_inference_steps
+        assert all(rollout.steps[step].std > 0 for step in rollout.trainable_steps)

@@ -51,6 +51,21 @@ def test_what_is_no_pipeline(tmp_path):
         SLASTrainer(sd3_pipeline().transformer, redness, tiny_config(tmp_path), train_dataset=PROMPTS)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_all_weights_in_half_precision_would_hardly_move(tmp_path, dtype):
+    with pytest.raises(ValueError, match="trained in torch.b?float16.*float32 and set bf16=True"):
+        tiny_trainer(tmp_path, model=sd3_pipeline().to(dtype), full=True)
+    tiny_trainer(tmp_path, model=sd3_pipeline().to(dtype))  # an adapter is in float32
+
+
+def test_a_reward_that_cannot_be_called_with_the_columns(tmp_path):
+    def taste(prompts, images):
+        return [0.5] * len(images)
+
+    with pytest.raises(TypeError, match=r"Reward 'taste' cannot be called.*\*\*columns"):
+        tiny_trainer(tmp_path, reward_funcs=taste)
+
+
 def test_weights_for_other_rewards(tmp_path):
     with pytest.raises(ValueError, match=r"reward_weights has 3 entries for 2 rewards \(redness, blueness\)"):
         tiny_trainer(tmp_path, reward_funcs=[redness, blueness], reward_weights=[1.0, 1.0, 1.0])

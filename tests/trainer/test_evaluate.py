@@ -121,8 +121,7 @@ def test_the_best_weights_are_loaded_at_the_end(tmp_path, full):
         eval_dataset=HELD_OUT.select([0]),
         callbacks=[remember],
         max_steps=3,
-        metric_for_best_model="eval_reward",
-        load_best_model_at_end=True,
+        load_best_model_at_end=True,  # by eval_reward
         **EVERY_UPDATE,
     )
     trainer.train()
@@ -130,6 +129,33 @@ def test_the_best_weights_are_loaded_at_the_end(tmp_path, full):
     best = list(trained_weights(trainer).values())
     assert all(torch.equal(a, b) for a, b in zip(best, remember.weights[2], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(best, remember.weights[3], strict=True))
+
+
+@pytest.mark.parametrize("metric", ["loss", "eval_rewards", "rewards/blueness/mean", "eval_held_out_reward"])
+def test_a_metric_that_no_evaluation_has_is_refused_before_training(tmp_path, metric):
+    with pytest.raises(
+        ValueError, match="metric_for_best_model must be one of eval_reward, eval_rewards/redness/mean"
+    ):
+        tiny_trainer(tmp_path, eval_dataset=HELD_OUT, metric_for_best_model=metric, **EVERY_UPDATE)
+
+
+def test_metrics_that_evaluations_have(tmp_path):
+    for metric in ("reward", "eval_rewards/redness/mean", "eval_rewards/redness/a_component/mean"):
+        tiny_trainer(tmp_path, eval_dataset=HELD_OUT, metric_for_best_model=metric, **EVERY_UPDATE)
+    several = {"held_out": HELD_OUT}
+    tiny_trainer(tmp_path, eval_dataset=several, metric_for_best_model="eval_held_out_reward", **EVERY_UPDATE)
+
+
+def test_a_missing_score_of_one_reward_is_no_score_of_0_in_evaluation(tmp_path):
+    def judge(prompts, images, **columns):
+        return [None, *[0.8] * (len(images) - 1)]
+
+    def constant(prompts, images, **columns):
+        return [0.3] * len(images)
+
+    trainer = tiny_trainer(tmp_path, reward_funcs=[constant, judge], eval_dataset=HELD_OUT)
+    metrics = trainer.evaluate()
+    assert metrics["eval_reward"] == pytest.approx(1.1) and metrics["eval_rewards/judge/nan_share"] > 0
 
 
 # The moving average
@@ -156,9 +182,8 @@ def test_the_average_is_evaluated_and_saved_and_the_weights_are_trained(tmp_path
     average = list(trained_weights(trainer).values())
     trainer.train()
     assert same(trained_weights(plain), trained_weights(trainer))  # it does not take part in training
-    for n, weights in enumerate(steps):
-        decay = 0.6 if n else 0.0  # diffusers begins the average with the first update's weights
-        average = [decay * a + (1 - decay) * w for a, w in zip(average, weights, strict=True)]
+    for weights in steps:
+        average = [0.6 * a + 0.4 * w for a, w in zip(average, weights, strict=True)]
 
     trainer.save_model(str(tmp_path / "saved"))
     saved = type(trainer.model).from_pretrained(tmp_path / "saved" / "unet")

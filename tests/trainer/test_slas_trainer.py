@@ -461,7 +461,7 @@ def test_a_coarse_reward_gets_a_warning(tmp_path, caplog):
         return [round(value, 2) for value in redness(prompts, images)]
 
     def half_precision(prompts, images, **columns):
-        return torch.tensor([0.4 + value / 100 for value in redness(prompts, images)]).half()
+        return torch.tensor([0.4 + value / 20 for value in redness(prompts, images)]).half()
 
     for reward in (rounded, half_precision, redness):
         caplog.clear()
