@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from shapes_pictures import sample_pictures
 from torch import nn
 from transformers import (
     CLIPConfig,
@@ -105,7 +106,7 @@ def build_vae() -> Any:
 
 def pictures(n: int, rng: np.random.Generator, wrong: float = 0.0) -> tuple[list[str], torch.Tensor]:
     """Captions and pictures `(n, 3, 32, 32)` in [-1, 1]."""
-    captions, batch = world.sample_pictures(n, rng, wrong=wrong)
+    captions, batch = sample_pictures(n, rng, wrong=wrong)
     return captions, torch.from_numpy(batch).permute(0, 3, 1, 2) * 2 - 1
 
 

@@ -359,20 +359,6 @@ def largest_gamma_of_share(x: Tensor, min_effective_share: float, gamma_max: flo
     return _first(lambda gamma: effective_share(size.pow(1 + gamma)) < min_effective_share, 0.0, gamma_max)
 
 
-# Lemma 2
-
-
-def group_std_bias(num_generations: int) -> float:
-    """
-    Lemma 2: the relative bias of the std (ddof 1) of a group of G normal rewards, √(2/(G-1)) Γ(G/2) / Γ((G-1)/2) - 1:
-    -0.035 for G = 8, -0.017 for G = 16. Raises `ValueError` for fewer than 2.
-    """
-    if num_generations < 2:
-        raise ValueError(f"num_generations must be at least 2, for there to be a std, got {num_generations}.")
-    half = num_generations / 2
-    return math.sqrt(2 / (num_generations - 1)) * math.exp(math.lgamma(half) - math.lgamma(half - 0.5)) - 1
-
-
 def _first(holds: Callable[[float], bool], low: float, high: float) -> float:
     """
     Where in [low, high] a condition begins to hold, that holds from there on; `high` where it never does. The value is

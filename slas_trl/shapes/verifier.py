@@ -187,7 +187,7 @@ def _shapes(coverage: np.ndarray) -> np.ndarray:
 
 
 def _find(pixels: np.ndarray) -> list[list[Found]]:
-    """[`find_things`] in pixels `(N, 32, 32, 3)`, uint8."""
+    """The things in each of the pictures `(N, 32, 32, 3)`, uint8: the largest first, without specks."""
     return [things for i in range(0, len(pixels), _CHUNK) for things in _find_chunk(pixels[i : i + _CHUNK])]
 
 
@@ -248,19 +248,6 @@ def _find_chunk(pixels: np.ndarray) -> list[list[Found]]:
     for things_of_picture in found:
         things_of_picture.sort(key=lambda thing: -thing.area)
     return found
-
-
-def find_things(pictures: Sequence[Image.Image] | np.ndarray) -> list[list[Found]]:
-    """
-    Find the coloured things in pictures.
-
-    Args:
-        pictures (`Sequence[PIL.Image.Image]` or `np.ndarray`): N pictures, as [`to_pixels`] takes them.
-
-    Returns:
-        `list[list[Found]]`: for each picture, its things, largest first. Specks of fewer than 10 pixels are left out.
-    """
-    return _find(to_pixels(pictures))
 
 
 def _grounds(pixels: np.ndarray) -> list[str | None]:

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
+from examples.shapes_pictures import draw, misdescribe
 from slas_trl import evaluation
 from slas_trl.evaluation.shapes import ShapesReport, compare, evaluate_shapes, paired_difference
 from slas_trl.shapes import load_shapes_pipeline, world
@@ -25,8 +26,8 @@ class Draughtsman:
             rng = np.random.default_rng(source.initial_seed())
             caption = world.parse_caption(text)
             if rng.random() < self.wrong:
-                caption = world.misdescribe(caption, rng)
-            images.append(Image.fromarray((world.draw([caption], rng)[0] * 255).round().astype(np.uint8)))
+                caption = misdescribe(caption, rng)
+            images.append(Image.fromarray((draw([caption], rng)[0] * 255).round().astype(np.uint8)))
         return SimpleNamespace(images=images)
 
 

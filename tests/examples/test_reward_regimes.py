@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from examples import reward_regimes as regimes
+from examples.shapes_pictures import draw
 from slas_trl.shapes import world
 
 
@@ -12,7 +13,7 @@ from slas_trl.shapes import world
 def pictures() -> tuple[list[str], list[Image.Image]]:
     """Eight true pictures of each of sixteen prompts."""
     captions = [caption for caption in world.captions_of("train")[:16] for _ in range(8)]
-    pixels = world.draw(captions, np.random.default_rng(0))
+    pixels = draw(captions, np.random.default_rng(0))
     images = [Image.fromarray((255 * each).round().astype(np.uint8)) for each in pixels]
     return [caption.text for caption in captions], images
 

@@ -32,6 +32,7 @@ from transformers import (
     YolosImageProcessor,
 )
 
+from examples.shapes_pictures import draw
 from slas_trl import rewards
 from slas_trl.rewards.by_name import resolve_reward
 from slas_trl.rewards.geneval import COLORS, Detection
@@ -200,7 +201,7 @@ def test_weights_without_the_head(tmp_path, other, message):
 
 def find_shapes(images: list[Image.Image]) -> list[list[dict]]:
     found = []
-    for image, things in zip(images, verifier.find_things(images), strict=True):
+    for image, things in zip(images, verifier._find(verifier.to_pixels(images)), strict=True):
         scale = image.width / 32
         boxes = [[scale * side for side in thing.box] for thing in things]
         found.append(
@@ -226,7 +227,7 @@ def asked(caption: world.Caption) -> dict:
 
 def pictures(category: str) -> tuple[list[world.Caption], list[Image.Image]]:
     captions = [caption for caption in world.captions_of("test") if caption.category == category]
-    drawn = world.draw(captions, np.random.default_rng(0))
+    drawn = draw(captions, np.random.default_rng(0))
     return captions, [Image.fromarray((picture * 255).round().astype(np.uint8)) for picture in drawn]
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from examples.shapes_pictures import draw, sample_pictures
 from slas_trl import rewards, shapes
 from slas_trl.rewards import shapes_clip, shapes_coloured_area, shapes_verifier, shapes_verifier_strict
 from slas_trl.shapes import world
@@ -15,12 +16,12 @@ ALL = [shapes_verifier, shapes_verifier_strict, shapes_clip, shapes_coloured_are
 
 
 def pictures(n: int, seed: int = 0, split: str = "test", wrong: float = 0.0) -> tuple[list[str], list[Image.Image]]:
-    prompts, drawn = world.sample_pictures(n, np.random.default_rng(seed), split=split, wrong=wrong)
+    prompts, drawn = sample_pictures(n, np.random.default_rng(seed), split=split, wrong=wrong)
     return prompts, [Image.fromarray((picture * 255).round().astype(np.uint8)) for picture in drawn]
 
 
 def pictures_of(captions: list[world.Caption]) -> list[Image.Image]:
-    drawn = world.draw(captions, np.random.default_rng(0))
+    drawn = draw(captions, np.random.default_rng(0))
     return [Image.fromarray((picture * 255).round().astype(np.uint8)) for picture in drawn]
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from examples.shapes_pictures import draw, sample_pictures
 from slas_trl.shapes import world
-from slas_trl.shapes.verifier import Found, find_things, relations, verify
+from slas_trl.shapes.verifier import Found, _find, relations, to_pixels, verify
 
 
 GREY = {"dark": 0.2, "light": 0.8}
@@ -28,6 +29,10 @@ def judge(prompt: str, picture: np.ndarray):
     return verdict
 
 
+def find_things(pictures: list[Image.Image] | np.ndarray) -> list[list[Found]]:
+    return _find(to_pixels(pictures))
+
+
 def as_pil(pictures: np.ndarray) -> list[Image.Image]:
     return [Image.fromarray((picture * 255).round().astype(np.uint8)) for picture in pictures]
 
@@ -38,7 +43,7 @@ BLUE_SQUARE = ("blue", "square", 24, 22, 9)
 
 @pytest.mark.parametrize("split", world.SPLITS)
 def test_ground_truth_is_perfect(split):
-    prompts, pictures = world.sample_pictures(400, np.random.default_rng(0), split=split)
+    prompts, pictures = sample_pictures(400, np.random.default_rng(0), split=split)
     wrong = [
         (prompt, verdict.demands)
         for prompt, verdict in zip(prompts, verify(prompts, pictures), strict=True)
@@ -48,7 +53,7 @@ def test_ground_truth_is_perfect(split):
 
 
 def test_pictures_that_differ_from_their_caption_are_seen():
-    prompts, pictures = world.sample_pictures(400, np.random.default_rng(0), wrong=1.0)
+    prompts, pictures = sample_pictures(400, np.random.default_rng(0), wrong=1.0)
     verdicts = verify(prompts, pictures)
     # Not none: of two things on a diagonal, GenEval's rule lets one be both left of and above the other.
     assert np.mean([verdict.strict for verdict in verdicts]) < 0.01
@@ -69,7 +74,7 @@ def test_things():
 @pytest.mark.parametrize("color", world.COLORS)
 def test_every_shape_and_color(shape, color):
     rng = np.random.default_rng(0)
-    pictures = world.draw([world.parse_caption(f"a {color} {shape}")] * 40, rng)
+    pictures = draw([world.parse_caption(f"a {color} {shape}")] * 40, rng)
     for things in find_things(pictures):
         assert [(thing.shape, thing.color) for thing in things] == [(shape, color)]
 
@@ -106,7 +111,7 @@ def test_things_that_touch_are_parted_by_their_colors():
 
 
 def test_pictures_of_a_batch_do_not_touch():
-    prompts, pictures = world.sample_pictures(30, np.random.default_rng(0), wrong=0.5)
+    prompts, pictures = sample_pictures(30, np.random.default_rng(0), wrong=0.5)
     together = find_things(pictures)
     assert together == [find_things(picture[None])[0] for picture in pictures]
 
@@ -203,7 +208,7 @@ def test_more_met_demands_never_score_less():
 
 def test_scores_are_consistent():
     rng = np.random.default_rng(0)
-    prompts, pictures = world.sample_pictures(300, rng, wrong=0.5)
+    prompts, pictures = sample_pictures(300, rng, wrong=0.5)
     pictures = np.clip(pictures + rng.normal(0, 0.15, pictures.shape), 0, 1)
     verdicts = verify(prompts, pictures)
     assert 0.05 < np.mean([verdict.strict for verdict in verdicts]) < 0.95
@@ -243,7 +248,7 @@ def test_relations(x, y, expected):
 
 def test_images_and_arrays_give_the_same():
     rng = np.random.default_rng(0)
-    prompts, pictures = world.sample_pictures(100, rng, wrong=0.3)
+    prompts, pictures = sample_pictures(100, rng, wrong=0.3)
     pictures = np.clip(pictures + rng.normal(0, 0.1, pictures.shape), 0, 1)
     expected = verify(prompts, pictures)
     images = as_pil(pictures)

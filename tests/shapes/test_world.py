@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 
 from slas_trl.shapes import world
@@ -60,42 +59,3 @@ def test_parts_of_a_sentence():
 def test_other_sentences_are_refused(text):
     with pytest.raises(ValueError, match="not a prompt of the shapes world"):
         world.parse_caption(text)
-
-
-def test_pictures():
-    captions, pictures = world.sample_pictures(60, np.random.default_rng(0))
-    assert len(captions) == 60
-    assert pictures.shape == (60, 32, 32, 3)
-    assert pictures.dtype == np.float32
-    assert 0 <= pictures.min() < pictures.max() <= 1
-    assert {world.parse_caption(text).category for text in captions} == set(world.CATEGORIES)
-    grey = pictures.max(-1) - pictures.min(-1) < 0.1
-    assert (grey.mean((1, 2)) > 0.3).all()  # things on a ground
-
-
-def test_drawing_is_reproducible():
-    captions, pictures = world.sample_pictures(20, np.random.default_rng(1), split="test", wrong=0.5)
-    again = world.sample_pictures(20, np.random.default_rng(1), split="test", wrong=0.5)
-    assert again[0] == captions
-    np.testing.assert_array_equal(again[1], pictures)
-    other = world.sample_pictures(20, np.random.default_rng(2), split="test", wrong=0.5)
-    assert other[0] != captions
-
-    one = [world.parse_caption("a circle")] * 2
-    first, second = world.draw(one, np.random.default_rng(3))
-    assert not np.array_equal(first, second)  # the caption leaves place, size, colour and ground open
-
-
-def test_split_of_the_pictures():
-    captions, _ = world.sample_pictures(50, np.random.default_rng(0), split="test")
-    assert set(captions) <= {caption.text for caption in world.captions_of("test")}
-
-
-def test_wrong_captions_differ_in_one_respect():
-    rng = np.random.default_rng(0)
-    for caption in world.captions_of("train")[::20]:
-        wrong = world.misdescribe(caption, rng)
-        before = [caption.count, caption.relation, caption.ground, *vars(caption.things[0]).values()]
-        after = [wrong.count, wrong.relation, wrong.ground, *vars(wrong.things[0]).values()]
-        assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
-        assert wrong.things[1:] == caption.things[1:]

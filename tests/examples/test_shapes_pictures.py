@@ -1,0 +1,45 @@
+"""`examples/shapes_pictures.py`: pictures that show what their captions say."""
+
+import numpy as np
+
+from examples.shapes_pictures import draw, misdescribe, sample_pictures
+from slas_trl.shapes import world
+
+
+def test_pictures():
+    captions, pictures = sample_pictures(60, np.random.default_rng(0))
+    assert len(captions) == 60
+    assert pictures.shape == (60, 32, 32, 3)
+    assert pictures.dtype == np.float32
+    assert 0 <= pictures.min() < pictures.max() <= 1
+    assert {world.parse_caption(text).category for text in captions} == set(world.CATEGORIES)
+    grey = pictures.max(-1) - pictures.min(-1) < 0.1
+    assert (grey.mean((1, 2)) > 0.3).all()  # things on a ground
+
+
+def test_drawing_is_reproducible():
+    captions, pictures = sample_pictures(20, np.random.default_rng(1), split="test", wrong=0.5)
+    again = sample_pictures(20, np.random.default_rng(1), split="test", wrong=0.5)
+    assert again[0] == captions
+    np.testing.assert_array_equal(again[1], pictures)
+    other = sample_pictures(20, np.random.default_rng(2), split="test", wrong=0.5)
+    assert other[0] != captions
+
+    one = [world.parse_caption("a circle")] * 2
+    first, second = draw(one, np.random.default_rng(3))
+    assert not np.array_equal(first, second)  # the caption leaves place, size, colour and ground open
+
+
+def test_split_of_the_pictures():
+    captions, _ = sample_pictures(50, np.random.default_rng(0), split="test")
+    assert set(captions) <= {caption.text for caption in world.captions_of("test")}
+
+
+def test_wrong_captions_differ_in_one_respect():
+    rng = np.random.default_rng(0)
+    for caption in world.captions_of("train")[::20]:
+        wrong = misdescribe(caption, rng)
+        before = [caption.count, caption.relation, caption.ground, *vars(caption.things[0]).values()]
+        after = [wrong.count, wrong.relation, wrong.ground, *vars(wrong.things[0]).values()]
+        assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
+        assert wrong.things[1:] == caption.things[1:]
