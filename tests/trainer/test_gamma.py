@@ -275,12 +275,12 @@ def test_training_again_starts_anew(tmp_path):
         ({"gamma_schedule": "kl", "gamma": 0.5, "gamma_max": 0.4}, "lower it or raise gamma_max"),
         ({"gamma_schedule": "trust_region", "shape_order": "shape_then_scale"}, "shape_then_scale.*no trust region"),
         ({"fisher_update_steps": 5, "shape_order": "shape_then_scale"}, "shape_then_scale.*no trust region"),
-        ({"fisher_update_steps": 0}, "fisher_update_steps must be at least 1"),
-        ({"gamma_warmup_steps": 0}, "gamma_warmup_steps must be at least 1"),
-        ({"kl_threshold": 0.0}, "kl_threshold must be positive"),
+        ({"fisher_update_steps": 0}, "fisher_update_steps must be in"),
+        ({"gamma_warmup_steps": 0}, "gamma_warmup_steps must be in"),
+        ({"kl_threshold": 0.0}, "kl_threshold must be in"),
         ({"min_effective_share": 0.0}, "min_effective_share must be in"),
         ({"min_effective_share": 1.1}, "min_effective_share must be in"),
-        ({"gamma_max": -1.0}, "gamma_max must not be negative"),
+        ({"gamma_max": -1.0}, "gamma_max must be in"),
     ],
 )
 def test_settings_that_cannot_be(given, message):

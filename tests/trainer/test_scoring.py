@@ -395,9 +395,7 @@ def test_an_async_reward_that_raises_is_named_too():
     async def picky(prompts, images, **columns):
         raise OSError("server away")
 
-    with pytest.raises(
-        ValueError, match="Reward 'picky' raised OSError: server away on 3 images, the first of 'a cat'"
-    ):
+    with pytest.raises(ValueError, match="Reward 'picky' raised OSError: server away on 3 images, .* 'a cat'"):
         score(picky)
 
 
