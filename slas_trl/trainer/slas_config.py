@@ -40,7 +40,8 @@ class SLASConfig(TrainingArguments):
     Only the arguments that are specific to this trainer, or have another default, are described here; the others are
     those of [`~transformers.TrainingArguments`]. A *micro-step* is one chunk of `per_device_train_batch_size` sampled
     trajectories at one timestep; a *rollout* is `steps_per_generation` chunks on every process, sampled and scored
-    before any update.
+    before any update. The loss is the mean over all images of an update and over the trained timesteps: the learning
+    rate means the same however a rollout is cut.
 
     Args:
         num_generations (`int`, *optional*, defaults to `8`):
