@@ -1,6 +1,6 @@
 """
 Rewards that look at pixels alone, and not at prompts: of no use for pictures, but of much for tests and first runs,
-since it is plain to see whether the policy follows them.
+since it is plain to see whether the policy follows them. And `to_rgb`, by which every reward sees a picture.
 """
 
 from io import BytesIO
@@ -56,10 +56,23 @@ def brightness(prompts: list[str], images: list[Image.Image], **columns: Any) ->
     Returns:
         `list[float]`: from 0 (black) to 1 (white).
     """
-    return [float(np.asarray(image.convert("RGB")).mean((0, 1)) @ _LUMA) / 255 for image in images]
+    return [float(np.asarray(to_rgb(image)).mean((0, 1)) @ _LUMA) / 255 for image in images]
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """
+    A picture of any mode as 8-bit RGB. Transparency is dropped, as the authors' packages do. Modes I and F do not say
+    what white is: the least of 1 (F only), 255 and 65535 that no pixel is above.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return (image.convert("LA") if image.mode == "La" else image).convert("RGB")  # from La there is no other way
+    levels = np.nan_to_num(np.asarray(image).astype(np.float32))
+    whites = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
+    white = next((white for white in whites if levels.max() <= white), 65535)
+    return Image.fromarray((levels / white * 255).round().clip(0, 255).astype(np.uint8)).convert("RGB")
 
 
 def _kilobytes(image: Image.Image) -> float:
     file = BytesIO()
-    image.convert("RGB").save(file, format="JPEG", quality=_QUALITY)
+    to_rgb(image).save(file, format="JPEG", quality=_QUALITY)
     return file.tell() / 1000

@@ -24,6 +24,8 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
+from slas_trl.rewards.pixels import to_rgb
+
 
 Result = TypeVar("Result")
 
@@ -52,7 +54,7 @@ def columns_of(columns: dict[str, Any], count: int) -> dict[str, list[Any]]:
 def encode_png(image: Image.Image) -> bytes:
     """The same pixels as a PNG file. What PNG does not know, such as CMYK, becomes RGB."""
     file = io.BytesIO()
-    image = image if image.mode in _PNG_MODES else image.convert("RGB")
+    image = image if image.mode in _PNG_MODES else to_rgb(image)
     image.save(file, format="PNG", compress_level=1, compress_type=zlib.Z_HUFFMAN_ONLY)  # half the time
     return file.getvalue()
 
