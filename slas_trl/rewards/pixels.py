@@ -72,6 +72,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray((levels / white * 255).round().clip(0, 255).astype(np.uint8)).convert("RGB")
 
 
+def padded(image: Image.Image, least_side: int) -> Image.Image:
+    """With black above and to the left, if a side is shorter."""
+    width, height = image.size
+    return image.crop((min(0, width - least_side), min(0, height - least_side), width, height))
+
+
 def _kilobytes(image: Image.Image) -> float:
     file = BytesIO()
     to_rgb(image).save(file, format="JPEG", quality=_QUALITY)
