@@ -11,15 +11,7 @@ import torch
 from PIL import Image
 
 from slas_trl.rewards.aesthetic import linear_head, load_strictly
-from slas_trl.rewards.base import (
-    ModelReward,
-    check_pairs,
-    fetch_all,
-    hub_file,
-    in_batches,
-    load_once,
-    load_weights,
-)
+from slas_trl.rewards.base import ModelReward, check_pairs, fetch_all, hub_file, in_batches, load_once, load_weights
 from slas_trl.rewards.pixels import to_rgb
 
 

@@ -8,23 +8,21 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers.utils import logging
 
 from slas_trl.rewards.base import Reward, check_pairs, load_once, require
-from slas_trl.rewards.pixels import padded, to_rgb
+from slas_trl.rewards.pixels import to_rgb
 
 
 logger = logging.get_logger(__name__)
 
 _WARNED: set[str] = set()  # rewards that have said that a prompt quotes nothing
-# The kinds of double quotes are mixed by keyboards and translators. 5" is a length.
-_QUOTED = re.compile(
-    r"""(?<!\d)["“”„‟＂〝〞]([^"“”„‟＂〝〞]*)["“”„‟＂〝〞]|«([^»]*)»|»([^«]*)«|「([^」]*)」|『([^』]*)』"""
-)
+# People mix the kinds. 5" is a length.
+_DOUBLE = '"“”„‟＂〝〞«»「」『』'
+_QUOTED = re.compile(rf"(?<!\d)[{_DOUBLE}]([^{_DOUBLE}]*)[{_DOUBLE}]")
 # Neither the apostrophes of "the dog's bone" and "the dogs' bone", nor those of "rock 'n' roll".
 _SINGLE = re.compile(r"(?<!\w)['‘‚](?!n['’])(?=\S)((?:[^'‘’]|(?<=\w)['’](?=\w))+)(?<=\S)['‘’](?!\w)")
-_MOST_ASPECT, _LONGEST = 3, 2000  # which is as much as the reader looks at
 # Readers write one or the other, and nobody can tell which one a picture shows.
 _STRAIGHT = str.maketrans("‘’“”", "''\"\"")
 
@@ -52,8 +50,8 @@ class OCR(Reward):
             gives it nothing below 0.5; with 0, RapidOCR reads something in one of six noisy pictures without text.
         min_side (`int`, *optional*, defaults to `736`):
             A picture whose shorter side is smaller is enlarged to this before text is looked for, which takes most of
-            the time. Less of it is quicker, and enough for text that fills a small picture. One that is longer than
-            3:1 is made no longer than 2000 pixels and padded to 3:1 before, which bounds time and memory.
+            the time. Less of it is quicker, and enough for text that fills a small picture. Those longer than 3:1
+            are padded to it before, and reduced to 2000 pixels.
     """
 
     default_name: ClassVar[str] = "ocr"
@@ -86,7 +84,12 @@ class OCR(Reward):
     def read(self, image: Image.Image) -> list[str]:
         """The lines of text in a picture, from top to bottom."""
         reader = _reader(self.threads or torch.get_num_threads(), self.min_side)
-        found = reader(np.asarray(_shortened(to_rgb(image)))[..., ::-1], text_score=0)  # BGR
+        image = to_rgb(image)
+        if max(image.size) > 3 * min(image.size):  # the reader would enlarge the short side, at any cost
+            image.thumbnail((2000, 2000))
+            third = max(image.size) // 3
+            image = ImageOps.pad(image, (max(image.width, third), max(image.height, third)))
+        found = reader(np.asarray(image)[..., ::-1], text_score=0)  # BGR
         lines = zip(found.txts or (), found.scores or (), strict=True)
         return [text for text, confidence in lines if confidence >= self.min_confidence]
 
@@ -103,10 +106,7 @@ ocr = OCR()
 
 def quoted_text(prompt: str) -> str | None:
     """What is in the first pair of quotes that has something in it, double ones before single ones, or `None`."""
-    for found in (*_QUOTED.finditer(prompt), *_SINGLE.finditer(prompt)):
-        if text := "".join(filter(None, found.groups())).strip():
-            return text
-    return None
+    return next(filter(None, map(str.strip, _QUOTED.findall(prompt) + _SINGLE.findall(prompt))), None)
 
 
 def text_score(target: str, read: str) -> float:
@@ -121,14 +121,6 @@ def text_score(target: str, read: str) -> float:
 def _plain(text: str) -> str:
     """Without spaces and case. NFKC makes the full-width signs of a reader of Chinese those of the keyboard."""
     return "".join(unicodedata.normalize("NFKC", text).translate(_STRAIGHT).casefold().split())
-
-
-def _shortened(image: Image.Image) -> Image.Image:
-    """The reader enlarges the short side, whatever the long one becomes."""
-    if max(image.size) <= _MOST_ASPECT * min(image.size):
-        return image
-    image.thumbnail((_LONGEST, _LONGEST))
-    return padded(image, max(image.size) // _MOST_ASPECT)
 
 
 @load_once

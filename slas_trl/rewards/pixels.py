@@ -30,17 +30,7 @@ def jpeg_compressibility(prompts: list[str], images: list[Image.Image], **column
 
 
 def incompressibility(prompts: list[str], images: list[Image.Image], **columns: Any) -> list[float | None]:
-    """
-    The size of a picture as JPEG, which is higher the more detail or noise there is: DDPO's reward.
-
-    Args:
-        prompts (`list[str]`): ignored.
-        images (`list[PIL.Image.Image]`): of any size, but compare those of one size only.
-        columns: ignored.
-
-    Returns:
-        `list[float]`: above 0, in kB (1000 bytes), at quality 95.
-    """
+    """DDPO's other reward: the same size without the minus, which is higher the more detail or noise there is."""
     return [_kilobytes(image) for image in images]
 
 
@@ -60,22 +50,13 @@ def brightness(prompts: list[str], images: list[Image.Image], **columns: Any) ->
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """
-    A picture of any mode as 8-bit RGB. Transparency is dropped, as the authors' packages do. Modes I and F do not say
-    what white is: the least of 1 (F only), 255 and 65535 that no pixel is above.
-    """
+    """Without transparency. In mode I no level above 255, and in F none above 1 or 255, means that this is white."""
     if not image.mode.startswith(("I", "F")):
         return (image.convert("LA") if image.mode == "La" else image).convert("RGB")  # from La there is no other way
     levels = np.nan_to_num(np.asarray(image).astype(np.float32))
-    whites = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
+    whites = {"I": (255,), "F": (1, 255)}.get(image.mode, ())
     white = next((white for white in whites if levels.max() <= white), 65535)
     return Image.fromarray((levels / white * 255).round().clip(0, 255).astype(np.uint8)).convert("RGB")
-
-
-def padded(image: Image.Image, least_side: int) -> Image.Image:
-    """With black above and to the left, if a side is shorter."""
-    width, height = image.size
-    return image.crop((min(0, width - least_side), min(0, height - least_side), width, height))
 
 
 def _kilobytes(image: Image.Image) -> float:
