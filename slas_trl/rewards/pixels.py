@@ -50,7 +50,7 @@ def brightness(prompts: list[str], images: list[Image.Image], **columns: Any) ->
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB, without transparency. Modes I and F do not say what is white: 1 (F) or 255 if none is above, or 65535."""
+    """8-bit RGB, without transparency. White is guessed in modes I and F: 1 (F), 255 or 65535, if none is above."""
     if not image.mode.startswith(("I", "F")):
         return (image.convert("LA") if image.mode == "La" else image).convert("RGB")  # from La there is no other way
     levels = np.nan_to_num(np.asarray(image).astype(np.float32))
