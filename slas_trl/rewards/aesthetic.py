@@ -18,6 +18,7 @@ from slas_trl.rewards.base import (
     load_weights,
     pretrained,
 )
+from slas_trl.rewards.pixels import to_rgb
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Aesthetic(ModelReward):
         encoder, processor, head = _load(self.model, self.head, device, dtype)
         scores = []
         for batch in in_batches(images, self.batch_size):
-            rgb = [image.convert("RGB") for image in batch]
+            rgb = [to_rgb(image) for image in batch]
             # Said, not guessed: a picture three pixels high looks like one with its channels first.
             pixels = processor(rgb, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
             features = encoder(pixel_values=pixels.to(device, dtype)).image_embeds.float()

@@ -23,6 +23,7 @@ from PIL.Image import Image
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, PreTrainedConfig
 
 from slas_trl.rewards.base import ModelReward, check_pairs, in_batches, load_once, missing_checkpoint, require
+from slas_trl.rewards.pixels import to_rgb
 
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -102,7 +103,7 @@ class ClipEncoder:
         weights = self.model.logit_scale
 
         def features(batch: Sequence[Image]) -> torch.Tensor:
-            pixels = self.prepare([image.convert("RGB") for image in batch])
+            pixels = self.prepare([to_rgb(image) for image in batch])
             return self.embed_image(pixels.to(weights.device, weights.dtype))  # type: ignore[call-overload]
 
         return self._unit_vectors(images, batch_size, features)

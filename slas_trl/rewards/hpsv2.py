@@ -19,6 +19,7 @@ from PIL.Image import Image
 
 from slas_trl.rewards.base import ModelReward, check_pairs, hub_file, load_once, load_weights, require
 from slas_trl.rewards.clip_score import ClipEncoder, open_clip_encoder
+from slas_trl.rewards.pixels import to_rgb
 
 
 SIZE = 224
@@ -96,7 +97,7 @@ def _square(image: Image) -> torch.Tensor:
 
 
 def _resized(image: Image) -> torch.Tensor:
-    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous().float().div(255)
+    pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1).contiguous().float().div(255)
     if (longest := max(image.size)) == SIZE:
         return pixels
     # At least a pixel: of an image that is 448 times as long as wide, the package leaves none, and fails.

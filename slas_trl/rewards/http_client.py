@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -76,6 +77,7 @@ class Endpoint:
         retries (`int`): Further attempts after the first.
         retried (`tuple[int, ...]`): Statuses that are worth another attempt.
         max_bytes (`int`): Longest answer that is read.
+        strict (`bool`): Whether NaN and infinities make an answer none.
     """
 
     url: str
@@ -86,6 +88,7 @@ class Endpoint:
     retries: int = 5
     retried: tuple[int, ...] = (502, 503, 504)
     max_bytes: int = 16 * 2**20
+    strict: bool = True
 
     def request(
         self,
@@ -159,16 +162,18 @@ class Endpoint:
             raise _Transient(f"no answer in {self.timeout:g} s.") from None
         except httpx2.TransportError as error:
             raise _Transient(f"{type(error).__name__}: {error}.") from None
-        if response.status_code in self.retried:
-            raise _Transient(
-                f"{response.status_code}: {_message_in(content)}", _retry_after(response.headers.get("Retry-After"))
-            )
-        if not response.is_success:
-            raise AnswerError(_message_in(content), response.status_code)
-        try:
-            return read_json(content)
-        except RequestError as error:
-            raise ValueError(str(error)) from None
+        status, answer = response.status_code, None
+        if response.is_success:
+            try:
+                answer = read_json(content, self.strict)
+            except RequestError as error:
+                raise ValueError(str(error)) from None
+            status = _status_in(answer)
+        if status in self.retried:
+            raise _Transient(f"{status}: {_message_in(content)}", _retry_after(response.headers.get("Retry-After")))
+        if status // 100 != 2:
+            raise AnswerError(_message_in(content), status)
+        return answer
 
     def _hidden(self, message: str) -> str:
         """Servers may repeat what they were sent."""
@@ -228,10 +233,17 @@ def _is_loopback(url: str) -> bool:
         return False
 
 
+def _status_in(answer: Any) -> int:
+    """That of an error of which a gateway tells when it has answered 200 already."""
+    error = answer.get("error") if isinstance(answer, Mapping) else None
+    code = str(error.get("code")) if isinstance(error, Mapping) else "200"
+    return int(code) if re.fullmatch("[2-5][0-9]{2}", code) else 500
+
+
 def _message_in(content: bytes | bytearray) -> str:
     """The server's own words: FastAPI's `detail`, OpenAI's `error.message`, or the beginning of the text."""
     try:
-        answer = read_json(content)
+        answer = read_json(content, strict=False)
     except RequestError:
         answer = None
     if isinstance(answer, Mapping):

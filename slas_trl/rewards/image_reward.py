@@ -11,15 +11,8 @@ import torch
 from PIL import Image
 
 from slas_trl.rewards.aesthetic import linear_head, load_strictly
-from slas_trl.rewards.base import (
-    ModelReward,
-    check_pairs,
-    fetch_all,
-    hub_file,
-    in_batches,
-    load_once,
-    load_weights,
-)
+from slas_trl.rewards.base import ModelReward, check_pairs, fetch_all, hub_file, in_batches, load_once, load_weights
+from slas_trl.rewards.pixels import to_rgb
 
 
 if TYPE_CHECKING:
@@ -152,7 +145,7 @@ class Scorer(torch.nn.Module):
 
 def to_pixels(image: Image.Image, size: int) -> torch.Tensor:
     """The square `(3, size, size)` in the middle, once the short side is `size` long; normalised as for CLIP."""
-    image = image.convert("RGB")
+    image = to_rgb(image)
     short = min(image.size)
     width, height = (int(size * side / short) for side in image.size)  # of a long side, the fraction is cut off
     left, top = round((width - size) / 2), round((height - size) / 2)

@@ -13,6 +13,7 @@ from PIL import Image
 from slas_trl.rewards.base import ModelReward, check_pairs, in_batches, load_once, missing_checkpoint
 from slas_trl.rewards.clip_score import load_clip
 from slas_trl.rewards.geneval import COLORS, Detection, Specification, canonical, judge, read_specification
+from slas_trl.rewards.pixels import to_rgb
 
 
 Detector = Callable[[list[Image.Image]], Sequence[Sequence[Detection | Mapping[str, Any]]]]
@@ -90,7 +91,7 @@ class ObjectDetector(ModelReward):
         if wanted and (known := self._known_classes()) is not None:
             for specification in wanted.values():
                 _check_classes(self.__name__, specification, known)
-        rgb = {i: images[i].convert("RGB") for i in wanted}
+        rgb = {i: to_rgb(images[i]) for i in wanted}
         found = self._detect(rgb, {i: specification.names for i, specification in wanted.items()})
 
         graded: list[float | None] = [None] * len(images)

@@ -8,16 +8,21 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers.utils import logging
 
 from slas_trl.rewards.base import Reward, check_pairs, load_once, require
+from slas_trl.rewards.pixels import to_rgb
 
 
 logger = logging.get_logger(__name__)
 
 _WARNED: set[str] = set()  # rewards that have said that a prompt quotes nothing
-_QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
+# People mix the kinds. 5" is a length.
+_DOUBLE = '"“”„‟＂〝〞«»「」『』'
+_QUOTED = re.compile(rf"(?<!\d)[{_DOUBLE}]([^{_DOUBLE}]*)[{_DOUBLE}]")
+# Neither the apostrophes of "the dog's bone" and "the dogs' bone", nor those of "rock 'n' roll".
+_SINGLE = re.compile(r"(?<!\w)['‘‚](?!n['’])(?=\S)((?:[^'‘’]|(?<=\w)['’](?=\w))+)(?<=\S)['‘’](?!\w)")
 # Readers write one or the other, and nobody can tell which one a picture shows.
 _STRAIGHT = str.maketrans("‘’“”", "''\"\"")
 
@@ -25,8 +30,9 @@ _STRAIGHT = str.maketrans("‘’“”", "''\"\"")
 @dataclass(frozen=True)
 class OCR(Reward):
     """
-    How much of the text in the first pair of double quotes of a prompt, straight or curly, is to be read in its
-    picture: the reward of [Flow-GRPO](https://huggingface.co/papers/2505.05470), with another reader.
+    How much of the text that a prompt quotes is to be read in its picture: the reward of
+    [Flow-GRPO](https://huggingface.co/papers/2505.05470), with another reader. The text is the first one in double
+    quotes of any kind, without them the first in single ones; or what a column `target_text` has, if anything.
 
     1 if the text is there, whatever else is; otherwise `1 - d / n`, where `d` is the edit distance between all that is
     read and the text, at most its length `n`. Spaces, and upper and lower case, do not matter, nor does the kind of
@@ -44,7 +50,8 @@ class OCR(Reward):
             gives it nothing below 0.5; with 0, RapidOCR reads something in one of six noisy pictures without text.
         min_side (`int`, *optional*, defaults to `736`):
             A picture whose shorter side is smaller is enlarged to this before text is looked for, which takes most of
-            the time. Less of it is quicker, and enough for text that fills a small picture.
+            the time. Less of it is quicker, and enough for text that fills a small picture. Those longer than 3:1
+            are padded to it before, and reduced to 2000 pixels.
     """
 
     default_name: ClassVar[str] = "ocr"
@@ -63,25 +70,31 @@ class OCR(Reward):
     def __call__(self, prompts: list[str], images: list[Image.Image], **columns: Any) -> list[float | None]:
         """
         Args:
-            prompts (`list[str]`): with the text in double quotes.
+            prompts (`list[str]`): with the text in quotes.
             images (`list[PIL.Image.Image]`): one for each prompt, of any size.
-            columns: ignored.
+            columns: ignored, but for `target_text`.
 
         Returns:
             `list[float | None]`: in [0, 1]; `None` for a prompt without quoted text, of which a warning is given once.
         """
         check_pairs(prompts, images)
-        return [self._score(prompt, image) for prompt, image in zip(prompts, images, strict=True)]
+        targets = columns.get("target_text", [None] * len(images))
+        return [self._score(*row) for row in zip(prompts, images, targets, strict=True)]
 
     def read(self, image: Image.Image) -> list[str]:
         """The lines of text in a picture, from top to bottom."""
         reader = _reader(self.threads or torch.get_num_threads(), self.min_side)
-        found = reader(np.asarray(image.convert("RGB"))[..., ::-1], text_score=0)  # BGR
+        image = to_rgb(image)
+        if max(image.size) > 3 * min(image.size):  # the reader would enlarge the short side, at any cost
+            image.thumbnail((2000, 2000))
+            third = max(image.size) // 3
+            image = ImageOps.pad(image, (max(image.width, third), max(image.height, third)))
+        found = reader(np.asarray(image)[..., ::-1], text_score=0)  # BGR
         lines = zip(found.txts or (), found.scores or (), strict=True)
         return [text for text, confidence in lines if confidence >= self.min_confidence]
 
-    def _score(self, prompt: str, image: Image.Image) -> float | None:
-        target = quoted_text(prompt)
+    def _score(self, prompt: str, image: Image.Image, target: Any) -> float | None:
+        target = str("" if target is None else target).strip() or quoted_text(prompt)
         if target is None:
             _warn_once(self.__name__, prompt)
             return None
@@ -92,10 +105,8 @@ ocr = OCR()
 
 
 def quoted_text(prompt: str) -> str | None:
-    """What is in the first pair of double quotes; `None` if there is none, or nothing in it."""
-    match = _QUOTED.search(prompt)
-    text = next(filter(None, match.groups()), "") if match else ""
-    return text if text.strip() else None
+    """What is in the first pair of quotes that has something in it, double ones before single ones, or `None`."""
+    return next(filter(None, map(str.strip, _QUOTED.findall(prompt) + _SINGLE.findall(prompt))), None)
 
 
 def text_score(target: str, read: str) -> float:
@@ -133,6 +144,6 @@ def _warn_once(name: str, prompt: str) -> None:
     if name not in _WARNED:
         _WARNED.add(name)
         logger.warning(
-            f"{name} reads the text that a prompt has in double quotes, and {prompt!r} has none, so that its pictures "
+            f"{name} reads the text that a prompt has in quotes, and {prompt!r} has none, so that its pictures "
             "get no score. (This is said once.)"
         )

@@ -1,6 +1,6 @@
 """
 Rewards that look at pixels alone, and not at prompts: of no use for pictures, but of much for tests and first runs,
-since it is plain to see whether the policy follows them.
+since it is plain to see whether the policy follows them. And `to_rgb`, by which every reward sees a picture.
 """
 
 from io import BytesIO
@@ -30,17 +30,7 @@ def jpeg_compressibility(prompts: list[str], images: list[Image.Image], **column
 
 
 def incompressibility(prompts: list[str], images: list[Image.Image], **columns: Any) -> list[float | None]:
-    """
-    The size of a picture as JPEG, which is higher the more detail or noise there is: DDPO's reward.
-
-    Args:
-        prompts (`list[str]`): ignored.
-        images (`list[PIL.Image.Image]`): of any size, but compare those of one size only.
-        columns: ignored.
-
-    Returns:
-        `list[float]`: above 0, in kB (1000 bytes), at quality 95.
-    """
+    """DDPO's other reward: the same size without the minus, which is higher the more detail or noise there is."""
     return [_kilobytes(image) for image in images]
 
 
@@ -56,10 +46,20 @@ def brightness(prompts: list[str], images: list[Image.Image], **columns: Any) ->
     Returns:
         `list[float]`: from 0 (black) to 1 (white).
     """
-    return [float(np.asarray(image.convert("RGB")).mean((0, 1)) @ _LUMA) / 255 for image in images]
+    return [float(np.asarray(to_rgb(image)).mean((0, 1)) @ _LUMA) / 255 for image in images]
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB, without transparency. White is guessed in modes I and F: 1 (F), 255 or 65535, if none is above."""
+    if not image.mode.startswith(("I", "F")):
+        return (image.convert("LA") if image.mode == "La" else image).convert("RGB")  # from La there is no other way
+    levels = np.nan_to_num(np.asarray(image).astype(np.float32))
+    whites = {"I": (255,), "F": (1, 255)}.get(image.mode, ())
+    white = next((white for white in whites if levels.max() <= white), 65535)
+    return Image.fromarray((levels / white * 255).round().clip(0, 255).astype(np.uint8)).convert("RGB")
 
 
 def _kilobytes(image: Image.Image) -> float:
     file = BytesIO()
-    image.convert("RGB").save(file, format="JPEG", quality=_QUALITY)
+    to_rgb(image).save(file, format="JPEG", quality=_QUALITY)
     return file.tell() / 1000

@@ -39,20 +39,7 @@ def shapes_verifier(prompts: list[str], images: list[Image.Image], **columns: An
 
 
 def shapes_verifier_strict(prompts: list[str], images: list[Image.Image], **columns: Any) -> list[float | None]:
-    """
-    1 for a picture that shows what was asked for and nothing else, and 0 for any other.
-
-    Args:
-        prompts (`list[str]`): sentences of the shapes world.
-        images (`list[PIL.Image.Image]`): one for each prompt, of any size.
-        columns: ignored.
-
-    Returns:
-        `list[float]`: 0 or 1.
-
-    Raises:
-        `ValueError`: for a prompt that is not of this world.
-    """
+    """As [`shapes_verifier`], but 0 for a picture that shows anything but what was asked for, and 1 otherwise."""
     return [float(verdict.strict) for verdict in verifier.verify(prompts, images)]
 
 
@@ -95,10 +82,9 @@ def shapes_clip(prompts: list[str], images: list[Image.Image], **columns: Any) -
     """
     import torch
 
-    if len(prompts) != len(images):
-        raise ValueError(
-            f"Each image needs its prompt, but there are {len(prompts)} prompts and {len(images)} images."
-        )
+    from slas_trl.rewards.base import check_pairs
+
+    check_pairs(prompts, images)
     pixels = verifier.to_pixels(images)
     texts = list(dict.fromkeys(prompts))  # a group of images shares its prompt
     row = {text: i for i, text in enumerate(texts)}

@@ -2,18 +2,19 @@
 
 import json
 import logging
-import math
 import os
 import re
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from math import ceil, exp, inf
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from slas_trl.rewards.base import Reward, RewardUnavailableError, check_pairs, load_once
 from slas_trl.rewards.http_client import (
@@ -24,6 +25,7 @@ from slas_trl.rewards.http_client import (
     check_patience,
     check_url,
 )
+from slas_trl.rewards.pixels import to_rgb
 from slas_trl.rewards.wire import PNG, check_token, encode_base64
 
 
@@ -48,8 +50,7 @@ UNIFIED_REWARD_PROMPTS = {
         "Extract key elements from the provided text caption, evaluate their presence in the generated image "
         "using the format: 'element (type): value' (where value=0 means not generated, and value=1 means "
         "generated), and assign a score from 1 to 5 after 'Final Score:'.\n"
-        "Your task is provided as follows:\n"
-        "Text Caption: [{prompt}]"
+        "Your task is provided as follows:\nText Caption: [{prompt}]"
     ),
     "2.0": (
         "You are presented with a generated image and its associated text caption. Your task is to analyze the "
@@ -58,24 +59,36 @@ UNIFIED_REWARD_PROMPTS = {
         "- Alignment Score: How well the image matches the caption in terms of content.\n"
         "- Coherence Score: How logically consistent the image is (absence of visual glitches, object "
         "distortions, etc.).\n"
-        "- Style Score: How aesthetically appealing the image looks, regardless of caption accuracy.\n"
-        "\n"
-        "Output your evaluation using the format below:\n"
-        "\n"
-        "Alignment Score (1-5): X\n"
-        "Coherence Score (1-5): Y\n"
-        "Style Score (1-5): Z\n"
-        "\n"
-        "Your task is provided as follows:\n"
-        "Text Caption: [{prompt}]"
+        "- Style Score: How aesthetically appealing the image looks, regardless of caption accuracy.\n\n"
+        "Output your evaluation using the format below:\n\n"
+        "Alignment Score (1-5): X\nCoherence Score (1-5): Y\nStyle Score (1-5): Z\n\n"
+        "Your task is provided as follows:\nText Caption: [{prompt}]"
     ),
 }
 
+_AXES = ("alignment", "coherence", "style")
 _TOP_LOGPROBS = 20  # the most that OpenAI and vLLM give
 _LEAST_MASS = 0.1  # of yes and no together, below which the judge means to say something else
 _REFUSED = (400, 413, 422)  # what servers answer to one image: their policy, its size; not a wrong key or address
-_NUMBER = r"[-+]?\d+(?:\.\d+)?"
-_LAST_NUMBER = rf"(?<![\w./])(?<!out of ){_NUMBER}(?!\w)"  # but not the 10 of "8/10" or "8 out of 10"
+_CUT = ("length", "max_tokens", "content_filter", "error", "abort")  # how answers end that are not whole
+_THOUGHT = re.compile(r"(?is)\A.*[<◁]/think\w*[>▷]|[<◁]think\w*[>▷].*")
+# The first word; or one after "answer" or a colon, or the last of a whole answer, but not that of "there is no cat".
+_YES_NO = (
+    r"(?is)\A(?:\W*|(?:.*(?:\b(?:boxed|answer(?: is)?)|[:>])\W*|.*(?=\b\w+[^\w…]*\Z))(?!no\s+\w))"
+    r"\b(?<!or )(?<!/)(yes|no)\b(?!\W+or\b|/)"
+)
+_NUMBER = r"[-+]?(?:\d+[.,]|\.)?\d+"
+_LAST_NUMBER = rf"(?<![\w.]){_NUMBER}(?!\w)"
+_SPAN = rf"{_NUMBER}\s*(?:\([^)]*\)\s*)?(?:[-–—~]|\.\.|,\s|to|through|and)\s*{_NUMBER}"
+# Numbers of a scale, which are no score: /10, out of a total of 10, 8 of 10, scale from 1 to 10, 1-10, 10-point scale.
+_SCALE = re.compile(
+    r"(?i)(?:[/⁄∕÷]|\}\s*\{|\bout[\s-]+of|\bscale\s+(?:of|from|up\s+to)|\bmax(?:imum)?|\bwhere|\bbetween"
+    r"|(?<=\d)[\s(]*(?:(?:point|star)s\s*)?(?:of|from|over|in))(?:\s*(?:an?|the|of|is|possible|total|score|max(?:imum)?)\b)*"
+    rf"\W{{0,5}}(?:{_SPAN}|{_NUMBER})|(?:\bfrom\s+|(?<![\w.])){_SPAN}"
+    rf"|(?<![\w.]){_NUMBER}(?:[\s-]*(?:points?[\s-]*)?(?:scale|being)\b"
+    r"|\s*(?:is|=|means?|would\s+be)\s*(?:the\s+)?(?:best|worst|perfect|highest|lowest))"
+)
+_PLAIN = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | dict.fromkeys(map(ord, "*_`"))  # no markdown
 Scores = float | dict[str, float]
 
 
@@ -87,8 +100,8 @@ class _NoScoreError(Exception):
 class VLMJudge(Reward):
     """
     Asks a judge about each image, in a request of its own. An answer without a score in it is `None`, with a warning,
-    and so is an image that the server refuses; after five calls in a row with refusals and no score, an error ends the
-    training.
+    and so is an image that the server refuses, or at which it fails while it answers others of the same call; after
+    five calls in a row without a score, an error ends the training. What a judge thinks before `</think>` is not read.
 
     Args:
         url (`str`):
@@ -97,11 +110,11 @@ class VLMJudge(Reward):
         template (`str`, *optional*):
             What is asked, with `{prompt}` in the place of the prompt; or a file that ends in .txt.
         answer (`str`, *optional*, defaults to `"yes_no"`):
-            "yes_no": the probability of yes, among yes and no in any spelling, as the first word of the answer.
-            Without log-probabilities from the server the word itself counts, as 1 or 0.
-            "number": the last number in the answer; the 10 of "8/10" and "8 out of 10" is none.
+            "yes_no": the probability of yes, among yes and no in any spelling, where the answer says one of them: as
+            first word, after "answer" or a colon, or last. Without log-probabilities the word counts, as 1 or 0.
+            "number": the last number of an answer that is not cut off; the 10 of "8 / 10" or "8 of 10" is none.
         pattern (`str`, *optional*):
-            Another regular expression of the number. The last match counts, and its first group if there is one.
+            Another regular expression of either. The last match counts, and its first group if there is one.
         low, high (`float`, *optional*):
             The worst and the best number that the judge may give, which become 0 and 1. Others are no score. Without
             both, the number is the score.
@@ -109,7 +122,7 @@ class VLMJudge(Reward):
             Sent as a bearer token; by default what the environment variable `api_key_env` has, if anything. By name it
             would end up wherever the name does, so use the variable there.
         api_key_env (`str`, *optional*, defaults to `"SLAS_TRL_JUDGE_API_KEY"`): An environment variable's name.
-        max_image_side (`int`, *optional*, defaults to `1024`): Larger images are made smaller, since tokens cost.
+        max_image_side (`int`, *optional*, defaults to `1024`): Largest side. Those below 32 are padded.
         max_tokens (`int`, *optional*): Longest answer; 16 tokens for yes and no by default, and 1024 for a number.
         extra_body (`dict` or `str`, *optional*):
             More for the body of each request, as a dictionary, JSON, or a file that ends in .json; null takes out what
@@ -124,9 +137,9 @@ class VLMJudge(Reward):
             scores are `None`.
 
     Raises:
-        `RewardUnavailableError`: when the last attempt was not answered either.
-        `ValueError`: when the server refuses the key or the address, or images in five calls in a row without a score;
-            with its own message.
+        `RewardUnavailableError`: when the last attempt was not answered either, for any image.
+        `ValueError`: when the server refuses the key or the address, with its own message, or five calls in a row had
+            no score.
     """
 
     default_name: ClassVar[str] = "vlm_judge"
@@ -134,7 +147,7 @@ class VLMJudge(Reward):
     model: str
     template: str = QUESTION
     answer: str = "yes_no"
-    pattern: str = _LAST_NUMBER
+    pattern: str | None = None
     low: float | None = None
     high: float | None = None
     api_key: str | None = field(default=None, repr=False)
@@ -163,7 +176,7 @@ class VLMJudge(Reward):
             if getattr(self, option) < 1:
                 raise ValueError(f"{option} of {name} must be at least 1, but it is {getattr(self, option)}.")
         try:
-            re.compile(self.pattern)
+            re.compile(self.pattern or "")
         except re.error as error:
             raise ValueError(f"pattern of {name} is no regular expression: {error}.") from error
         if "{prompt}" not in self._text():
@@ -178,36 +191,32 @@ class VLMJudge(Reward):
         if self.dry_run:
             return self._plan(template, prompts, images)
         stop, slots = threading.Event(), _slots(self._endpoint().url, self.concurrency)
+        answered, unanswered = [], []
 
         def ask(prompt: str, image: Image.Image) -> Scores | Exception:
-            if stop.is_set():
-                return RewardUnavailableError(f"{self.__name__} has given up on the other images.")
             with slots:
                 try:
-                    return self._endpoint().request("POST", self._read, self._body(template, prompt, image), stop)
-                except _NoScoreError as error:
-                    return error
-                except Exception as error:
-                    if isinstance(error, AnswerError) and error.status in _REFUSED:
-                        return error
-                    stop.set()  # the others need not wait for the same
-                    raise
+                    result = self._endpoint().request("POST", self._read, self._body(template, prompt, image), stop)
+                except (_NoScoreError, RewardUnavailableError, AnswerError) as error:
+                    if isinstance(error, AnswerError) and error.status not in _REFUSED:
+                        stop.set()  # the others need not wait for the same
+                        raise
+                    result = error
+            (unanswered if isinstance(result, RewardUnavailableError) else answered).append(result)
+            if not answered:
+                stop.set()  # one attempt for each of the others shows whether it is the image or the server
+            return result
 
         with ThreadPoolExecutor(min(self.concurrency, len(images))) as threads:
             found = list(threads.map(ask, prompts, images))
         failed = [result for result in found if isinstance(result, Exception)]
-        refused = [error for error in failed if isinstance(error, AnswerError)]
-        if self._failed_calls.are_too_many(bool(refused) and len(failed) == len(found)):
-            raise ValueError(f"No image had a score in {MAX_FAILED_CALLS} calls in a row. The last: {refused[0]}")
-        if refused:
-            logger.warning(
-                "%s: %d of %d images have no score: %s", self.__name__, len(refused), len(found), refused[0]
-            )
-        if unread := [error for error in failed if isinstance(error, _NoScoreError)]:
-            logger.warning(
-                "%s: %d of %d answers of %s have no score in them. %s",
-                *(self.__name__, len(unread), len(found), self.model, unread[0]),
-            )
+        if not answered:
+            raise unanswered[0]
+        if self._failed_calls.are_too_many(len(failed) == len(found)):
+            raise ValueError(f"No image had a score in {MAX_FAILED_CALLS} calls in a row. The last: {failed[0]}")
+        if failed:
+            reasons = " ".join([*dict.fromkeys(map(str, failed))][:3])
+            logger.warning("%s: %d of %d images have no score: %s", self.__name__, len(failed), len(found), reasons)
         return self._joined([None if isinstance(result, Exception) else result for result in found])
 
     def _joined(self, scores: Sequence[Scores | None]) -> Any:
@@ -242,12 +251,14 @@ class VLMJudge(Reward):
             secret=key,
             timeout=self.timeout,
             retries=self.retries,
-            retried=(408, 429, 500, 502, 503, 504, 529),
+            retried=(408, 429, *range(500, 600)),  # gateways have their own
+            strict=False,
         )
 
     def _body(self, template: str, prompt: str, image: Image.Image) -> bytes:
-        image = image.convert("RGB")
+        image = to_rgb(image)
         image.thumbnail((self.max_image_side, self.max_image_side), Image.Resampling.BICUBIC)
+        image = ImageOps.pad(image, (max(image.width, 32), max(image.height, 32)))  # vLLM fails below Qwen's patches
         content = [
             {"type": "image_url", "image_url": {"url": f"data:{PNG};base64,{encode_base64(image)}"}},
             {"type": "text", "text": template.replace("{prompt}", prompt)},
@@ -268,42 +279,38 @@ class VLMJudge(Reward):
         try:
             choice = answer["choices"][0]
             text = choice["message"]["content"]
-        except (TypeError, LookupError):
-            raise ValueError(f"no chat completion, but {str(answer)[:200]}.") from None
-        if not isinstance(text, str):  # a refusal
-            raise _NoScoreError(f"One has no text: {str(choice)[:200]}")
+            if isinstance(text, list):
+                text = "".join(part["text"] for part in text if part["type"].endswith("text"))
+            text = _THOUGHT.sub("", text).strip()
+        except (TypeError, LookupError, AttributeError):
+            if not isinstance(answer, dict) or "choices" not in answer:
+                raise ValueError(f"no chat completion, but {str(answer)[:200]}.") from None
+            raise _NoScoreError(f"One has no text: {str(answer['choices'])[:200]}.") from None
+        is_cut = choice.get("finish_reason") in _CUT
         if self.answer == "yes_no":
-            return self._probability(choice.get("logprobs"), text)
-        return self._number(text, self.pattern)
+            return self._probability(choice.get("logprobs"), text + "…" * is_cut)
+        if is_cut:
+            raise _NoScoreError(f"One is cut off ({choice['finish_reason']}): {text[-200:]!r}. Raise max_tokens?")
+        plain = text if self.pattern else _SCALE.sub(" ", text.translate(_PLAIN))
+        return self._number(plain, self.pattern or _LAST_NUMBER)
 
     def _probability(self, logprobs: Any, text: str) -> float:
-        tokens = logprobs.get("content") if isinstance(logprobs, dict) else None
-        if not tokens:
-            _warn_once(f"{self.__name__}: {self.model} gives no log-probabilities; its yes and no count as 1 and 0.")
-            words = re.findall(r"\w+", text.lower())
-            if not words or words[0] not in ("yes", "no"):
-                raise _NoScoreError(f"One is {text[:200]!r}; expected yes or no.")
-            return float(words[0] == "yes")
-        try:
-            first = next((token for token in tokens if _word(token["token"])), tokens[0])
-            mass = {"yes": 0.0, "no": 0.0}
-            for candidate in first["top_logprobs"] or [first]:
-                if (word := _word(candidate["token"])) in mass:
-                    mass[word] += math.exp(min(candidate["logprob"], 0.0))
-        except (TypeError, LookupError, AttributeError):
-            raise ValueError(f"log-probabilities that cannot be read: {str(logprobs)[:200]}.") from None
-        if (total := mass["yes"] + mass["no"]) < _LEAST_MASS:
-            raise _NoScoreError(f"One is {text[:200]!r}; expected yes or no, which have a probability of {total:.2g}.")
-        return mass["yes"] / total
+        word, place = _last(self.pattern or _YES_NO, text)
+        has_said = word or (self.pattern is None and re.search(r"\w", text))
+        yes, no = _probabilities(logprobs if has_said else None, text, place)
+        if yes + no >= _LEAST_MASS:
+            return yes / (yes + no)
+        if (word := _word(word)) not in ("yes", "no"):
+            raise _NoScoreError(f"One is {text[:200]!r}; expected yes or no.")
+        _warn_once(f"{self.__name__}: {self.model} gives no log-probabilities; its yes and no count as 1 and 0.")
+        return float(word == "yes")
 
     def _number(self, text: str, pattern: str) -> float:
-        found = list(re.finditer(pattern, text))
-        if not found:
-            raise _NoScoreError(f"One is {text[-200:]!r}; expected a number.")
+        found, _ = _last(pattern, text)
         try:
-            number = float(found[-1].group(1 if found[-1].re.groups else 0))
-        except (TypeError, ValueError):
-            raise _NoScoreError(f"One has {found[-1].group()!r}; expected a number.") from None
+            number = float(found.replace(",", "."))
+        except ValueError:
+            raise _NoScoreError(f"One is {text[-200:]!r}; expected a number.") from None
         if self.low is None or self.high is None:
             return number
         if not self.low <= number <= self.high:
@@ -312,12 +319,9 @@ class VLMJudge(Reward):
 
     def _plan(self, template: str, prompts: list[str], images: list[Image.Image]) -> Any:
         bodies = [self._body(template, prompt, image) for prompt, image in zip(prompts, images, strict=True)]
-        scale = [min(1.0, self.max_image_side / max(image.size)) for image in images]
-        patches = sum(
-            math.ceil(image.width * factor / 28) * math.ceil(image.height * factor / 28)
-            for image, factor in zip(images, scale, strict=True)
-        )
-        text = sum(math.ceil(len(template.replace("{prompt}", prompt)) / 4) for prompt in prompts)
+        scales = [min(1.0, self.max_image_side / max(image.size)) / 28 for image in images]
+        patches = sum(ceil(i.width * scale) * ceil(i.height * scale) for i, scale in zip(images, scales, strict=True))
+        text = sum(ceil(len(template.replace("{prompt}", prompt)) / 4) for prompt in prompts)
         first = json.loads(bodies[0])
         logger.warning(
             "%s is a dry run, nothing was sent: %d requests to %s for %s, %.2f MB. About %d tokens of text, and %d of "
@@ -351,7 +355,7 @@ class UnifiedReward(VLMJudge):
     def __post_init__(self):
         if self.version not in UNIFIED_REWARD_PROMPTS:
             raise ValueError(f"version of {self.__name__} must be 1.0 or 2.0, but it is {self.version!r}.")
-        if (self.template, self.answer, self.pattern) != (QUESTION, "number", _LAST_NUMBER):
+        if (self.template, self.answer, self.pattern) != (QUESTION, "number", None):
             raise ValueError(f"{self.__name__} asks what it was trained with: use vlm_judge for other questions.")
         super().__post_init__()
 
@@ -360,23 +364,40 @@ class UnifiedReward(VLMJudge):
 
     def _number(self, text: str, pattern: str) -> Any:
         if self.version == "1.0":
-            return super()._number(text, rf"Final Score:\s*({_NUMBER})")
-        return {
-            axis.lower(): super(UnifiedReward, self)._number(text, rf"{axis} Score \(1-5\):\s*({_NUMBER})")
-            for axis in ("Alignment", "Coherence", "Style")
-        }
+            return super()._number(text, rf"(?i)final\W*score\W*(?:is\W*)?({_NUMBER})")
+        score = super()._number
+        return {axis: score(text, rf"(?i){axis}\W*score\W*({_NUMBER})") for axis in _AXES}
 
     def _joined(self, scores: Sequence[Scores | None]) -> Any:
         if self.version == "1.0":
             return list(scores)
-        return {
-            axis: [score[axis] if isinstance(score, dict) else None for score in scores]
-            for axis in ("alignment", "coherence", "style")
-        }
+        return {axis: [score[axis] if isinstance(score, dict) else None for score in scores] for axis in _AXES}
 
 
 vlm_judge = VLMJudge
 unified_reward = UnifiedReward
+
+
+def _last(pattern: str, text: str) -> tuple[str, int]:
+    """What the pattern finds last, or its first group, and where."""
+    found = [*re.finditer(pattern, text)]
+    group = min(1, found[-1].re.groups) if found else 0
+    return (found[-1][group] or "", found[-1].start(group)) if found else ("", 0)
+
+
+def _probabilities(logprobs: Any, text: str, place: int) -> tuple[float, float]:
+    """Of yes and no at a place in the text, as far as the log-probabilities tell."""
+    mass, token = {"yes": 0.0, "no": 0.0}, {}
+    with suppress(TypeError, LookupError, AttributeError, ValueError):
+        place += "".join(token["token"] for token in logprobs["content"]).lower().rindex(text.lower().rstrip("…"))
+        for token in logprobs["content"]:  # which may begin with what a judge has thought
+            if (place := place - len(token["token"])) < 0:
+                break
+        for candidate in token.get("top_logprobs") or [token]:
+            value = -inf if candidate["logprob"] is None else candidate["logprob"]
+            if (word := _word(candidate["token"])) in mass and value < 1:  # NaN is not
+                mass[word] += exp(min(value, 0.0))
+    return mass["yes"], mass["no"]
 
 
 def _word(token: str) -> str:

@@ -24,6 +24,8 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
+from slas_trl.rewards.pixels import to_rgb
+
 
 Result = TypeVar("Result")
 
@@ -52,7 +54,7 @@ def columns_of(columns: dict[str, Any], count: int) -> dict[str, list[Any]]:
 def encode_png(image: Image.Image) -> bytes:
     """The same pixels as a PNG file. What PNG does not know, such as CMYK, becomes RGB."""
     file = io.BytesIO()
-    image = image if image.mode in _PNG_MODES else image.convert("RGB")
+    image = image if image.mode in _PNG_MODES else to_rgb(image)
     image.save(file, format="PNG", compress_level=1, compress_type=zlib.Z_HUFFMAN_ONLY)  # half the time
     return file.getvalue()
 
@@ -109,9 +111,9 @@ class RequestError(Exception):
         self.status = status
 
 
-def read_json(body: bytes | bytearray) -> Any:
+def read_json(body: bytes | bytearray, strict: bool = True) -> Any:
     """
-    JSON without what Python's parser takes besides: NaN, infinities, numbers that become one.
+    JSON; if `strict` without what Python's parser takes besides: NaN, infinities, numbers that become one.
 
     Raises:
         `RequestError`: 400 for anything else.
@@ -125,9 +127,9 @@ def read_json(body: bytes | bytearray) -> Any:
 
     try:
         text = body.decode("utf-8")
-        if re.search(r"\\u[dD][89a-fA-F]", text):
+        if strict and re.search(r"\\u[dD][89a-fA-F]", text):
             json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8")  # halves of characters are no text
-        return json.loads(text, parse_constant=refuse, parse_float=finite)
+        return json.loads(text, parse_constant=refuse, parse_float=finite) if strict else json.loads(text)
     except RecursionError:
         raise RequestError(400, "The body is not taken: JSON nested too deeply.") from None
     except ValueError as error:  # also of the encoding, and of integers with thousands of digits

@@ -19,6 +19,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from slas_trl.rewards.pixels import to_rgb
+
 from . import world
 
 
@@ -130,8 +132,8 @@ def to_pixels(pictures: Sequence[Image.Image] | np.ndarray) -> np.ndarray:
                 f"output_type='pil', or pass one array of shape (N, {side}, {side}, 3)."
             )
         if picture.size != (side, side):
-            picture = picture.convert("RGB").resize((side, side), Image.Resampling.BOX)
-        pixels[i] = np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
+            picture = to_rgb(picture).resize((side, side), Image.Resampling.BOX)
+        pixels[i] = np.asarray(picture if picture.mode == "RGB" else to_rgb(picture))
     return pixels
 
 

@@ -11,7 +11,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from slas_trl import rewards
 from slas_trl.rewards import Aesthetic
 from slas_trl.rewards.by_name import resolve_reward
-from tests.rewards.tiny_models import head_shapes, pictures, random_weights, save_clip
+from tests.rewards.tiny_models import deep, head_shapes, pictures, random_weights, save_clip
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,7 @@ def test_every_mode_of_image(published, mode):
     image = pictures()[1].convert(mode)
     reward = Aesthetic(str(folder), str(folder))
     assert reward([""], [image]) == reward([""], [image.convert("RGB")])
+    assert reward([""], [deep(image)]) == reward([""], [image.convert("L")])
 
 
 def test_bfloat16_is_near(published):

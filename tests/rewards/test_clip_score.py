@@ -18,6 +18,7 @@ from slas_trl.rewards import ClipScore, clip_score
 from slas_trl.rewards.by_name import resolve_reward
 from slas_trl.rewards.clip_score import load_clip
 from tests.rewards.tiny_clips import in_hub_cache, picture, save_open_clip, save_transformers_clip
+from tests.rewards.tiny_models import deep
 
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +73,11 @@ def test_cosine_of_transformers(transformers_clip):
     assert scores == pytest.approx(expected, abs=1e-6)
     assert max(scores) - min(scores) > 0.03  # so much more than the tolerance
     assert all(isinstance(score, float) and abs(score) <= 1 for score in scores)
+
+
+def test_pictures_of_16_bits(transformers_clip):
+    reward = ClipScore(transformers_clip)
+    assert reward(PROMPTS, [deep(image) for image in IMAGES]) == reward(PROMPTS, [i.convert("L") for i in IMAGES])
 
 
 @pytest.mark.rewards

@@ -20,6 +20,7 @@ from slas_trl.rewards import HPSv2, hpsv2
 from slas_trl.rewards.by_name import resolve_reward
 from slas_trl.rewards.hpsv2 import FILES, hpsv2_preprocess
 from tests.rewards.tiny_clips import OPEN_CLIP_ARCHITECTURE, picture, spread_out
+from tests.rewards.tiny_models import deep
 
 
 open_clip = pytest.importorskip("open_clip")
@@ -88,6 +89,7 @@ def test_preprocessing_of_modes(mode, authors_preprocess):
     image = image.convert(mode)
     assert image.mode == mode
     assert torch.equal(hpsv2_preprocess(image), authors_preprocess(image))
+    assert torch.equal(hpsv2_preprocess(deep(image)), hpsv2_preprocess(image.convert("L")))
 
 
 def test_preprocessing_of_an_alpha_channel(authors_preprocess):

@@ -16,7 +16,7 @@ from slas_trl import rewards
 from slas_trl.rewards import ImageReward
 from slas_trl.rewards.by_name import resolve_reward
 from slas_trl.rewards.image_reward import to_pixels
-from tests.rewards.tiny_models import PUBLISHED, image_reward_weights, pictures, save_bert_tokenizer
+from tests.rewards.tiny_models import PUBLISHED, deep, image_reward_weights, pictures, save_bert_tokenizer
 
 
 PROMPTS = ["a cat", "A cat sits, on THE mat!", "", "abcdefghij " * 9, "two dogs", "a cat"]  # one is too long
@@ -170,6 +170,7 @@ def test_prompt_and_picture_both_count(folder):
 def test_every_mode_of_image(folder, mode):
     image = pictures()[1].convert(mode)
     assert score(folder, ["a cat"], [image]) == score(folder, ["a cat"], [image.convert("RGB")])
+    assert score(folder, ["a cat"], [deep(image)]) == score(folder, ["a cat"], [image.convert("L")])
 
 
 def test_by_name(folder):

@@ -39,6 +39,7 @@ from slas_trl.rewards.geneval import COLORS, Detection
 from slas_trl.rewards.object_detector import ObjectDetector, box_of, cut_out
 from slas_trl.shapes import verifier, world
 from slas_trl.trainer.prompts import load_prompts
+from tests.rewards.tiny_models import deep
 
 
 LABELS = {0: "cat", 1: "dog", 2: "remote"}
@@ -158,6 +159,8 @@ def test_a_model_of_transformers(model):
     assert single == scores["reward"]
     assert dataclasses.replace(reward, batch_size=1)(["a"] * 4, images, include=[ANY] * 4) == scores
     assert reward(["a"] * 4, [image.convert("RGBA") for image in images], include=[ANY] * 4) == scores
+    grey, sixteen = ([into(image) for image in images] for into in (lambda image: image.convert("L"), deep))
+    assert reward(["a"] * 4, sixteen, include=[ANY] * 4) == reward(["a"] * 4, grey, include=[ANY] * 4)
 
 
 def test_a_class_that_the_model_does_not_know(model):

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from slas_trl import rewards
 from slas_trl.rewards import ocr as ocr_reward
 from slas_trl.rewards.by_name import resolve_reward
-from slas_trl.rewards.ocr import OCR, quoted_text, text_score
+from slas_trl.rewards.ocr import OCR, _reader, quoted_text, text_score
+from tests.rewards.tiny_models import deep
 
 
 pytestmark = pytest.mark.rewards
@@ -76,6 +78,7 @@ def test_words_in_small_pictures():
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
 def test_every_mode_of_image(mode):
     assert quick(['"cat"'], [picture("CAT").convert(mode)]) == [1]
+    assert quick(['"cat"'], [deep(picture("CAT"))]) == [1]
 
 
 @pytest.mark.parametrize(
@@ -85,8 +88,20 @@ def test_every_mode_of_image(mode):
         ("a sign that says “Hello” and “Bye”", "Hello"),
         ('"one", then “two”', "one"),
         ('“two”, then "one"', "two"),
-        ("it's a sign, 'Hello'", None),
+        ("it's a sign, 'Hello'", "Hello"),
+        *(
+            (f"a sign {quoted}", "x")
+            for quoted in ("„x“", "„x”", "«x»", "« x »", "»x«", "「x」", "『x』", "＂x＂", '“x"', "‘x’")
+        ),
+        ("the dog's bone and the cat's toy", None),
+        ("the dogs' bone and the cats' toy", None),
+        ("the '90s and the '80s, rock 'n' roll", None),
+        ("the students' sign 'don't stop'", "don't stop"),
+        ("'no' and \"yes\"", "yes"),
         ('a 5" screen', None),
+        ('a 5" screen that shows "NEWS"', "NEWS"),
+        ('写着"你好"', "你好"),
+        ('"" and "HI"', "HI"),
         ('nothing: ""', None),
         ('nothing: " "', None),
         ("a cat", None),
@@ -125,9 +140,47 @@ def test_prompts_without_text_have_no_score(caplog):
         assert reward(["a cat", 'a "cat"'], images, category=["a", "b"]) == [None, 1.0]
         assert reward(["a cat"], images[:1]) == [None]
     assert [record.message for record in caplog.records if "signs" in record.message] == [
-        "signs reads the text that a prompt has in double quotes, and 'a cat' has none, so that its pictures get no "
+        "signs reads the text that a prompt has in quotes, and 'a cat' has none, so that its pictures get no "
         "score. (This is said once.)"
     ]
+
+
+def test_the_text_of_a_column():
+    texts = ["cat", None, " ", 42]
+    images = [picture(word) for word in ("CAT", "DOG", "DOG", "42")]
+    assert quick(['a "dog"'] * 4, images, target_text=texts) == [1.0] * 4
+    assert quick(["a cat"] * 2, images[:2], target_text=["CAT", None]) == [1.0, None]
+
+
+@pytest.mark.parametrize(("size", "height"), [((1024, 128), 60), ((1024, 48), 30), ((4000, 400), 120)])
+def test_words_in_a_banner(size, height):
+    assert ocr_reward(['"Grand Opening"'], [picture("GRAND OPENING", size, height, noise=2)]) == [1.0]
+
+
+def looked_at(image: Image.Image, monkeypatch) -> tuple[int, int]:
+    """The short and the long side of what the network that finds text is given, which time and memory grow with."""
+    quick.read(Image.new("RGB", (64, 64)))
+    network, shapes = (
+        (finder := _reader(quick.threads or torch.get_num_threads(), quick.min_side).text_det).session,
+        [],
+    )
+    monkeypatch.setattr(finder, "session", lambda pixels: shapes.append(pixels.shape) or network(pixels))
+    quick.read(image)
+    ((_, _, *sides),) = shapes
+    return tuple(sorted(sides))
+
+
+@pytest.mark.parametrize("size", [(64, 1024), (1, 40), (1, 400), (40_000, 3), (2500, 400), (900, 250)])
+def test_long_pictures_take_no_more_than_others(size, monkeypatch):
+    short, long = looked_at(Image.new("RGB", size, "white"), monkeypatch)
+    assert long <= 2016 and long <= 3.25 * short
+
+
+@pytest.mark.parametrize(
+    ("size", "sides"), [((64, 64), (128, 128)), ((96, 192), (128, 256)), ((576, 192), (192, 576))]
+)
+def test_ordinary_pictures_are_not_padded(size, sides, monkeypatch):
+    assert looked_at(Image.new("RGB", size, "white"), monkeypatch) == sides
 
 
 def test_threads_agree():

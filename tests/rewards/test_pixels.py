@@ -9,6 +9,7 @@ from PIL import Image
 from slas_trl import rewards
 from slas_trl.rewards import brightness, incompressibility, jpeg_compressibility
 from slas_trl.rewards.by_name import resolve_reward
+from slas_trl.rewards.pixels import to_rgb
 
 
 def plain(color: int | tuple[int, int, int], size: tuple[int, int] = (64, 64)) -> Image.Image:
@@ -57,3 +58,41 @@ def test_every_mode_of_image(mode):
     image = plain(255, (8, 8)).convert(mode)
     assert brightness([""], [image]) == pytest.approx([1])
     assert jpeg_compressibility([""], [image]) == jpeg_compressibility([""], [plain(255, (8, 8))])
+
+
+SIXTEEN = np.array([[0, 256 * 51 + 51, 65535]], dtype=np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("image", "levels"),
+    [
+        (Image.fromarray(SIXTEEN), [0, 51, 255]),
+        (Image.fromarray(SIXTEEN // 256), [0, 0, 1]),
+        (Image.fromarray(SIXTEEN.astype(np.int32)), [0, 51, 255]),
+        (Image.fromarray(SIXTEEN.astype(np.int32) // 257), [0, 51, 255]),
+        (Image.fromarray(SIXTEEN.astype(np.float32) / 65535), [0, 51, 255]),
+        (Image.fromarray(SIXTEEN.astype(np.float32) / 257), [0, 51, 255]),
+        (Image.fromarray(SIXTEEN.astype(np.float32)), [0, 51, 255]),
+        (Image.fromarray(np.array([[-1, 0.2, 2e5, np.nan]], dtype=np.float32)), [0, 0, 255, 0]),
+        (Image.new("La", (1, 1), (51, 255)), [51]),
+        (Image.new("LA", (1, 1), (51, 0)), [51]),
+        (Image.new("RGBA", (1, 1), (51, 51, 51, 0)), [51]),
+    ],
+    ids=lambda value: value.mode if isinstance(value, Image.Image) else None,
+)
+def test_the_levels_of_every_mode(image, levels):
+    assert np.asarray(to_rgb(image)).tolist() == [[[level] * 3 for level in levels]]
+
+
+@pytest.mark.parametrize("name", ["brightness", "shapes_coloured_area", "shapes_clip"])
+@pytest.mark.parametrize("mode", ["I;16", "F", "La"])
+def test_rewards_scale_every_mode(name, mode):
+    grey = np.tile(np.arange(32, dtype=np.float32) / 31, (32, 1))
+    image = Image.fromarray({"I;16": (grey * 65535).round().astype(np.uint16)}.get(mode, grey))
+    image = (
+        Image.merge("LA", [to_rgb(image).convert("L"), plain(255, (32, 32)).convert("L")]).convert("La")
+        if mode == "La"
+        else image
+    )
+    reward = resolve_reward(name)
+    assert image.mode == mode and reward(["a"], [image]) == reward(["a"], [to_rgb(image)])

@@ -19,6 +19,7 @@ from PIL import Image
 from slas_trl.rewards import RemoteReward, remote
 from slas_trl.rewards.base import RewardUnavailableError
 from slas_trl.rewards.by_name import resolve_reward, reward_name
+from slas_trl.rewards.pixels import to_rgb
 
 
 pytest.importorskip("fastapi")
@@ -71,7 +72,7 @@ def test_many_large_images_are_sent_in_several_requests():
         assert scores == numbers(["a"] * 5, images, images)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "HSV", "I;16"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "HSV", "I;16", "I", "F"])
 def test_pictures_arrive_with_their_pixels(mode):
     arrived = []
 
@@ -80,12 +81,12 @@ def test_pictures_arrive_with_their_pixels(mode):
         return [0.0] * len(images)
 
     noise = Image.merge("RGB", [Image.effect_noise((7, 5), 90) for _ in range(3)])
-    image = Image.new("I;16", (7, 5), 40000) if mode == "I;16" else noise.convert(mode)
+    image = Image.new(mode, (7, 5), 40000) if mode[0] in "IF" else noise.convert(mode)
     with served(keep) as url:
         RemoteReward(url)(["a"], [image])
     assert arrived[0].size == (7, 5)
-    if mode in ("CMYK", "HSV"):
-        image = image.convert("RGB")
+    if mode in ("CMYK", "HSV", "I", "F"):
+        image = to_rgb(image)
     assert arrived[0].mode == image.mode and arrived[0].tobytes() == image.tobytes()
 
 

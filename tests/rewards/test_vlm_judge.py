@@ -15,7 +15,7 @@ from PIL import Image
 from slas_trl.rewards import UnifiedReward, VLMJudge, vlm_judge
 from slas_trl.rewards.base import RewardUnavailableError
 from slas_trl.rewards.by_name import resolve_reward, reward_name
-from slas_trl.rewards.vlm_judge import KEY_VARIABLE, UNIFIED_REWARD_PROMPTS
+from slas_trl.rewards.vlm_judge import KEY_VARIABLE, UNIFIED_REWARD_PROMPTS, _NoScoreError
 from tests.rewards.served_rewards import number_of, picture
 
 
@@ -108,7 +108,7 @@ def test_the_probability_of_yes(server, caplog):
     assert scores == pytest.approx([0.75, 0.75, 0.1, 1.0, None, None])
     assert len(server.requests) == 6
     (warning,) = warnings(caplog)
-    assert "2 of 6 answers of a-model have no score" in warning and "'Sure'" in warning
+    assert "2 of 6 images have no score" in warning and "'Sure'" in warning
 
 
 def test_what_is_asked(server):
@@ -121,8 +121,96 @@ def test_what_is_asked(server):
     assert (body["model"], body["temperature"], body["logprobs"], body["top_logprobs"]) == ("a-model", 0, True, 20)
     assert body["messages"][0]["content"][1]["text"] == "{x} a {prompt}?"
     assert other["messages"][0]["content"][1]["text"] == "{x} b?"
-    assert first.size == (150, 100) and second.size == (20, 10) and second.mode == "RGB"
+    assert first.size == (150, 100) and second.size == (32, 32) and second.mode == "RGB"
     assert images[0].size == (300, 200)
+
+
+@pytest.mark.parametrize(
+    ("size", "sent"), [((40, 2048), (32, 1024)), ((5000, 1), (1024, 32)), ((26, 28), (32, 32)), ((33, 40), (33, 40))]
+)
+def test_no_side_is_too_small_for_a_server(server, size, sent):
+    server.judge = lambda number, attempt: says("yes", {"yes": 1.0})
+    assert VLMJudge(server.url, "a-model")(["a"], [Image.new("I;16", size, 65535)]) == [1.0]
+    assert server.requests[0][3].size == sent and server.requests[0][3].getextrema() != ((0, 0),) * 3
+
+
+def read(content, logprobs=None, finish_reason="stop", **options):
+    """What a judge makes of an answer, without a server."""
+    judge = VLMJudge("http://127.0.0.1:1", "another-model", **options)
+    choice = {"message": {"content": content}, "logprobs": logprobs, "finish_reason": finish_reason}
+    try:
+        return judge._read({"choices": [choice]})
+    except _NoScoreError:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        *(
+            (text, 1.0)
+            for text in ('{"answer": "yes"}', "Answer: yes", r"\boxed{yes}", "The answer is yes.", "**Yes**")
+        ),
+        *((text, 1.0) for text in ("<answer>yes</answer>", "Yes or no? Yes.", "It is all there. So, yes.", "- Yes")),
+        *((text, 0.0) for text in ("Final answer: **No**", '{"verdict": "no", "reason": "blue"}', "No cat is there.")),
+        *(
+            (text, None)
+            for text in ("I cannot answer yes or no.", "There is no way to tell", "yesterday", "", "yes/no?")
+        ),
+        ("<think>\n\n</think>\n\nyes", 1.0),
+        ("<think>Is it a dog? No. Answer: no</think> Yes", 1.0),
+        ("<think>Is it a dog? The answer is yes", None),
+        (
+            [{"type": "thinking", "thinking": "No."}, {"type": "text", "text": "Ye"}, {"type": "text", "text": "s"}],
+            1.0,
+        ),
+        ([{"type": "image"}], None),
+    ],
+)
+def test_how_yes_and_no_are_said(text, score):
+    assert read(text) == score
+
+
+def test_yes_and_no_by_a_pattern():
+    assert read("No doubt. Verdict: YES", pattern=r"Verdict: (\w+)") == 1.0
+    assert read("Yes", says("Yes", {"Yes": 1.0})["logprobs"], pattern=r"Verdict: (\w+)") is None
+    assert read("Verdict: maybe", pattern=r"Verdict: (\w+)") is None
+
+
+YES = {"Yes": 0.6, "no": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "score"),
+    [
+        ("Yes", [{"<think>": 1.0}, {"no": 1.0}, {"</think>": 1.0}, {"\n\n": 1.0}, YES], 0.75),  # a reasoning parser
+        ("<think>no</think>Yes", [{"<think>": 1.0}, {"no": 1.0}, {"</think>": 1.0}, YES], 0.75),
+        ("Yes", [{"<think>": 1.0}, {"It": 1.0}], 1.0),
+        (
+            '{"answer": "yes"}',
+            [{'{"': 1.0}, {"answer": 1.0}, {'": "': 1.0}, {"yes": 0.6, "no": 0.2}, {'"}': 1.0}],
+            0.75,
+        ),
+        ("Nothing is odd. Answer: yes", [{"No": 1.0}, {"thing is odd.": 1.0}, {" Answer:": 1.0}, {" yes": 1.0}], 1.0),
+        ("", [{"<think>": 1.0}, {"yes": 1.0}], None),
+    ],
+)
+def test_the_token_that_says_it(text, tokens, score):
+    assert read(text, says("", *tokens)["logprobs"]) == (score and pytest.approx(score))
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "score"),
+    [
+        ("The picture shows 3 cats on 2 chairs. Looking", {"answer": "number"}, None),
+        ("Score: 1", {"answer": "number"}, None),
+        ("Yes, it sho", {}, 1.0),
+        ("There is a cat with no", {}, None),
+    ],
+)
+@pytest.mark.parametrize("reason", ["length", "content_filter"])
+def test_an_answer_that_is_cut_off(text, options, score, reason):
+    assert read(text, finish_reason=reason, **options) == score
 
 
 def test_without_log_probabilities(server, caplog):
@@ -132,7 +220,7 @@ def test_without_log_probabilities(server, caplog):
         assert VLMJudge(server.url, "a-model")(PROMPTS, IMAGES) == [1.0, 0.0, 1.0, None, None, None]
     once, *others = warnings(caplog)
     assert "gives no log-probabilities" in once
-    assert len(others) == 2 and all("3 of 6 answers" in other for other in others)
+    assert len(others) == 2 and all("3 of 6 images" in other for other in others)
 
 
 # Numbers
@@ -149,7 +237,29 @@ def test_numbers(server, caplog):
     assert judge(PROMPTS, IMAGES) == [0.8, 0.75, 0.3, None, None, None]
     judge = VLMJudge(server.url, "a-model", answer="number", pattern=r"Score: (\d+)")
     assert judge(PROMPTS, IMAGES) == [8.0, None, None, None, None, None]
-    assert "5 of 6 answers" in warnings(caplog)[-1]
+    assert "5 of 6 images" in warnings(caplog)[-1]
+
+
+SCALES = (
+    "8 / 10|8/ 10|8 out  of 10|8 out of\n10|8 of 10|8／10|８ ／ １０|8 ⁄ 10|8 on a 1-10 scale",
+    "**8**/10|*8* / **10**|Score: 8 (out of 10)|8 from 10|8 on a scale of 10|1-10: 8|Rating (0–10): 8|8/10.|8 of 10.",
+    "8 out of a possible 10|8 points out of 10|\\frac{8}{10}|8 (max. 10)|8, where 10 is best|8 (0 = worst, 10 = best)",
+    '8,0/10,0|with 0 being worst and 10 being best: 8|between 0 and 10: 8|{"score": 8, "max": 10}|8 in [0, 10]',
+    "8 on a scale from 0 (bad) to 10 (good)|8 on a 10-point scale|a score of 8|It is out of frame: 8|I'd go with 8",
+    "7 / 10, no, 8 / 10|8, on a scale from 0 to 10|I would rate it 8. Scale: 0 to 10",
+)
+
+
+@pytest.mark.parametrize("text", "|".join(SCALES).split("|"))
+def test_the_numbers_of_a_scale_are_no_score(text):
+    assert read(text, answer="number", low=0, high=10) == 0.8
+
+
+@pytest.mark.parametrize(
+    ("text", "high", "score"), [("85 / 100", 100, 0.85), ("0.8 / 1.0", 1, 0.8), ("10 / 10", 10, 1)]
+)
+def test_scales_of_every_size(text, high, score):
+    assert read(text, answer="number", low=0, high=high) == score
 
 
 @pytest.mark.parametrize(
@@ -157,6 +267,13 @@ def test_numbers(server, caplog):
     [
         ("1.0", "cat (animal): 1\nsize (2): 0\nFinal Score: 3.5", [0.625]),
         ("1.0", "cat (animal): 1", [None]),
+        ("1.0", "Final Score: **3**", [0.5]),
+        ("1.0", "**final score：** 3 / 5", [0.5]),
+        (
+            "2.0",
+            "**Alignment Score (1-5):** 2\nCoherence Score: **3.5**\n### style score（1–5）: 5/5",
+            {"alignment": [0.25], "coherence": [0.625], "style": [1.0]},
+        ),
         (
             "2.0",
             "Alignment Score (1-5): 2\nCoherence Score (1-5): 3.5\nStyle Score (1-5): 5",
@@ -226,18 +343,97 @@ def test_a_server_that_does_not_answer(server):
         VLMJudge(server.url, "a-model", timeout=0.1, retries=1)(["a"], IMAGES[:1])
 
 
-@pytest.mark.parametrize("body", [b"{", b"<html>", {"choices": []}, {"error": "x"}, [], {"choices": [{}]}])
+@pytest.mark.parametrize("code", [429, "503", 524, None, "overloaded"])
+def test_an_error_behind_a_status_of_200(server, code):
+    """As gateways send it once they have begun to answer."""
+    error = {"error": {"message": "slow down", "code": code}, "choices": None}
+    server.judge = lambda number, attempt: (200, error, {}) if attempt == 1 else says("yes")
+    assert VLMJudge(server.url, "a-model")(PROMPTS, IMAGES) == [1.0] * 6
+    assert set(server.attempts.values()) == {2}
+
+
+def test_an_error_behind_a_status_of_200_is_of_its_kind(server):
+    server.judge = lambda number, attempt: (200, {"error": {"code": 400 if number else 401, "message": "no"}}, {})
+    assert VLMJudge(server.url, "a-model")(["a"], [IMAGES[1]]) == [None]
+    with pytest.raises(ValueError, match="answered 401: no"):
+        VLMJudge(server.url, "a-model")(["a"], [IMAGES[0]])
+
+
+@pytest.mark.parametrize("status", [500, 520])
+@pytest.mark.parametrize("concurrency", [1, 8])
+@pytest.mark.parametrize("bad", [0, 3])
+def test_a_server_that_fails_at_one_image(server, caplog, status, concurrency, bad):
+    server.judge = lambda number, attempt: (status, {"error": "26x28"}, {}) if number == bad else says("yes")
+    scores = VLMJudge(server.url, "a-model", retries=1, concurrency=concurrency)(PROMPTS, IMAGES)
+    assert scores == [None if number == bad else 1.0 for number in range(6)]
+    assert server.attempts[bad] == 2 and f"{status}: 26x28" in warnings(caplog)[-1]
+
+
+@pytest.mark.parametrize("body", [b"{", b"<html>", {"error": "x"}, [], b"[" * 50_000])
 def test_answers_that_are_none(server, body):
     server.judge = lambda number, attempt: (200, body, {})
     with pytest.raises(ValueError, match="answered something else than expected"):
         VLMJudge(server.url, "a-model")(["a"], IMAGES[:1])
 
 
-@pytest.mark.parametrize("logprobs", [{"content": [{"token": 1}]}, {"content": ["yes"]}, {"content": {"a": 1}}])
-def test_log_probabilities_that_are_none(server, logprobs):
-    server.judge = lambda number, attempt: {"message": {"content": "yes"}, "logprobs": logprobs}
-    with pytest.raises(ValueError, match="log-probabilities that cannot be read"):
-        VLMJudge(server.url, "a-model")(["a"], IMAGES[:1])
+NONE = {"token": "Yes", "logprob": None}
+
+
+@pytest.mark.parametrize(
+    "logprobs",
+    [
+        *({"content": content} for content in ([{"token": 1}], ["yes"], {"a": 1}, [], None, [{}], [NONE])),
+        *(
+            {"content": [{**NONE, "top_logprobs": [{"token": "Yes", "logprob": value}]}]}
+            for value in (None, "x", -math.inf)
+        ),
+        {"content": [{**NONE, "top_logprobs": [{"token": "Yes", "logprob": math.nan}]}]},
+        {"content": [{"token": "Yes", "logprob": -0.1}]},
+        {"content": [{**NONE, "top_logprobs": [{"token": "Yes", "logprob": -9.0}, {"token": "No", "logprob": None}]}]},
+        [],
+        "x",
+    ],
+)
+def test_log_probabilities_that_say_nothing(server, logprobs):
+    """The word itself is there. JSON has no NaN and infinities, but servers send them."""
+    body = {"choices": [{"message": {"content": "Yes"}, "logprobs": logprobs}], "usage": {"x": math.nan}}
+    server.judge = lambda number, attempt: (200, body, {})
+    assert VLMJudge(server.url, "a-model")(["a"], IMAGES[:1]) == [1.0]
+
+
+def test_a_candidate_without_log_probability_has_none(server):
+    top = [
+        {"token": "Yes", "logprob": math.log(0.5)},
+        {"token": "No", "logprob": None},
+        {"token": "no", "logprob": -math.inf},
+    ]
+    logprobs = {"content": [{"token": "Yes", "logprob": 0.0, "top_logprobs": top}]}
+    server.judge = lambda number, attempt: {"message": {"content": "Yes"}, "logprobs": logprobs}
+    assert VLMJudge(server.url, "a-model")(["a"], IMAGES[:1]) == [1.0]
+
+
+NOTHING = [
+    {"choices": [{"finish_reason": "content_filter", "index": 0}]},
+    {"choices": [{"message": None}]},
+    {"choices": []},
+    {"choices": None},
+    {"choices": [{}]},
+    {"choices": [{"message": {"content": "I am sorry, I cannot help."}}]},
+]
+
+
+@pytest.mark.parametrize("body", NOTHING)
+@pytest.mark.parametrize("answer", ["yes_no", "number"])
+def test_answers_without_a_score_end_the_training_when_there_are_no_others(server, body, answer):
+    server.judge = lambda number, attempt: (200, body, {}) if number == 2 else says("yes 1")
+    judge = VLMJudge(server.url, "a-model", answer=answer)
+    for _ in range(4):
+        assert judge(["a"], [IMAGES[2]]) == [None]
+    assert judge(["a"] * 2, IMAGES[2:4]) == [None, 1.0]
+    for _ in range(4):
+        judge(["a"], [IMAGES[2]])
+    with pytest.raises(ValueError, match="in 5 calls in a row"):
+        judge(["a"], [IMAGES[2]])
 
 
 def test_images_that_are_refused(server, caplog):
@@ -250,8 +446,8 @@ def test_images_that_are_refused(server, caplog):
 
     server.judge = judge
     assert VLMJudge(server.url, "a-model")(PROMPTS, IMAGES) == [0.5, 0.5, None, None, 0.5, 0.5]
-    assert "1 of 6 images have no score: " in warnings(caplog)[0] and "against our policy" in warnings(caplog)[0]
-    assert "I will not" in warnings(caplog)[1]
+    (warning,) = warnings(caplog)
+    assert all(part in warning for part in ("2 of 6 images have no score: ", "against our policy", "I will not"))
 
 
 @pytest.mark.parametrize("status", [400, 422])

@@ -24,6 +24,11 @@ def pictures(sizes: list[tuple[int, int]] = SIZES) -> list[Image.Image]:
     return images
 
 
+def deep(image: Image.Image) -> Image.Image:
+    """Its greys in 16 bits."""
+    return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+
+
 def random_weights(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, torch.Tensor]:
     """Of the magnitudes that trained ones have; embeddings are so small that the epsilons of layer norms matter."""
     random = np.random.RandomState(seed)  # whose numbers are the same in all versions
