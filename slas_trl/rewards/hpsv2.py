@@ -71,23 +71,6 @@ class HPSv2(ModelReward):
 hpsv2 = HPSv2()
 
 
-def hpsv2_preprocess(image: Image) -> torch.Tensor:
-    """
-    Pixel values of an image as the `hpsv2` package computes them, to the bit.
-
-    An image whose longer side is 224 is neither resized nor padded, so it stays as narrow as it is.
-
-    Args:
-        image (`PIL.Image.Image`):
-            Of any size and mode; the package leaves the alpha channel of RGBA in, as a fourth, which is dropped here.
-
-    Returns:
-        `torch.Tensor`: float32 `(3, H, W)`, normalised by CLIP's mean and std; 224 × 224 unless H or W was 224.
-    """
-    pixels = _resized(image)
-    return _normalised(pixels if max(image.size) == SIZE else _padded(pixels))
-
-
 def _square(image: Image) -> torch.Tensor:
     """
     Pixel values `(3, 224, 224)` for the model. The package leaves an image of 224 × 150 narrow, and fails at the

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from math import ceil, exp, inf
+from math import exp, inf
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
@@ -132,9 +132,6 @@ class VLMJudge(Reward):
         concurrency (`int`, *optional*, defaults to `8`): Requests at a time, over all threads.
         timeout (`float`, *optional*, defaults to `60`): Seconds for one attempt.
         retries (`int`, *optional*, defaults to `6`): Further attempts where the server is busy or away.
-        dry_run (`bool`, *optional*, defaults to `False`):
-            Make every request, send none, and log how many there are, and how large. Needs neither server nor key; all
-            scores are `None`.
 
     Raises:
         `RewardUnavailableError`: when the last attempt was not answered either, for any image.
@@ -158,7 +155,6 @@ class VLMJudge(Reward):
     concurrency: int = 8
     timeout: float = 60.0
     retries: int = 6
-    dry_run: bool = False
     _failed_calls: FailedCalls = field(default_factory=FailedCalls, init=False, repr=False, compare=False)
 
     def __post_init__(self):
@@ -188,8 +184,6 @@ class VLMJudge(Reward):
         if not images:
             return []
         template = self._text()
-        if self.dry_run:
-            return self._plan(template, prompts, images)
         stop, slots = threading.Event(), _slots(self._endpoint().url, self.concurrency)
         answered, unanswered = [], []
 
@@ -316,20 +310,6 @@ class VLMJudge(Reward):
         if not self.low <= number <= self.high:
             raise _NoScoreError(f"One has the number {number:g}; expected one from {self.low:g} to {self.high:g}.")
         return (number - self.low) / (self.high - self.low)
-
-    def _plan(self, template: str, prompts: list[str], images: list[Image.Image]) -> Any:
-        bodies = [self._body(template, prompt, image) for prompt, image in zip(prompts, images, strict=True)]
-        scales = [min(1.0, self.max_image_side / max(image.size)) / 28 for image in images]
-        patches = sum(ceil(i.width * scale) * ceil(i.height * scale) for i, scale in zip(images, scales, strict=True))
-        text = sum(ceil(len(template.replace("{prompt}", prompt)) / 4) for prompt in prompts)
-        first = json.loads(bodies[0])
-        logger.warning(
-            "%s is a dry run, nothing was sent: %d requests to %s for %s, %.2f MB. About %d tokens of text, and %d of "
-            "images if the model takes one for 28 x 28 pixels, as Qwen's do. Answers of at most %s tokens each.",
-            *(self.__name__, len(bodies), self._endpoint().url, self.model, sum(map(len, bodies)) / 1e6),
-            *(text, patches, first.get("max_tokens") or first.get("max_completion_tokens", "any number of")),
-        )
-        return self._joined([None] * len(images))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import importlib.util
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from PIL import Image
 
 from slas_trl.rewards import HPSv2, hpsv2
 from slas_trl.rewards.by_name import resolve_reward
-from slas_trl.rewards.hpsv2 import FILES, hpsv2_preprocess
+from slas_trl.rewards.hpsv2 import FILES, SIZE, _normalised, _padded, _resized
 from tests.rewards.tiny_clips import OPEN_CLIP_ARCHITECTURE, picture, spread_out
 from tests.rewards.tiny_models import deep
 
@@ -45,10 +45,18 @@ def package(tmp_path_factory) -> ModuleType:
     shutil.copytree(Path(found.origin).parent / "src" / "open_clip", folder)
     shutil.copy(Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz", folder)
     with pytest.MonkeyPatch.context() as patch:
+        # It imports a drawing program by accident, which needs tkinter: not there in Debian's Python.
+        patch.setitem(sys.modules, "turtle", SimpleNamespace(forward=None))
         patch.syspath_prepend(folder.parent)
         yield importlib.import_module(folder.name)
     for name in [name for name in sys.modules if name.split(".")[0] == folder.name]:
         del sys.modules[name]
+
+
+def hpsv2_preprocess(image: Image.Image) -> torch.Tensor:
+    """As the package does: a picture whose longer side is 224 is neither resized nor padded, and stays narrow."""
+    pixels = _resized(image)
+    return _normalised(pixels if max(image.size) == SIZE else _padded(pixels))
 
 
 @pytest.fixture

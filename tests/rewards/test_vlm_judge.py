@@ -312,8 +312,6 @@ def test_servers_that_want_another_body(server, tmp_path):
         sent = server.requests[-1][2]
         assert sent.keys() == {"model", "messages", "logprobs", "top_logprobs", "max_completion_tokens", "seed"}
         assert (sent["max_completion_tokens"], sent["seed"]) == (32, 1)
-    dry = VLMJudge(server.url, "a-model", extra_body=extra, dry_run=True)
-    assert dry(["a"], IMAGES[:1]) == [None]
 
 
 # Servers that are busy, away, or broken
@@ -505,17 +503,6 @@ def test_keys(server, monkeypatch, caplog):
 
 
 # Without a server
-
-
-def test_a_dry_run(caplog):
-    judge = VLMJudge("http://192.0.2.1:9", "a-model", max_image_side=56, dry_run=True)
-    assert judge(["a cat", "two dogs"], [Image.new("RGB", (112, 56)), Image.new("RGB", (28, 28))]) == [None, None]
-    (warning,) = warnings(caplog)
-    assert "nothing was sent: 2 requests to http://192.0.2.1:9/v1/chat/completions for a-model" in warning
-    assert "3 of images" in warning and "at most 16 tokens" in warning
-    judge = UnifiedReward("http://192.0.2.1:9", dry_run=True)
-    assert judge(["a"], IMAGES[:1]) == {"alignment": [None], "coherence": [None], "style": [None]}
-    assert judge([], []) in ([], {"alignment": [], "coherence": [], "style": []})
 
 
 def test_a_template_of_a_file(server, tmp_path):
