@@ -182,9 +182,9 @@ class LoraArguments:
         """The adapter's configuration, or `None` for full fine-tuning."""
         if not self.use_peft:
             return None
-        targets = self.lora_target_modules or ["to_q", "to_k", "to_v", "to_out.0"]
+        targets, rank_stabilized = self.lora_target_modules, self.use_rslora
         return LoraConfig(
-            r=self.lora_r, lora_alpha=self.lora_alpha, target_modules=targets, use_rslora=self.use_rslora
+            r=self.lora_r, lora_alpha=self.lora_alpha, target_modules=targets, use_rslora=rank_stabilized
         )
 
 

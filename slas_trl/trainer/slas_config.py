@@ -2,15 +2,18 @@
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from ..schedulers.flow_sde import NOISE_SCHEDULES
 
 
 # Arguments of the pipeline's call that are the trainer's, or have a field of their own.
 RESERVED = {"prompt", "generator", "num_inference_steps", "num_images_per_prompt", "output_type", "return_dict"}
+MODES = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]  # of torch.compile
 
 
 @dataclass
@@ -152,6 +155,7 @@ class SLASConfig(TrainingArguments):
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "Kept off: all columns reach the rewards."}
     )
+    torch_compile_mode: str | None = field(default=None, metadata={"help": "See torch.compile.", "choices": MODES})
     gradient_accumulation_steps: int | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Micro-steps per update. Default: one update per pass over a rollout."}
     )
@@ -287,6 +291,11 @@ class SLASConfig(TrainingArguments):
     )
 
     @property
+    def run_dir(self) -> Path:
+        """`output_dir`, seen from where the configuration was made: a reward may change the working folder since."""
+        return self._home / (self.output_dir or "")
+
+    @property
     def num_trainable_steps(self) -> int:
         """Steps that a trajectory could be trained at: all, or all but the last."""
         return self.num_inference_steps - (0 if self.train_final_step else 1)
@@ -341,6 +350,7 @@ class SLASConfig(TrainingArguments):
         return {name: getattr(self, name) for name in names} | {"pipeline_kwargs": repr(self.pipeline_kwargs)}
 
     def __post_init__(self):
+        self._home = Path.cwd()
         one_update_per_pass = self.gradient_accumulation_steps is None
         if one_update_per_pass:
             self.gradient_accumulation_steps = 1  # a number for TrainingArguments; the true one is computed below
@@ -449,6 +459,17 @@ class SLASConfig(TrainingArguments):
                 f"Start one process for each with `accelerate launch --num_processes {self.n_gpu}`, or show it one "
                 "with CUDA_VISIBLE_DEVICES=0."
             )
+        if self.max_steps == 0 or (self.max_steps < 0 and self.num_train_epochs <= 0):
+            raise ValueError(
+                f"max_steps {self.max_steps}, num_train_epochs {self.num_train_epochs}: nothing to train."
+            )
+        if missing := {*cast(list, self.report_to)} - {*get_available_reporting_integrations()}:
+            raise ValueError(
+                f"report_to names {sorted(missing)}, which is not installed; install it, or leave it out."
+            )
+        for name in ("pipeline_kwargs", "model_init_kwargs", "lr_scheduler_kwargs"):
+            if not isinstance(getattr(self, name) or {}, dict):
+                raise ValueError(f"{name} must be a dictionary of arguments, but it is {getattr(self, name)!r}.")
         if reserved := RESERVED & set(cast(dict, self.pipeline_kwargs or {})):
             raise ValueError(f"pipeline_kwargs holds {sorted(reserved)}, which the trainer sets; leave that out.")
         if self.reward_weights is not None and not any(self.reward_weights):
