@@ -13,11 +13,14 @@ from PIL.Image import Image
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
+from transformers.utils import logging
 
 from .collectives import copy_full_tensor, full_tensor, reshard
 from .sampling import EpochRepeatSampler
 from .slas_config import SLASConfig
 
+
+logger = logging.get_logger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -92,6 +95,8 @@ class MetricsFileCallback(StepFileCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
+        if state.global_step >= state.max_steps:
+            logger.warning(f"Nothing is trained: the run ended at update {state.global_step}. Raise max_steps.")
         path = args.run_dir / self.file
         if state.is_world_process_zero and state.global_step and not path.exists():  # resumed in another folder
             path.write_text("".join(json.dumps({"step": log["step"], **log}) + "\n" for log in state.log_history))

@@ -278,7 +278,6 @@ class ResumableTrainer(Trainer):
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Nothing for a run that was at its end when it was resumed: the Trainer would make one update more."""
         if self.state.global_step >= self.state.max_steps:
-            logger.warning(f"Nothing is trained: the run ended at update {self.state.global_step}. Raise max_steps.")
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
