@@ -61,6 +61,8 @@ def load_pipeline(name_or_path: str, init_kwargs: dict[str, Any]) -> DiffusionPi
         `ValueError`: when there is no such pipeline, or one without a denoiser, and for arguments that do not fit.
     """
     folder, kind = Path(name_or_path), DiffusionPipeline
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise ValueError(f"{name_or_path!r} holds no diffusers pipeline: there is no model_index.json in it.")
     try:
         if folder.is_dir():
             kind = _class_of(json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
