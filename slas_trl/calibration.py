@@ -204,8 +204,8 @@ def read_rewards(trained: Curve, held_out: Sequence[Curve], evaluated: Sequence[
     curves = [trained, *held_out, *evaluated]
     blocks = trained.blocks()
     if blocks is None:
-        few = f"{len(trained.values)} rollouts are too few to tell; it takes {FEWEST_ROLLOUTS}."
-        return Reading("too short", few)
+        few = "1 rollout is" if len(trained.values) == 1 else f"{len(trained.values)} rollouts are"
+        return Reading("too short", f"{few} too few to tell; it takes {FEWEST_ROLLOUTS}.")
     level = 0.05 / 2 / (BLOCKS - 1) / len(curves)
     change = _change(trained.name, blocks, level, from_any=False)
     others, elsewhere = (

@@ -106,6 +106,7 @@ def _eval_results(facts: RunFacts, task: str) -> list[EvalResult]:
     # The evaluation's prompts may be of another data set than those of training.
     trained_on = scores.prompts_are == "training"
     data = one_line(facts.dataset) if facts.dataset and scores.prompts_are != "evaluation" else None
+    data = "shapes" if facts.of_shapes else data
     return [
         EvalResult(
             task_type=task,

@@ -219,6 +219,11 @@ class RunFacts:
         self.calibration = self.calibration if self.calibration and self.calibration in files else None
 
     @property
+    def of_shapes(self) -> bool:
+        """Whether scores and pictures are of the embedded pipeline's own prompts, whatever those of training were."""
+        return self.base.embedded and self.evaluation is not None and self.evaluation.prompts_are == "held-out"
+
+    @property
     def pictures(self) -> list[str]:
         """Paths of all pictures that the card shows: those that are pushed with it."""
         gallery = [path for sample in self.samples for path in (*sample.input_paths, sample.before, sample.after)]

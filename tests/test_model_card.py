@@ -254,6 +254,12 @@ class TestMetadata:
         metadata = metadata_of(facts(evaluation=scores, dataset="org/prompts", dataset_on_hub=True))
         assert metadata["model-index"][0]["results"][0]["dataset"] == expected
 
+    def test_the_embedded_pipeline_is_judged_by_prompts_of_shapes(self):
+        scores = replace(facts().evaluation, prompts_are="held-out")  # type: ignore[type-var]
+        changed = facts(evaluation=scores, dataset="two.txt", base=Base("ShapesPipeline", embedded=True))
+        assert metadata_of(changed)["model-index"][0]["results"][0]["dataset"]["name"] == "held-out prompts of shapes"
+        assert "spread over the list of held-out prompts of shapes" in page_of(changed).text
+
     def test_the_same_facts_give_the_same_card(self):
         again = RunFacts.from_dict(json.loads(json.dumps(facts(hostile=True).to_dict())))
         assert render(again, "user/repo") == render(facts(hostile=True), "user/repo")

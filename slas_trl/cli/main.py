@@ -5,6 +5,7 @@ Nothing heavy is imported here: `slas-trl --help` answers at once, and each scri
 """
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -80,6 +81,9 @@ def run_script(command: str, argv: list[str]) -> int:
 
 def call_script(module: str, argv: list[str]) -> int:
     """Import a script and call its `main`, and return the exit status, which is 0 where that returns none."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a character that the terminal lacks is no reason to end a run
+            stream.reconfigure(errors="replace")
     import_module("slas_trl.cli.advice")
     return import_module(module).main(argv) or 0
 

@@ -1,14 +1,19 @@
 """Checks before training: can this pipeline be a policy, and is its ratio exactly 1 before the first update?"""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import torch
 from diffusers import CacheMixin, DiffusionPipeline, PipelineQuantizationConfig
+from peft import PeftModel
 from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 
@@ -19,6 +24,7 @@ if TYPE_CHECKING:
 
 DENOISERS = ("transformer", "transformer_2", "unet")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+WRAPPERS = (PeftModel, OptimizedModule, DataParallel, DistributedDataParallel)
 CACHE_HOOKS = ("cache", "fbc", "broadcast")  # words in the names of diffusers' hooks that reuse earlier outputs
 
 
@@ -46,26 +52,38 @@ def _is_cached(module: nn.Module) -> bool:
 
 def load_pipeline(name_or_path: str, init_kwargs: dict[str, Any]) -> DiffusionPipeline:
     """
-    `DiffusionPipeline.from_pretrained`, which of a folder without a denoiser says only that some file is not there,
-    and takes `dtype` (or `torch_dtype`), for one component or all, as a `torch.dtype` alone; here "bfloat16" is one;
-    and `quantization_config` may be the arguments of a `PipelineQuantizationConfig`.
+    `DiffusionPipeline.from_pretrained`, which knows the classes of diffusers alone, and of what a folder lacks says
+    only that some file is not there; and takes `dtype` (or `torch_dtype`), for one component or all, as a
+    `torch.dtype` alone; here "bfloat16" is one; and `quantization_config` may be the arguments of a
+    `PipelineQuantizationConfig`.
 
     Raises:
-        `ValueError`: when the folder holds no pipeline, or one without a denoiser, and for an unknown dtype.
+        `ValueError`: when there is no such pipeline, or one without a denoiser, and for arguments that do not fit.
     """
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise ValueError(f"{name_or_path!r} holds no diffusers pipeline: there is no model_index.json in it.")
-        if not any((folder / name / "config.json").is_file() for name in DENOISERS):
-            raise ValueError(
-                f"{name_or_path!r} has no denoiser: expected a folder named one of {DENOISERS} in it, with a "
-                "config.json."
-            )
-    named = {key: _dtype(value) for key, value in init_kwargs.items() if key in ("dtype", "torch_dtype")}
-    if isinstance(quantization := init_kwargs.get("quantization_config"), dict):
-        named["quantization_config"] = PipelineQuantizationConfig(**quantization)
-    return DiffusionPipeline.from_pretrained(name_or_path, **{**init_kwargs, **named})
+    folder, kind = Path(name_or_path), DiffusionPipeline
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise ValueError(f"{name_or_path!r} holds no diffusers pipeline: there is no model_index.json in it.")
+    try:
+        if folder.is_dir():
+            kind = _class_of(json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
+            if not any((folder / name / "config.json").is_file() for name in DENOISERS):
+                raise ValueError(f"there is no denoiser: no folder in it is one of {DENOISERS}, with a config.json")
+        named = {key: _dtype(value) for key, value in init_kwargs.items() if key in ("dtype", "torch_dtype")}
+        if isinstance(quantization := init_kwargs.get("quantization_config"), dict):
+            named["quantization_config"] = PipelineQuantizationConfig(**quantization)
+        return kind.from_pretrained(name_or_path, **{**init_kwargs, **named})
+    except Exception as error:  # of files, the Hub, devices or what is in a folder: too many kinds to name
+        why = f"{type(error).__name__}: {str(error).rstrip('.')}"
+        options = f" with {', '.join(init_kwargs)}" if init_kwargs else ""  # not their values: a token
+        raise ValueError(f"{name_or_path!r} cannot be loaded as a pipeline{options}: {why}.") from error
+
+
+def _class_of(name: str) -> type[DiffusionPipeline]:
+    """Where diffusers has no pipeline of that name, the one that has been defined elsewhere, as `ShapesPipeline`."""
+    kinds = [DiffusionPipeline]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return next((kind for kind in kinds if kind.__name__ == name and name not in dir(diffusers)), DiffusionPipeline)
 
 
 def _dtype(value: Any) -> Any:
@@ -94,6 +112,8 @@ def pipeline_problems(pipe: DiffusionPipeline) -> Iterator[str]:
     denoisers = denoisers_of(pipe)
     if "Combined" in name:
         yield f"{name} runs several pipelines in one; pass the one that denoises, not the wrapper."
+    if "SAG" in name or "AttendAndExcite" in name:
+        yield f"{name} reads the denoiser's attention maps, which a replay has not; take another kind of guidance."
     if not denoisers:
         yield (
             f"{name} has no denoiser: expected a component named one of {DENOISERS}, but its components are "
@@ -108,6 +128,12 @@ def pipeline_problems(pipe: DiffusionPipeline) -> Iterator[str]:
             "expected one. Load the pipeline with a first-order scheduler."
         )
     for component, module in denoisers.items():
+        if isinstance(module, WRAPPERS):
+            plain = f"`pipe.{component}.unload()`" if isinstance(module, PeftModel) else "the module within"
+            yield (
+                f"{component} is a {type(module).__name__}; put {plain} in its place, and leave the rest to the "
+                "trainer: peft_config, torch_compile, `accelerate launch`."
+            )
         if _is_cached(module):
             yield (
                 f"A cache is enabled on {component}: it answers with outputs of earlier steps, so a step cannot be "

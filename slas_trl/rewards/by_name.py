@@ -118,10 +118,13 @@ def _load_file(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # it ends in .py
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    sys.path.append(str(Path(path).parent))  # as that of a script is, for what it imports from beside it
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[name]
+        if "relative import" in str(error):
+            raise ImportError(f"{error}: without its dot, the import finds what is beside {path}") from error
         raise
     return module
 

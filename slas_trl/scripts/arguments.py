@@ -58,35 +58,7 @@ REPLACES = {
 
 @dataclass
 class SLASScriptArguments:
-    """
-    What `slas-trl train` trains, on what, and for which reward.
-
-    Args:
-        model_name_or_path (`str`, *optional*):
-            Folder or Hub id of a diffusers pipeline. `None` is the embedded pipeline, with settings of its own.
-        adapter (`str`, *optional*):
-            Folder or Hub id, also `"user/adapter@branch"`, of a LoRA adapter of this pipeline, which training goes on
-            from.
-        reward_funcs (`list[str]`, *optional*):
-            Functions of `slas_trl.rewards` by name, or any others as `package.module:function` or `file.py:function`.
-            Options follow: `hpsv2:version=v2.0`.
-        eval_reward_funcs (`list[str]`, *optional*):
-            Rewards that are held out: scored in evaluation, and never trained on.
-        dataset_name (`str`, *optional*):
-            Prompts: a file (txt, jsonl, csv, tsv, parquet), `"shapes"`, or a Hub id. `None` leaves it to
-            `prompt_dataset`.
-        dataset_train_split (`str`, *optional*, defaults to `"train"`):
-            Split to train on.
-        dataset_test_split (`str`, *optional*, defaults to `"test"`):
-            Split to evaluate on, where there is one.
-        eval_dataset_name (`str`, *optional*):
-            Prompts to evaluate on, where they are not a split of `dataset_name`.
-        report_prompts (`int`, *optional*):
-            Number of prompts that are sampled before and after training, for the run's report. `None` is all held-out
-            ones of the embedded pipeline and 16 of any other's; 0 leaves this part of the report out.
-        report_images_per_prompt (`int`, *optional*, defaults to `4`):
-            Pictures of each of these prompts.
-    """
+    """What `slas-trl train` trains, on what, and for which reward: see the help of each field."""
 
     model_name_or_path: str | None = field(
         default=None,
@@ -98,7 +70,7 @@ class SLASScriptArguments:
     )
     reward_funcs: list[str] | None = field(
         default=None,
-        metadata={"help": "Names of functions of slas_trl.rewards, or package.module:function. May be several."},
+        metadata={"help": "Names in slas_trl.rewards, package.module:function or file.py:function. May be several."},
     )
     eval_reward_funcs: list[str] | None = field(
         default=None, metadata={"help": "Held-out rewards: scored in evaluation, never trained on."}
@@ -148,17 +120,7 @@ class SLASScriptArguments:
 
 @dataclass
 class LoraArguments:
-    """
-    The LoRA adapter, by the names of [`~trl.ModelConfig`].
-
-    Args:
-        use_peft (`bool`, *optional*, defaults to `False`): Train a LoRA adapter rather than all weights.
-        lora_r (`int`, *optional*, defaults to `16`): Rank.
-        lora_alpha (`int`, *optional*, defaults to `32`): Scale; the adapter is multiplied by `lora_alpha / lora_r`.
-        lora_dropout (`float`, *optional*, defaults to `0.0`): Has to be 0.
-        lora_target_modules (`list[str]`, *optional*): Layers to adapt. `None` is the attention projections.
-        use_rslora (`bool`, *optional*, defaults to `False`): Multiply by `lora_alpha / √lora_r` instead.
-    """
+    """The LoRA adapter, by the names of [`~trl.ModelConfig`]."""
 
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter rather than all weights."})
     lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
@@ -182,9 +144,9 @@ class LoraArguments:
         """The adapter's configuration, or `None` for full fine-tuning."""
         if not self.use_peft:
             return None
-        targets = self.lora_target_modules or ["to_q", "to_k", "to_v", "to_out.0"]
+        targets, rank_stabilized = self.lora_target_modules, self.use_rslora
         return LoraConfig(
-            r=self.lora_r, lora_alpha=self.lora_alpha, target_modules=targets, use_rslora=self.use_rslora
+            r=self.lora_r, lora_alpha=self.lora_alpha, target_modules=targets, use_rslora=rank_stabilized
         )
 
 

@@ -80,7 +80,3 @@ def _check(args: argparse.Namespace, output: Path) -> None:
         raise ValueError(f"--output must end in the name of an image format, such as .png, got {output.name!r}.")
     if output.is_dir():
         raise IsADirectoryError(f"--output {output} is a folder. Add a file name, such as x.png.")
-    model = args.model_name_or_path or ""
-    is_folder = model.startswith((".", "/")) or (model != "" and Path(model).is_dir())
-    if is_folder and not (Path(model) / "model_index.json").is_file():
-        raise FileNotFoundError(f"{model} holds no diffusers pipeline: there is no model_index.json in it.")

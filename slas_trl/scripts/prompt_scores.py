@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,9 @@ def write_prompts(data: Dataset, rows: Sequence[int], path: Path) -> None:
     pictures = [column for column in data.column_names if is_picture_column(data, column)]
     inside = [column for column in pictures if _has_images(data.features[column])]
     paths = [column for column in pictures if column not in inside]
-    if path.suffix == ".txt" and (data.column_names != ["prompt"] or any("\n" in prompt for prompt in kept["prompt"])):
+    if path.suffix == ".txt" and (
+        data.column_names != ["prompt"] or any(re.search(r"[\r\n]", p) for p in kept["prompt"])
+    ):
         raise ValueError(f"a .txt file holds prompts of one line and no columns; name {path.with_suffix('.jsonl')}.")
     if path.suffix != ".parquet" and inside:
         raise ValueError(f"the columns {inside} hold images, not paths; name {path.with_suffix('.parquet')}.")

@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,7 +77,7 @@ class RunReport:
 
     def write(self, before: Measurement, after: Measurement) -> str:
         """Write all of the report into the run's folder, the card aside, and return its table."""
-        trainer = self.trainer
+        trainer, shapes = self.trainer, self.base_model is None
         if before.shapes is not None and after.shapes is not None:
             table, rows = compare(before.shapes, after.shapes), _shapes_rows(before.shapes, after.shapes)
             scores: dict[str, Any] = {"before": before.shapes.to_dict(), "after": after.shapes.to_dict()}
@@ -99,13 +98,14 @@ class RunReport:
             judged = in_card = "Mean rewards"
             metrics = [_metric(name, each["after"], each["before"]) for name, each in comparison.items()]
         how = (
-            f"on {len(self.prompts)} {self.origin} prompts, {self.images_per_prompt} pictures each, drawn by "
-            "the pipeline's own sampler with the same seeds before and after; ± is the half width of a 95% interval."
+            f"on {len(self.prompts)} {self.origin} prompt{'s' * (len(self.prompts) != 1)}{' of shapes' * shapes}, "
+            f"{self.images_per_prompt} picture{'s' * (self.images_per_prompt != 1)} each, drawn by the pipeline's own "
+            "sampler with the same seeds before and after; ± is the half width of a 95% interval."
         )
         trainer.evaluation = Evaluation(f"{in_card} {how}", rows[0], rows[1:], metrics, self.origin)
         trainer.show(self.data, self.sheet_rows, after.sheet, before.sheet)
         if trainer.is_world_process_zero():
-            path = Path(trainer.args.output_dir or ".") / "evaluation.json"
+            path = trainer.args.run_dir / "evaluation.json"
             path.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
         return f"{judged} {how}\n\n{table}"
 

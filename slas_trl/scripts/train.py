@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         start = "" if adapter is None else f", from the adapter {adapter},"
         print(
             f"Training {base_model or 'the embedded pipeline'}{start} on {len(trainer.train_dataset)} prompts "
-            f"for {', '.join(script.reward_funcs)}; results go to {config.output_dir}."
+            f"for {', '.join(script.reward_funcs)}; results go to {config.output_dir}. Each rollout is "
+            f"{config.generation_batch_size} images of {config.num_inference_steps} steps."
         )
     report = None
     if script.report_prompts != 0:
@@ -56,14 +57,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(file=sys.stderr)  # ends the line of the progress bar, for the message that follows
         raise
     trainer.save_model(_internal_call=True)  # pushed below, with the report
-    if report is not None and before is not None:
-        text = report.write(before, report.measure())
-        if chief:
-            print(f"\n{text}\n")
+    try:
+        if report is not None and before is not None:
+            text = report.write(before, report.measure())
+            if chief:
+                print(f"\n{text}\n")
+        if not config.push_to_hub:
+            trainer.create_model_card(dataset_name=script.dataset_name)
+    except OSError as error:
+        raise OSError(
+            f"The report of the run could not be written ({error}). The trained weights are there."
+        ) from error
     if config.push_to_hub:
         push(trainer, script.dataset_name)
-    else:
-        trainer.create_model_card(dataset_name=script.dataset_name)
     if chief:
         print(f"Done. Look at {config.output_dir}: README.md says what is there and how to use it.")
 

@@ -53,19 +53,8 @@ class ShapesPipeline(StableDiffusion3Pipeline):
         image_encoder: Any = None,
         feature_extractor: Any = None,
     ):
-        super().__init__(
-            transformer=transformer,
-            scheduler=scheduler,
-            vae=vae,  # type: ignore[arg-type]
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            text_encoder_2=text_encoder_2,
-            tokenizer_2=tokenizer_2,
-            text_encoder_3=text_encoder_3,
-            tokenizer_3=tokenizer_3,
-            image_encoder=image_encoder,
-            feature_extractor=feature_extractor,
-        )
+        parts: tuple[Any, ...] = (transformer, scheduler, vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2)
+        super().__init__(*parts, text_encoder_3, tokenizer_3, image_encoder, feature_extractor)  # type: ignore[call-arg]
 
     def __call__(
         self,

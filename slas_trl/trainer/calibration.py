@@ -1,11 +1,10 @@
 """The callback that records every rollout in `calibration.jsonl` and draws `calibration.png`."""
 
 import math
-from pathlib import Path
 from typing import Any, cast
 
 from PIL import Image
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerState
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
@@ -60,9 +59,9 @@ class CalibrationCallback(StepFileCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self.draw(args, state)
 
-    def draw(self, args: TrainingArguments, state: TrainerState) -> None:
+    def draw(self, args: Any, state: TrainerState) -> None:
         """Write the picture, and show it in the trackers. A run does not fail because of it."""
-        folder = Path(args.output_dir or ".")
+        folder = args.run_dir
         if not state.is_world_process_zero or not (folder / CALIBRATION_FILE).is_file():
             return
         from ..calibration_panel import CALIBRATION_PICTURE, plot_calibration  # matplotlib, not before it is needed

@@ -10,13 +10,17 @@ import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
 from PIL.Image import Image
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
+from transformers.utils import logging
 
 from .collectives import copy_full_tensor, full_tensor, reshard
 from .sampling import EpochRepeatSampler
+from .slas_config import SLASConfig
 
+
+logger = logging.get_logger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -62,8 +66,8 @@ class StepFileCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.resumed_at = state.global_step
 
-    def append(self, args: TrainingArguments, record: dict[str, Any]) -> None:
-        path = Path(args.output_dir or ".") / self.file
+    def append(self, args: SLASConfig, record: dict[str, Any]) -> None:
+        path = args.run_dir / self.file
         if self.resumed_at is not None:  # not before there is something to log: a run that fails at once leaves it
             self._forget_after(path, self.resumed_at)
             self.resumed_at = None
@@ -91,7 +95,9 @@ class MetricsFileCallback(StepFileCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        path = Path(args.output_dir or ".") / self.file
+        if state.global_step >= state.max_steps:
+            logger.warning(f"Nothing is trained: the run ended at update {state.global_step}. Raise max_steps.")
+        path = args.run_dir / self.file
         if state.is_world_process_zero and state.global_step and not path.exists():  # resumed in another folder
             path.write_text("".join(json.dumps({"step": log["step"], **log}) + "\n" for log in state.log_history))
 

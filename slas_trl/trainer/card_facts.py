@@ -20,10 +20,11 @@ from .. import __version__, hub
 from ..calibration import CALIBRATION_FILE, read_rewards, read_rollouts, reward_curves
 from ..run_facts import Base, Evaluation, Metric, Scheduler
 from ..schedulers import FlowSDEScheduler
+from ..shapes.pipeline import weights_folder  # with it, `load_pipeline` knows the class
 from . import lora
 from .callbacks import METRICS_FILE
 from .calls import PipelineCalls, is_picture_column
-from .prompts import BUILDERS
+from .prompts import SUFFIXES
 from .slas_config import SLASConfig
 
 
@@ -66,8 +67,6 @@ def base_of(pipe: DiffusionPipeline, denoiser: torch.nn.Module, init_kwargs: Map
         return base
     path = Path(origin)
     if path.exists():
-        from ..shapes.pipeline import weights_folder
-
         cached = [match for part in path.parts if (match := CACHED.fullmatch(part))]
         base.embedded = path == Path(weights_folder("pipeline"))
         if base.embedded:
@@ -160,7 +159,7 @@ def dataset_of(name: str | None) -> tuple[str | None, bool]:
     if name is None or name == "shapes":
         return name, False
     path = Path(name)
-    on_hub = not path.exists() and path.suffix not in (".txt", *BUILDERS) and is_hub_id(name)
+    on_hub = not path.exists() and path.suffix.lower() not in SUFFIXES and is_hub_id(name)
     return (name, True) if on_hub else (path.name, False)
 
 

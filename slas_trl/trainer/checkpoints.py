@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import tempfile
 import threading
 import time
 import zlib
@@ -127,6 +128,25 @@ def on_interrupt(note: Callable[[], None]) -> Iterator[None]:
 
 def discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def lost(what: str, output_dir: Path, error: Exception) -> OSError:
+    """What to raise where a full disk has ended a run: what could not be written, and what is left."""
+    last = last_whole_checkpoint(output_dir)
+    left = f"the last whole one is {str(last)!r}; resume from there" if last else "there is no earlier one"
+    return OSError(f"{what} could not be written ({error}). Of the checkpoints, {left} after making room.")
+
+
+def try_writing(folder: Path) -> None:
+    """Raise before a run what would be raised when its results are written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise OSError(
+            f"The output_dir {str(folder)!r} cannot be written to ({error.strerror}). Name another one, or make room."
+        ) from error
 
 
 def publish(written: Path, folder: Path) -> None:

@@ -60,6 +60,8 @@ def add_adapter(denoiser: Any, config: PeftConfig) -> None:
         )
     if not takes_adapter(denoiser):
         raise ValueError(f"A {type(denoiser).__name__} takes no adapter; leave peft_config out to train all of it.")
+    if not config.target_modules and not config.target_parameters:
+        config.target_modules = ["to_q", "to_k", "to_v", "to_out.0"]  # peft has defaults for language models alone
     _refuse_fused(denoiser)
     active = {
         layer: [] if layer.disable_adapters else list(layer.active_adapters) for layer in _adapter_layers(denoiser)

@@ -1,16 +1,21 @@
 """Prompt data sets: from the embedded world, from a file, or from the Hub."""
 
+import csv
+import io
+import json
+import reprlib
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset
-from datasets.exceptions import DatasetGenerationError
+import pandas as pd
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from .calls import is_picture_column
 
 
-BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")  # of files of prompts, in small or capital letters
 
 
 def load_prompts(name_or_path: str, split: str = "train") -> Dataset:
@@ -20,8 +25,8 @@ def load_prompts(name_or_path: str, split: str = "train") -> Dataset:
     Args:
         name_or_path (`str`):
             `"shapes"` for the embedded world; a file (.txt with one prompt per line, or .json, .jsonl, .csv, .tsv,
-            .parquet with a "prompt" column); or a data set on the Hub. Paths of images in a file, in columns whose
-            names end in "image" or "images", are relative to the file's folder.
+            .parquet with a "prompt" column), in UTF-8; or a data set on the Hub. Paths of
+            images in a file, in columns whose names end in "image" or "images", are relative to the file's folder.
         split (`str`, *optional*, defaults to `"train"`): split of the embedded world or of the Hub's data set.
 
     Returns:
@@ -36,19 +41,18 @@ def load_prompts(name_or_path: str, split: str = "train") -> Dataset:
         from ..shapes import shapes_prompts
 
         return shapes_prompts(split)
-    if path.suffix in (".txt", *BUILDERS) and not path.is_file():
+    if path.suffix.lower() in SUFFIXES and not path.is_file():
         raise FileNotFoundError(f"There is no prompt file {str(path)!r}; check the path.")
-    if path.suffix == ".txt":
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-        data = Dataset.from_dict({"prompt": [line for line in lines if line]})
-    elif path.suffix in BUILDERS:
-        data = _read(path)
-    else:
-        data = datasets.load_dataset(name_or_path, split=split)
-    if not isinstance(data, Dataset):
-        raise TypeError(
-            f"{name_or_path!r} is a {type(data).__name__}; expected a data set that fits in memory or on disk."
-        )
+    try:
+        data = _read(path) if path.is_file() else datasets.load_dataset(name_or_path, split=split)
+    except Exception as error:  # of the Hub, the cache, or what is in the file: too many kinds to name
+        why = error.__cause__ or error
+        hint = " Save it as UTF-8." if isinstance(why, UnicodeError) else ""
+        hint = " Set HF_HOME to a folder that can be written to." if isinstance(why, OSError) and why.errno else hint
+        raise ValueError(
+            f"The prompts {name_or_path!r} cannot be read: {why}.{hint} Expected a data set on the Hub, or a file "
+            f"({', '.join(SUFFIXES)})."
+        ) from error
     data = check_prompts(data, repr(name_or_path))
     pictures = [column for column in data.column_names if is_picture_column(data, column)]
     if path.is_file() and pictures:
@@ -64,32 +68,39 @@ def _beside(file: Path, image: Any) -> Any:
     return str(file.parent / image) if found else image
 
 
-def _read(path: Path) -> Dataset:
-    """A file of one of the formats in `BUILDERS`."""
-    builder = BUILDERS[path.suffix]
-    options: dict[str, Any] = {"delimiter": "\t"} if path.suffix == ".tsv" else {}
-    if not path.stat().st_size:
-        raise ValueError(f"The prompt file {str(path)!r} is empty; expected at least one prompt.")
-    try:
-        data = datasets.load_dataset(builder, data_files=str(path), split="train", **options)
-    except (ValueError, DatasetGenerationError) as error:
-        raise ValueError(
-            f"The prompt file {str(path)!r} is empty, or cannot be read as {builder}: {error.__cause__ or error}"
-        ) from error
-    if builder == "csv" and "__index_level_0__" in data.column_names:
-        # The reader takes what is too much for an index, and of "a cat, asleep" keeps "asleep".
-        raise ValueError(
-            f"{str(path)!r} has rows with more fields than its header; quote prompts with commas or tabs."
-        )
-    return data
+def _read(path: Path) -> Any:
+    """A file of one of `SUFFIXES`: all but Parquet, which may be large, without the cache of `datasets`."""
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return datasets.load_dataset("parquet", data_files=str(path), split="train")
+    if suffix not in SUFFIXES:
+        raise ValueError("the end of its name is of no format that is read")
+    text = path.read_text(encoding="utf-8-sig")
+    if "\0" in text:
+        raise UnicodeError("it has zero bytes, as UTF-16 has")
+    lines = [line.strip() for line in text.split("\n") if line.strip()]  # a form feed or U+2028 ends none
+    if suffix == ".txt" or not lines:
+        return Dataset.from_dict({"prompt": lines})
+    if suffix in (".json", ".jsonl"):
+        rows = json.loads(text if lines[0].startswith("[") else "[" + ",\n".join(lines) + "]")
+        rows = [row if isinstance(row, dict) else {"prompt": row} for row in rows]
+        names = dict.fromkeys(chain.from_iterable(rows))
+        return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names}, on_mixed_types="use_json")
+    marks: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {}
+    frame = pd.read_csv(io.StringIO(text), low_memory=False, **marks)
+    if not isinstance(frame.index, pd.RangeIndex):  # pandas takes for it what is too much
+        raise ValueError("it has rows with more fields than its header; quote prompts with commas, in a .csv")
+    if "prompt" in frame:  # be it None or 1984, its cells are text
+        frame["prompt"] = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, **marks)["prompt"]
+    return Dataset.from_pandas(frame, preserve_index=False)
 
 
 def check_prompts(data: Dataset, name: str) -> Dataset:
     """`data` itself, if every row has a prompt to give; else a ValueError that says which does not."""
     if not isinstance(data, Dataset):
-        raise TypeError(
-            f"{name} must be a datasets.Dataset, but it is a {type(data).__name__}; use Dataset.from_list."
-        )
+        how = {DatasetDict: "pass one of its splits", IterableDataset: "use Dataset.from_list(list(data))"}
+        how = how.get(type(data), "use Dataset.from_list, of dictionaries with a 'prompt'")
+        raise TypeError(f"{name} must be a datasets.Dataset, but it is a {type(data).__name__}; {how}.")
     if "prompt" not in data.column_names:
         raise ValueError(
             f"{name} has no column 'prompt'; its columns are {data.column_names}. Rename the one with the text."
@@ -102,5 +113,8 @@ def check_prompts(data: Dataset, name: str) -> Dataset:
         raise ValueError(f"{name} is empty; expected at least one prompt.")
     bad = [i for i, prompt in enumerate(data["prompt"]) if not isinstance(prompt, str) or not prompt.strip()]
     if bad:
-        raise ValueError(f"{name} has rows without a prompt: {bad[:5]}{' ...' if len(bad) > 5 else ''}. Remove them.")
+        raise ValueError(
+            f"{name} has rows without a prompt: {bad[:5]}{' ...' if len(bad) > 5 else ''}; the first has "
+            f"{reprlib.repr(data['prompt'][bad[0]])}. Remove them, or give the text of them alone."
+        )
     return data

@@ -65,7 +65,7 @@ class ResumableTrainer(Trainer):
 
     @property
     def _output_dir(self) -> Path:
-        return Path(self.args.output_dir or ".")
+        return self.args.run_dir
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -139,8 +139,13 @@ class ResumableTrainer(Trainer):
         folder = Path(output_dir) if output_dir else self._output_dir
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-        with self._averaged_weights():
-            lora.save_weights(self.pipe, self.denoiser_names, folder, self.has_adapter, self.args.should_save)
+        try:
+            with self._averaged_weights():
+                lora.save_weights(self.pipe, self.denoiser_names, folder, self.has_adapter, self.args.should_save)
+        except checkpoints.WRITE_ERRORS as error:
+            if self._writing is not None:
+                raise
+            raise checkpoints.lost(f"The weights in {str(folder)!r}", self._output_dir, error) from error
 
     def _load_weights(self, folder: str | Path) -> None:
         lora.load_weights(self.pipe, self.denoiser_names, folder, self.has_adapter)
@@ -153,7 +158,7 @@ class ResumableTrainer(Trainer):
             self._ema.adopt()
 
     def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._writing is None else str(self._writing)
+        return str(self._writing or self._output_dir)
 
     def _save_checkpoint(self, model: torch.nn.Module | None, trial: Any) -> None:
         """The Trainer's, in a temporary folder: it has its name when it is whole, before any process goes on."""
@@ -180,12 +185,7 @@ class ResumableTrainer(Trainer):
         except checkpoints.WRITE_ERRORS as error:
             if self.args.should_save:
                 checkpoints.tidy(folder.parent)
-            last = checkpoints.last_whole_checkpoint(folder.parent)
-            resume = f"the last whole one is {str(last)!r}; resume from there" if last else "there is no earlier one"
-            raise OSError(
-                f"The checkpoint {str(folder)!r} could not be written ({error}) and was removed; {resume} after "
-                "making room."
-            ) from error
+            raise checkpoints.lost(f"The checkpoint {str(folder)!r}", folder.parent, error) from error
         finally:
             self._writing = None
             if self.args.should_save:

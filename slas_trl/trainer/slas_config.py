@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, cast, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 
 from ..advantages import check_number
@@ -14,6 +16,7 @@ from ..schedulers.flow_sde import NOISE_SCHEDULES
 
 # Arguments of the pipeline's call that are the trainer's, or have a field of their own.
 RESERVED = {"prompt", "generator", "num_inference_steps", "num_images_per_prompt", "output_type", "return_dict"}
+MODES = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]  # of torch.compile
 
 # Numbers and the interval that they have to be in, which is checked when they are read.
 Count = Annotated[int, "[1, inf)"]
@@ -172,6 +175,7 @@ class SLASConfig(TrainingArguments):
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "Kept off: all columns reach the rewards."}
     )
+    torch_compile_mode: str | None = field(default=None, metadata={"help": "See torch.compile.", "choices": MODES})
     gradient_accumulation_steps: int | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Micro-steps per update. Default: one update per pass over a rollout."}
     )
@@ -313,6 +317,11 @@ class SLASConfig(TrainingArguments):
     )
 
     @property
+    def run_dir(self) -> Path:
+        """`output_dir`, seen from where the configuration was made: a reward may change the working folder since."""
+        return self._home / (self.output_dir or "")
+
+    @property
     def num_trainable_steps(self) -> int:
         """Steps that a trajectory could be trained at: all, or all but the last."""
         return self.num_inference_steps - (0 if self.train_final_step else 1)
@@ -376,6 +385,7 @@ class SLASConfig(TrainingArguments):
         return {name: getattr(self, name) for name in names} | others
 
     def __post_init__(self):
+        self._home = Path.cwd()
         one_update_per_pass = self.gradient_accumulation_steps is None
         if self.metric_for_best_model is None and (self.load_best_model_at_end or self.save_strategy == "best"):
             self.metric_for_best_model = "eval_reward"
@@ -471,6 +481,15 @@ class SLASConfig(TrainingArguments):
                 f"Start one process for each with `accelerate launch --num_processes {self.n_gpu}`, or show it one "
                 "with CUDA_VISIBLE_DEVICES=0."
             )
+        if self.max_steps == 0:
+            raise ValueError("max_steps is 0: nothing would be trained. Leave it out, or give a number of updates.")
+        if missing := {*cast(list, self.report_to)} - {*get_available_reporting_integrations()}:
+            raise ValueError(
+                f"report_to names {sorted(missing)}, which is not installed; install it, or leave it out."
+            )
+        for name in ("pipeline_kwargs", "model_init_kwargs", "lr_scheduler_kwargs"):
+            if not isinstance(getattr(self, name) or {}, dict):
+                raise ValueError(f"{name} must be a dictionary of arguments, but it is {getattr(self, name)!r}.")
         if reserved := RESERVED & set(cast(dict, self.pipeline_kwargs or {})):
             raise ValueError(f"pipeline_kwargs holds {sorted(reserved)}, which the trainer sets; leave that out.")
         if self.reward_weights is not None and not any(self.reward_weights):

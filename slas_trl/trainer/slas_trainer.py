@@ -21,6 +21,7 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
@@ -33,7 +34,7 @@ from ..policy.doctor import denoisers_of, load_pipeline
 from ..rewards.base import still
 from ..rewards.by_name import RewardFunc
 from ..schedulers import stochastic_scheduler
-from . import lora, sampling
+from . import checkpoints, lora, sampling
 from .calibration import CalibrationCallback, rollout_record
 from .callbacks import (
     DenoiserTensorBoardCallback,
@@ -104,6 +105,7 @@ class SLASTrainer(PublishingTrainer):
         eval_reward_funcs: RewardFunc | str | Sequence[RewardFunc | str] | None = None,
     ):
         args = SLASConfig() if args is None else args
+        checkpoints.try_writing(args.run_dir)
         self.scorer = self.eval_scorer = RewardScorer(reward_funcs)
         if eval_reward_funcs:
             self.eval_scorer = RewardScorer([*self.scorer.functions, *RewardScorer(eval_reward_funcs).functions])
@@ -282,6 +284,8 @@ class SLASTrainer(PublishingTrainer):
     def _sample_rollout(self, indices: list[int], rollout_index: int) -> Buffer:
         args, size, device = self.args, self.args.per_device_train_batch_size, self.accelerator.device
         first = self.accelerator.process_index * len(indices)
+        what = f"rollout, {len(indices) * args.num_inference_steps} denoiser passes"
+        bar = tqdm(desc=what, total=len(indices), unit="image", leave=False, disable=args.disable_tqdm or first > 0)
         noise = sampling.generators(
             [(args.seed, sampling.STEP_NOISE, rollout_index, first + i) for i in range(len(indices))]
         )
@@ -309,8 +313,10 @@ class SLASTrainer(PublishingTrainer):
                 made = as_pictures(rollout.images, rollout.problems, call["prompt"])
                 self._add_images(scoring, self.train_dataset, indices[len(images) : len(images) + len(made)], made)
                 images += made
+                bar.update(len(made))
                 rollout.images = None  # the replay does not need them
                 chunks.append(rollout)
+            bar.close()
             self.replayer.scheduler.window = None
             reshard(cast(torch.nn.Module, self.model_wrapped))
             self._place_frozen_components("cpu")

@@ -243,6 +243,12 @@ def test_evaluation_prompts_are_used_for_the_report(capsys):
         (["--reward_funcs", "tiny_rewards:fails_on_dots", "--reward_weights", "1"], ["'fails_on_dots'", "'dots'"]),
         (["--reward_funcs", "tiny_rewards:never", "--reward_weights", "1", "--report_prompts", "0"], ["never", "NaN"]),
         (["--model_name_or_path", "no_denoiser"], ["unet"]),
+        (["--dataset_name", ""], ["prompts ''"]),
+        (["--dataset_name", "tiny_rewards.py"], ["tiny_rewards.py", "Expected"]),
+        (["--report_to", "dvclive"], ["report_to", "dvclive"]),
+        (["--model_init_kwargs", "[1]"], ["model_init_kwargs", "'[1]'"]),
+        (["--max_steps", "0"], ["max_steps", "nothing to train"]),
+        (["--output_dir", "run.yaml"], ["output_dir", "run.yaml", "cannot be written to"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and str(value[0]).startswith("-") else None,
 )
@@ -290,6 +296,28 @@ def test_the_command_line_overrides_the_yaml_file():
     assert (config.gamma, lora.lora_r, lora.lora_alpha) == (0.25, 2, 16)
     assert script.reward_funcs == SETTINGS["reward_funcs"]
     assert config.learning_rate == 1e-2  # "1e-2" is a string to YAML
+
+
+def test_a_terminal_that_lacks_a_character_ends_no_run(home):
+    """And one prompt, picture or rollout is one."""
+    argv = ["train", "--config", "run.yaml", "--output_dir", "ascii", "--max_steps", "1", "--report_prompts", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "slas_trl.cli.main", *argv, "--report_images_per_prompt", "1"],
+        cwd=home,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and "Done." in done.stdout, done.stderr
+    assert "2 training prompts, 1 picture each" in done.stdout and "Each rollout is 8 images of 3 steps" in done.stdout
+
+
+def test_a_report_that_cannot_be_written(capsys):
+    Path("no_card/README.md").mkdir(parents=True)
+    argv = ["train", "--config", "run.yaml", "--output_dir", "no_card", "--max_steps", "1", "--report_prompts", "1"]
+    assert main([*argv, "--save_strategy", "no"]) == 2
+    assert "The report of the run could not be written" in capsys.readouterr().err
 
 
 def test_only_the_embedded_pipeline_has_its_settings():

@@ -1,16 +1,27 @@
+from inspect import signature
+
 import pytest
 import torch
 from diffusers import (
     FirstBlockCacheConfig,
     HeunDiscreteScheduler,
     PyramidAttentionBroadcastConfig,
+    StableDiffusionAttendAndExcitePipeline,
     StableDiffusionPipeline,
+    StableDiffusionSAGPipeline,
     apply_first_block_cache,
 )
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from slas_trl.policy import PipelineReplayer, RatioReport, check_pipeline, find_dropout, measure_ratio
-from slas_trl.policy.doctor import counting_activations, pipeline_problems, rollout_bytes, samples_per_call
+from slas_trl.policy.doctor import (
+    counting_activations,
+    load_pipeline,
+    pipeline_problems,
+    rollout_bytes,
+    samples_per_call,
+)
+from slas_trl.shapes import ShapesPipeline, load_shapes_pipeline
 from tests.tiny_pipelines import PIPELINES, flux_pipeline, sd3_pipeline, sd_pipeline
 
 
@@ -115,6 +126,61 @@ def test_all_problems_are_found():
     with pytest.raises(ValueError) as error:
         check_pipeline(pipe)
     assert str(error.value) == order
+
+
+@pytest.mark.parametrize("wrap", [lambda m: get_peft_model(m, LoraConfig(target_modules=["to_q"])), torch.compile,
+                                  torch.nn.DataParallel], ids=["peft", "compiled", "parallel"])  # fmt: skip
+def test_a_denoiser_in_something_else(wrap):
+    pipe = sd3_pipeline()
+    plain, pipe.transformer = pipe.transformer, wrap(pipe.transformer)
+    with pytest.raises(ValueError, match="transformer is a .*in its place.*peft_config"):
+        PipelineReplayer(pipe)
+    if isinstance(pipe.transformer, PeftModel):
+        assert "pipe.transformer.unload()" in next(pipeline_problems(pipe))
+        assert pipe.transformer.unload() is plain
+
+
+@pytest.mark.parametrize("kind", [StableDiffusionSAGPipeline, StableDiffusionAttendAndExcitePipeline])
+def test_guidance_by_attention_maps(kind):
+    parts = {name: part for name, part in sd_pipeline().components.items() if name in signature(kind).parameters}
+    pipe = kind(**parts, requires_safety_checker=False)
+    with pytest.raises(ValueError, match=f"{kind.__name__} reads the denoiser's attention maps"):
+        check_pipeline(pipe)
+
+
+# Can it be loaded?
+
+
+def test_the_embedded_pipeline_from_a_folder(tmp_path):
+    load_shapes_pipeline().save_pretrained(tmp_path)
+    assert isinstance(load_pipeline(str(tmp_path), {"dtype": "float32"}), ShapesPipeline)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "what"),
+    [
+        ("model_index.json", None, "model_index.json"),
+        ("model_index.json", "{}", "_class_name"),
+        ("model_index.json", "{", "JSONDecodeError"),
+        ("model_index.json", '{"_class_name": "NoSuchPipeline"}', "NoSuchPipeline"),
+        ("text_encoder/model.safetensors", "cut", "afetensor"),
+        ("unet/diffusion_pytorch_model.safetensors", "cut", "."),
+        ("vae/config.json", "{", "config.json"),
+    ],
+)
+def test_a_damaged_folder(tmp_path, file, text, what):
+    sd_pipeline().save_pretrained(tmp_path)
+    (tmp_path / file).unlink() if text is None else (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=f"{tmp_path}' (cannot be loaded as a|holds no diffusers) pipeline: .*{what}"):
+        load_pipeline(str(tmp_path), {})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the device is there")
+def test_arguments_that_cannot_be_used_do_not_show_their_values(tmp_path):
+    sd_pipeline().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="with device_map, token: ") as error:
+        load_pipeline(str(tmp_path), {"device_map": "cuda", "token": "hf_secret"})
+    assert "hf_secret" not in str(error.value)
 
 
 # Is its ratio 1?

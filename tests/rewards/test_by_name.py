@@ -138,6 +138,24 @@ def test_a_class_of_a_file(tmp_path):
     assert hasattr(sys.modules["json"], "dumps")
 
 
+def test_a_file_imports_what_is_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "beside_it.py").write_text("LEVEL = 0.5")
+    (tmp_path / "lazily.py").write_text("FACTOR = 2")
+    file = tmp_path / "my_rewards.py"
+    file.write_text(
+        "from beside_it import LEVEL\n"
+        "def red(prompts, images, **columns):\n"
+        "    from lazily import FACTOR\n"
+        "    return [LEVEL * FACTOR] * len(images)\n"
+    )
+    assert resolve_reward(f"{file}:red")(PROMPTS, IMAGES) == [1]
+    file = tmp_path / "relative.py"
+    file.write_text("from .beside_it import LEVEL as red")
+    with pytest.raises(ValueError, match="relative import.*without its dot"):
+        resolve_reward(f"{file}:red")
+
+
 def test_a_file_that_fails_is_read_again(tmp_path):
     file = tmp_path / "my_rewards.py"
     file.write_text("1 / 0")

@@ -1,9 +1,13 @@
 """What `SLASTrainer` refuses, and the check before the first update."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 
 from slas_trl import SLASTrainer
 from tests.tiny_pipelines import sd3_pipeline, sd_pipeline
@@ -39,6 +43,47 @@ def test_dropout_in_the_denoiser(tmp_path):
     pipe.unet.up_blocks[0].resnets[0].dropout.p = 0.1
     with pytest.raises(ValueError, match="unet has dropout in 1 place"):
         tiny_trainer(tmp_path, "sd", model=pipe)
+
+
+def test_an_adapter_of_no_layers_in_particular_is_of_the_attention(tmp_path):
+    trainer = tiny_trainer(tmp_path, peft_config=LoraConfig(r=4))
+    names = {name.split(".lora_")[0].split("attn.")[1] for name in trained_weights(trainer)}
+    assert names == {"to_q", "to_k", "to_v", "to_out.0"}
+
+
+def test_a_reward_that_goes_to_another_folder(tmp_path, monkeypatch, capsys):
+    def wandering(prompts, images, **columns):
+        os.chdir(tmp_path / "elsewhere")
+        return redness(prompts, images)
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    trainer = tiny_trainer("run", reward_funcs=wandering, save_strategy="steps", save_steps=1, disable_tqdm=False)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    assert not list(Path("../elsewhere").iterdir())
+    assert {"metrics.jsonl", "README.md", "checkpoint-2"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    assert "rollout, 32 denoiser passes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_steps": 0},
+        {"max_steps": -1, "num_train_epochs": 0},
+        {"max_steps": -1, "num_train_epochs": -1},
+        {"report_to": "dvclive"},
+        {"report_to": ["tensorboard", "nonsense"]},
+        {"model_init_kwargs": "[1]"},
+        {"pipeline_kwargs": "strength"},
+        {"torch_compile_mode": "nonsense"},
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be(tmp_path, changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        tiny_config(tmp_path, **changes)
 
 
 def test_what_is_no_adapter(tmp_path):

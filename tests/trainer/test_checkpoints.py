@@ -174,12 +174,13 @@ def test_the_resumed_run_is_the_uninterrupted_one(tmp_path, family, settings):
 @pytest.mark.parametrize(
     "length", [{"max_steps": 2}, {"max_steps": -1, "num_train_epochs": 1}], ids=["steps", "epochs"]
 )
-def test_a_run_that_is_at_its_end_is_not_trained_further(tmp_path, length):
+def test_a_run_that_is_at_its_end_is_not_trained_further(tmp_path, length, caplog):
     first = trained(tmp_path, **length, **EVERY_UPDATE)
     lines, steps = logged(tmp_path), first.state.global_step
     again = tiny_trainer(tmp_path, **length, **EVERY_UPDATE)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == steps and same(trained_weights(first), trained_weights(again))
+    assert f"Nothing is trained: the run ended at update {steps}" in caplog.text
     assert logged(tmp_path) == lines and len(checkpoints_in(tmp_path)) == steps
 
 
@@ -525,6 +526,27 @@ def test_a_full_disk_at_the_first_checkpoint(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not checkpoints_in(tmp_path) and not list(tmp_path.glob("_*"))
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["adapter", "all weights"])
+def test_a_full_disk_at_the_end(tmp_path, full):
+    trainer = trained(tmp_path, full=full, max_steps=1, **EVERY_UPDATE)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, before[1]))
+    try:
+        with pytest.raises(
+            OSError, match="The weights in .* could not be written.* last whole one is .*checkpoint-1'"
+        ):
+            trainer.save_model()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("place", ["file", "file/run", "/proc/run"])
+def test_a_folder_that_cannot_be_written_to_is_known_before_the_run(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=f"The output_dir .*{place}' cannot be written to"):
+        tiny_trainer(tmp_path / place, model="no such model")
 
 
 def test_a_disk_that_is_full_for_a_name_keeps_what_had_it(tmp_path, monkeypatch):

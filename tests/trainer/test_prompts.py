@@ -2,9 +2,10 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from slas_trl.trainer.prompts import check_prompts, load_prompts
 
@@ -14,18 +15,18 @@ ROWS = [{"prompt": "a cat, sleeping", "tag": "cat"}, {"prompt": "zwei Hunde im G
 
 def written(path, rows=ROWS) -> str:
     """`rows` in the format of the file's name."""
-    columns = list(rows[0])
     if path.suffix == ".txt":
         path.write_text("".join(row["prompt"] + "\n" for row in rows), encoding="utf-8")
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows), encoding="utf-8")
     elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     elif path.suffix == ".parquet":
         Dataset.from_list(rows).to_parquet(path)
     else:
-        mark = {".csv": ",", ".tsv": "\t"}[path.suffix]
-        lines = [mark.join(columns), *(mark.join(f'"{row[c]}"' for c in columns) for row in rows)]
+        columns = list(rows[0])
+        mark, quote = {".csv": (",", '"'), ".tsv": ("\t", "")}[path.suffix]
+        lines = [mark.join(columns), *(mark.join(f"{quote}{row[c]}{quote}" for c in columns) for row in rows)]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(path)
 
@@ -42,6 +43,80 @@ def test_a_file(tmp_path, suffix):
     assert list(data["prompt"]) == [row["prompt"] for row in ROWS]
     if suffix != ".txt":
         assert list(data["tag"]) == ["cat", "dog"]
+
+
+NO_ENDS = "a\u2028b\u2029c\x85d\fe\vf\x1cg"  # which Python's splitlines takes for ends of lines
+WORDS = ["None", "null", "NA", "nan", "N/A", "1984", "True", "007", "1e5"]  # which a reader of tables takes for values
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".json", ".jsonl", ".csv", ".tsv", ".TXT", ".JSONL", ".Csv"])
+def test_prompts_are_read_as_they_stand(tmp_path, suffix, monkeypatch):
+    rows = [{"prompt": prompt, "number": i} for i, prompt in enumerate([*WORDS, NO_ENDS, "é ü 東"])]
+    path = tmp_path / f"prompts{suffix.lower()}"
+    written(path, rows)
+    path = path.rename(tmp_path / f"prompts{suffix}")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "file")  # where nothing can be kept
+    data = load_prompts(str(path))
+    assert data["prompt"] == [row["prompt"] for row in rows]
+    if suffix.lower() != ".txt":
+        assert data["number"][:2] == [0, 1] or suffix == ".Csv"
+
+
+def test_other_columns_keep_their_types(tmp_path):
+    path = tmp_path / "prompts.csv"
+    path.write_text("prompt,count,share,flag,note,image\na,1,0.5,True,NA,a.png\nb,2,1.5,False,x,b.png\n")
+    (tmp_path / "a.png").write_text("")
+    data = load_prompts(str(path))
+    assert data[0] == {
+        "prompt": "a",
+        "count": 1,
+        "share": 0.5,
+        "flag": True,
+        "note": None,
+        "image": f"{tmp_path}/a.png",
+    }
+    rows = [{"prompt": "a", "n": 1, "of": {"a": [1]}}, {"prompt": "b", "n": 2.5, "of": {"b": "x"}, "more": ["y"]}]
+    data = load_prompts(written(tmp_path / "prompts.json", rows))
+    assert list(data) == [{**rows[0], "more": None}, rows[1]]
+    assert load_prompts(written(tmp_path / "prompts.json", ["a cat", "two dogs"]))["prompt"] == ["a cat", "two dogs"]
+
+
+def test_quotes_are_part_of_a_cell_between_tabs(tmp_path):
+    rows = [
+        {"prompt": '"Hello" sign', "n": 1},
+        {"prompt": '"G I G G L E" painted in', "n": 2},
+        {"prompt": '"', "n": 3},
+    ]
+    assert list(load_prompts(written(tmp_path / "prompts.tsv", rows))) == rows
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv"])
+def test_a_file_of_another_encoding(tmp_path, suffix, encoding):
+    path = tmp_path / f"prompts{suffix}"
+    path.write_text(Path(written(path)).read_text(encoding="utf-8"), encoding=encoding)
+    with pytest.raises(ValueError, match=f"prompts{suffix}.*Save it as UTF-8"):
+        load_prompts(str(path))
+
+
+@pytest.mark.parametrize("name", ["", " ", "prompts.jsonl.gz", "script.py", "nowhere.py", "folder", "no name"])
+def test_what_is_no_data_set(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    Path("folder").mkdir()
+    for file in ("prompts.jsonl.gz", "script.py"):
+        Path(file).write_text("a cat")
+    with pytest.raises(ValueError, match=f"The prompts '{name}' cannot be read.*Expected"):
+        load_prompts(name)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    path = written(tmp_path / "prompts.parquet")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "file")
+    with pytest.raises(ValueError, match="prompts.parquet.*Set HF_HOME"):
+        load_prompts(path)
 
 
 def test_blank_lines_of_a_text_file_are_skipped(tmp_path):
@@ -133,6 +208,25 @@ def test_rows_without_a_prompt_in_a_file(tmp_path):
     path = written(tmp_path / "prompts.jsonl", [{"prompt": "a cat"}, {"prompt": " "}, {"prompt": "snow"}])
     with pytest.raises(ValueError, match=r"rows without a prompt: \[1\]"):
         load_prompts(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (DatasetDict({"train": Dataset.from_dict({"prompt": ["a"]})}), "DatasetDict; pass one of its splits"),
+        (Dataset.from_dict({"prompt": ["a"]}).to_iterable_dataset(), r"IterableDataset; use Dataset.from_list\(list"),
+        ([{"prompt": "a cat"}], "list; use Dataset.from_list"),
+    ],
+)
+def test_what_is_no_data_set_in_python(data, what):
+    with pytest.raises(TypeError, match=f"train_dataset must be a datasets.Dataset, but it is a {what}"):
+        check_prompts(data, "train_dataset")
+
+
+def test_a_conversation_is_no_prompt():
+    chat = [{"role": "user", "content": "a cat"}]
+    with pytest.raises(ValueError, match=r"rows without a prompt: \[0\].*'role': 'user'.*text of them alone"):
+        check_prompts(Dataset.from_dict({"prompt": [chat]}), "train_dataset")
 
 
 @pytest.mark.parametrize("name", ["prompts", "images", "completions"])
