@@ -23,7 +23,7 @@ from slas_trl.scripts.examination import ExaminedTrainer, Findings
 from slas_trl.scripts.model import make_pipeline
 from slas_trl.scripts.train import eval_prompts, train_prompts
 from slas_trl.trainer import SLASConfig
-from slas_trl.trainer.checkpoints import last_whole_checkpoint
+from slas_trl.trainer.checkpoints import last_whole_checkpoint, read_state
 from slas_trl.trainer.prompts import load_prompts
 from slas_trl.trainer.scoring import RewardScorer
 
@@ -204,6 +204,7 @@ class Doctor:
         folder = last_whole_checkpoint(self.output_dir) if checkpoint in ("true", "True") else Path(checkpoint)
         if folder is None:
             raise ValueError(f"There is no whole checkpoint in {str(self.output_dir)!r} to resume from.")
+        read_state(folder)
         trainer._load_from_checkpoint(str(folder))
         trainer._micro_step = 0  # a rollout of its own
 

@@ -209,8 +209,8 @@ def evaluation_of(
         rows.append([metric.name, *before, f"{metric.value:.4f}{width}"])
     counts = " and ".join(dict.fromkeys(str(metric.prompts) for metric in metrics))
     how = (
-        f"Mean rewards on {counts} evaluation prompts, {images} pictures each, drawn by the pipeline's "
-        "own sampler; ± is the half width of a 95% interval, from the differences between prompts."
+        f"Mean rewards on {counts} evaluation prompts, {images} picture{'s' * (images > 1)} each, drawn by the "
+        "pipeline's own sampler; ± is the half width of a 95% interval, from the differences between prompts."
     )
     return Evaluation(how, columns, rows, metrics, "evaluation")
 
