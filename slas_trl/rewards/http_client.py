@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from slas_trl.rewards.base import RewardUnavailableError, load_once
+from slas_trl.rewards.by_name import masked
 from slas_trl.rewards.exiting import CHECK_SECONDS, program_ends
 from slas_trl.rewards.wire import RequestError, read_json
 
@@ -189,19 +190,19 @@ def check_url(url: str, needed_by: str) -> str:
     The URL without a slash at its end.
 
     Raises:
-        `ValueError`: for what is none, and for one with a password in it, which messages would show.
+        `ValueError`: for what is none, and for one with an @, before which a password may be.
     """
     if not isinstance(url, str):
         raise ValueError(f"{needed_by} has a url that is a {type(url).__name__}; expected text.")
+    if "@" in url:
+        raise ValueError(f"{needed_by} has a url with an @, as after a password; expected a token as its own option.")
     try:
         parts = urlsplit(url)
         parts.port  # noqa: B018, since reading it checks it
     except ValueError as error:
         raise ValueError(f"{needed_by} has a url that is none: {error}.") from None
-    if "@" in parts.netloc:
-        raise ValueError(f"{needed_by} has a url with a user or password in it; expected a token as its own option.")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise ValueError(f"{needed_by} has the url {url!r}; expected one like http://127.0.0.1:8000.")
+        raise ValueError(f"{needed_by} has the url {masked(url)!r}; expected one like http://127.0.0.1:8000.")
     return url.rstrip("/")
 
 

@@ -98,6 +98,39 @@ def test_exit_status_of_errors(monkeypatch, capsys, error, status):
     assert "slas-trl env: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["train", "doctor", "compare", "prompts score --output x.jsonl", "serve-reward"])
+@pytest.mark.parametrize("reward", ["remote:url=http://user:s3cret@127.0.0.1:9/", "remote:token=s3cret"])
+def test_a_reward_is_refused_without_its_secrets(tmp_path, monkeypatch, capfd, command, reward):
+    monkeypatch.chdir(tmp_path)
+    argv = command.split()
+    if command == "serve-reward":
+        argv += [reward]
+    else:
+        argv += ["--per_device_train_batch_size", "4", "--num_generations", "4", "--steps_per_generation", "1"]
+        argv += ["--reward_funcs", reward, "--output_dir", str(tmp_path / "run"), "--max_steps", "2"]
+    assert main(argv) == (1 if command == "doctor" else 2)
+    printed = "".join(capfd.readouterr())
+    assert "***" in printed and "s3cret" not in printed
+
+
+def test_a_reward_is_used_and_its_secrets_are_nowhere(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "own.py").write_text(
+        "def own(prompts, images, api_key, **columns):\n    return [len(api_key) + i for i in range(len(images))]\n"
+    )
+    argv = ["--reward_funcs", "own.py:own:api_key=s3cret", "--per_device_train_batch_size", "4", "--max_steps", "1"]
+    argv += ["--num_generations", "4", "--steps_per_generation", "1", "--num_inference_steps", "3"]
+    assert main(["train", *argv, "--report_prompts", "1", "--output_dir", "run"]) == 0
+    (tmp_path / "prompts.txt").write_text("a red circle")
+    assert main(["prompts", "score", *argv, "--dataset_name", "prompts.txt", "--output", "scores.jsonl"]) == 0
+    printed = "".join(capfd.readouterr())
+    assert "for own.py:own:api_key=***; results" in printed and "s3cret" not in printed
+    kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert b"api_key=***" in (tmp_path / "scores.jsonl").read_bytes()
+    assert not any(b"s3cret" in path.read_bytes() for path in kept)
+
+
 def test_other_errors_are_bugs_and_show_themselves(monkeypatch):
     def raising(argv):
         raise RuntimeError("a bug")

@@ -199,9 +199,15 @@ def test_tokens(monkeypatch, caplog, url):
             wrong(["a"], [picture(8)])
     said = repr([reward, wrong, error.value]) + str(error.value) + caplog.text
     assert secret not in said and "wr0ng" not in said
-    with pytest.raises(ValueError, match="token as its own option") as error:
-        RemoteReward("http://user:passw0rd@host")
-    assert "passw0rd" not in str(error.value)
+    for strange in (
+        "http://user:passw0rd@host",
+        "http://user:a/passw0rd@host",
+        "//passw0rd@host",
+        "ftp://h?key=passw0rd",
+    ):
+        with pytest.raises(ValueError, match="url") as error:
+            RemoteReward(strange)
+        assert "passw0rd" not in str(error.value)
     with pytest.raises(ValueError, match="visible ASCII") as error:
         RemoteReward(url, token="two words")
     assert "two words" not in str(error.value)
