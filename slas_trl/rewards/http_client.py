@@ -146,7 +146,7 @@ class Endpoint:
             headers["Authorization"] = f"Bearer {self.secret}"
         end = time.monotonic() + self.timeout
         try:
-            with _client(os.getpid(), not _is_loopback(self.url)).stream(
+            with _client(os.getpid(), not is_loopback(urlsplit(self.url).hostname or "")).stream(
                 method, self.url, content=body, headers=headers, timeout=self.timeout
             ) as response:
                 content = bytearray()
@@ -220,12 +220,11 @@ def _client(pid: int, trust_env: bool) -> httpx2.Client:
     return httpx2.Client(trust_env=trust_env, limits=httpx2.Limits(max_connections=None), follow_redirects=False)
 
 
-def _is_loopback(url: str) -> bool:
-    """Then no proxy of the environment can be meant."""
-    host = urlsplit(url).hostname or ""
+def is_loopback(host: str) -> bool:
+    """Whether it is this machine, for which no proxy of the environment can be meant."""
     try:
         return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
+    except ValueError:  # a name
         return False
 
 

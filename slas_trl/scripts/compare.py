@@ -204,7 +204,6 @@ def _run_all(specs: dict[Path, dict[str, Any]], processes: int, gpus: list[str],
                 done, seconds = len(specs) - len(waiting) - len(running), time.perf_counter() - start
                 print(f"[{done}/{len(specs)}] {folder.relative_to(root)}: {seconds:.0f} s", flush=True)
     except KeyboardInterrupt:
-        signal.alarm(0)  # they may take longer than the command would
         for process in running:  # interrupted too, they save what they have
             with contextlib.suppress(KeyboardInterrupt):
                 process.join()

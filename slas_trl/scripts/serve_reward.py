@@ -10,7 +10,6 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from ipaddress import ip_address
 from pathlib import Path
 
 from PIL import Image
@@ -18,12 +17,12 @@ from PIL import Image
 from slas_trl.rewards.base import require
 from slas_trl.rewards.by_name import RewardFunc, resolve_reward, reward_name
 from slas_trl.rewards.calling import call_reward
+from slas_trl.rewards.http_client import is_loopback
 from slas_trl.rewards.server import Limits, make_app
 from slas_trl.rewards.wire import TOKEN_VARIABLE, check_token
 
 
 _HEADER_SECONDS = 20  # for a header to arrive, from when a connection begins or its last answer ends
-_LONGEST_HEADER = 64 * 2**10
 _GRACE_SECONDS = 30  # for requests that are being scored when it is stopped
 
 HELP = {
@@ -77,13 +76,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not given.no_warm_up:
         warm_up(reward)
     serve(listener, make_app(reward, limits, token), reward)
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:  # a name
-        return False
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -147,7 +139,7 @@ def serve(listener: socket.socket, app: object, reward: RewardFunc) -> None:
         http=protocol(),
         ws="none",
         lifespan="off",
-        h11_max_incomplete_event_size=_LONGEST_HEADER,
+        h11_max_incomplete_event_size=2**16,
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=_GRACE_SECONDS,
