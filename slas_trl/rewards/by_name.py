@@ -69,7 +69,9 @@ def resolve_reward(reward: RewardFunc | str) -> RewardFunc:
     place, name, text = split_name(reward)
     shown = masked(reward)
     if place.endswith(".py") and not name:
-        raise ValueError(f'The reward {shown!r} is a file; expected a function of it, as in "{shown}:function".')
+        raise ValueError(
+            f'The reward {shown!r} is a file; expected a function of it, as in "{masked(place)}:function".'
+        )
     try:
         found = getattr(_module(place), name)
     except Exception as error:  # whatever the user's module raises
