@@ -147,16 +147,23 @@ def _start(words: list[str], module: str, argv: Sequence[str]) -> int:
         environ["ACCELERATE_USE_CPU"] = "true"  # without it, each process would train by itself
     with tempfile.TemporaryDirectory(prefix="slas-trl-") as folder, patch_environment(**environ):
         args = launch_command_parser().parse_args([*words, "slas_trl.cli.worker", folder, module, *argv])
+        hung_up = "" if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else ",SIGHUP"  # ignored, it stays so
+        args.signals_to_handle = f"SIGTERM,SIGINT,SIGQUIT{hung_up}"
         try:
             launch_command(args)
         except SignalException as end:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed again and again
             if end.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from end
-            print(f"slas-trl {command}: ended by {end.sigval.name}.", file=sys.stderr)
-            return 128 + end.sigval
+            return _ended(command, end.sigval)
         except ChildFailedError as error:
             return _report(command, Path(folder), {rank: each.exitcode for rank, each in error.failures.items()})
     return 0
+
+
+def _ended(command: str, number: int) -> int:
+    print(f"slas-trl {command}: ended by {signal.Signals(number).name}.", file=sys.stderr)
+    return 128 + number
 
 
 def _report(command: str, folder: Path, ended: dict[int, int]) -> int:
@@ -168,6 +175,8 @@ def _report(command: str, folder: Path, ended: dict[int, int]) -> int:
     if not errors or code < 0 and not any(error["status"] == 2 for error in errors):
         if code == 130:
             raise KeyboardInterrupt
+        if code in (129, 143):  # SIGHUP or SIGTERM reached one of them, which told the others
+            return _ended(command, code - 128)
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         print(f"slas-trl {command}: error: process {rank} {how}.", file=sys.stderr)
         return 128 - code if code < 0 else code

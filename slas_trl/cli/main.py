@@ -5,11 +5,15 @@ Nothing heavy is imported here: `slas-trl --help` answers at once, and each scri
 """
 
 import argparse
+import atexit
+import contextlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from slas_trl import __version__
 from slas_trl.cli.launch import launch, split_options
@@ -29,18 +33,32 @@ COMMANDS = {
 # Errors that a person can do something about: shown as one message. Any other is a bug, and shows itself.
 BAD_INPUT = (ValueError, TypeError, OSError, ImportError)
 
+_told: list[int] = []  # signals that this process should end by
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
     Run `slas-trl`.
 
     Args:
-        argv (`Sequence[str]`, *optional*): Command line without the program's name. `None` is the process's own.
+        argv (`Sequence[str]`, *optional*):
+            Command line without the program's name. `None` is the process's own, which then handles signals, too.
 
     Returns the exit status: 0, 1 where `doctor` finds that training could not start, 2 for bad input (one message on
     stderr, with the traceback too if the environment has `SLAS_TRL_DEBUG=1`), 130 for Ctrl-C, or that of a process
     which was launched and failed otherwise.
     """
+    if argv is None and os.name != "nt":
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _end)
+                atexit.register(signal.signal, number, signal.SIG_IGN)  # the interpreter's last steps know no handlers
+        try:
+            return main(sys.argv[1:])
+        finally:
+            if _told:
+                _leave()
+            _told.append(signal.SIGINT)  # the next one need not wait for threads either
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="slas-trl",
@@ -58,6 +76,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     return run_script(command, argv[1:])
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    _told.append(number)
+    if len(_told) > 1:
+        _leave()
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    os.write(2, f"slas-trl: ended by {signal.Signals(number).name}.\n".encode())
+    raise SystemExit(128 + number)
+
+
+def _leave() -> NoReturn:
+    """At once, whatever threads are left, such as a reward's."""
+    with contextlib.suppress(Exception):  # in the middle of anything
+        sys.stdout.flush()
+    os._exit(128 + _told[-1])
 
 
 def run_script(command: str, argv: list[str]) -> int:

@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,6 +37,11 @@ EXPECTED = (
 )
 SEVERAL = "names are separated by spaces on the command line, and are a list in YAML and Python."
 
+# User and password of a URL; and what follows an option, a key or a flag by such a name.
+_SECRETS = re.compile(
+    r"(://)\S*@|(\w*(?:token|key|secret|passw(?:or)?d|auth)[\"']?\s*[=:\s]\s*[\"']?)[^\s,\"']+", re.IGNORECASE
+)
+
 
 def resolve_reward(reward: RewardFunc | str) -> RewardFunc:
     """
@@ -55,20 +61,29 @@ def resolve_reward(reward: RewardFunc | str) -> RewardFunc:
     if callable(reward):
         return reward
     if not isinstance(reward, str):
-        raise TypeError(f"A reward must be a callable or a string, but got a {type(reward).__name__}: {reward!r}.")
+        kind = type(reward).__name__
+        raise TypeError(f"A reward must be a callable or a string, but got a {kind}: {masked(repr(reward))}.")
     place, name, text = split_name(reward)
+    shown = masked(reward)
     if place.endswith(".py") and not name:
-        raise ValueError(f'The reward {reward!r} is a file; expected a function of it, as in "{place}:function".')
+        raise ValueError(
+            f'The reward {shown!r} is a file; expected a function of it, as in "{masked(place)}:function".'
+        )
     try:
         found = getattr(_module(place), name)
     except Exception as error:  # whatever the user's module raises
-        raise ValueError(f"There is no reward {reward!r} ({error}).{_hint(reward)} {EXPECTED}") from error
+        raise ValueError(f"There is no reward {shown!r} ({masked(str(error))}).{_hint(reward)} {EXPECTED}") from error
     if not callable(found):
-        raise TypeError(f"The reward {reward!r} is a {type(found).__name__}, not a function.")
+        raise TypeError(f"The reward {shown!r} is a {type(found).__name__}, not a function.")
     made = _with_options(reward, found, text)
     if not callable(made):
-        raise TypeError(f"The reward {reward!r} is a {type(made).__name__}, which has no __call__.")
+        raise TypeError(f"The reward {shown!r} is a {type(made).__name__}, which has no __call__.")
     return made
+
+
+def masked(text: str) -> str:
+    """A reward by name, or a text with such, as it may be shown: without passwords of URLs, tokens and keys."""
+    return _SECRETS.sub(lambda found: f"{found[1]}***@" if found[1] else f"{found[2]}***", text)
 
 
 def split_name(reward: str) -> tuple[str, str, str]:
@@ -130,13 +145,13 @@ def _load_file(path: str) -> ModuleType:
 
 
 def _with_options(reward: str, found: Any, text: str) -> RewardFunc:
-    given = {}
+    given, shown = {}, masked(reward)
     for part in text.split(",") if text else []:
         key, equals, value = part.partition("=")
         if not equals or not key.strip().isidentifier():
             raise ValueError(
-                f"The options of the reward {reward!r} hold {part!r}; expected option=value,option=value. If that is "
-                f"another reward: {SEVERAL}"
+                f"The options of the reward {shown!r} hold {masked(part)!r}; expected option=value,option=value. "
+                f"If that is another reward: {SEVERAL}"
             )
         given[key.strip()] = value.strip()
     target = type(found) if isinstance(found, Reward) else found
@@ -144,21 +159,21 @@ def _with_options(reward: str, found: Any, text: str) -> RewardFunc:
     if "process" in given and "process" not in known:
         from slas_trl.rewards.process import ProcessReward  # which resolves names itself
 
-        if _value(reward, "process", given.pop("process"), bool):
+        if _value(shown, "process", given.pop("process"), bool):
             others = ",".join(f"{key}={value}" for key, value in given.items())
             place = reward.removesuffix(text).rstrip(":")
             return ProcessReward(f"{place}:{others}" if others else place)
     for key in given:
         if key not in known:
-            raise ValueError(f"The reward {reward!r} has no option {key!r}; it has {', '.join(known) or 'none'}.")
-    options = {key: _value(reward, key, value, known[key]) for key, value in given.items()}
+            raise ValueError(f"The reward {shown!r} has no option {key!r}; it has {', '.join(known) or 'none'}.")
+    options = {key: _value(shown, key, value, known[key]) for key, value in given.items()}
     try:
         if isinstance(found, Reward):
             return dataclasses.replace(found, **options)
         if isinstance(found, type):
             return found(**options)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"The reward {reward!r} cannot be made: {error}") from error
+        raise ValueError(f"The reward {shown!r} cannot be made: {masked(str(error))}") from error
     return functools.partial(found, **options) if options else found
 
 
@@ -172,7 +187,7 @@ def _options_of(target: Callable) -> Mapping[str, Any]:
     }
 
 
-def _value(reward: str, option: str, text: str, annotation: Any) -> Any:
+def _value(shown: str, option: str, text: str, annotation: Any) -> Any:
     """Of a kind that the annotation has. Where it says nothing, a number, true, false or none; text otherwise."""
     if isinstance(annotation, str):  # from __future__ import annotations
         kinds = [kind.strip() for kind in annotation.split("|")]
@@ -186,4 +201,4 @@ def _value(reward: str, option: str, text: str, annotation: Any) -> Any:
         with contextlib.suppress(ValueError, KeyError):
             return _READERS[kind][0](text)
     names = " or ".join(_READERS[kind][1] for kind in expected)
-    raise ValueError(f"The option {option} of the reward {reward!r} must be {names}, but it is {text!r}.")
+    raise ValueError(f"The option {option} of the reward {shown!r} must be {names}, but it is {text!r}.")

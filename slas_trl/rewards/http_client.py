@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from slas_trl.rewards.base import RewardUnavailableError, load_once
+from slas_trl.rewards.by_name import masked
 from slas_trl.rewards.exiting import CHECK_SECONDS, program_ends
 from slas_trl.rewards.wire import RequestError, read_json
 
@@ -148,7 +149,7 @@ class Endpoint:
             headers["Authorization"] = f"Bearer {self.secret}"
         end = time.monotonic() + self.timeout
         try:
-            with _client(os.getpid(), not _is_loopback(self.url)).stream(
+            with _client(os.getpid(), not is_loopback(urlsplit(self.url).hostname or "")).stream(
                 method, self.url, content=body, headers=headers, timeout=self.timeout
             ) as response:
                 content = bytearray()
@@ -194,19 +195,19 @@ def check_url(url: str, needed_by: str) -> str:
     The URL without a slash at its end.
 
     Raises:
-        `ValueError`: for what is none, and for one with a password in it, which messages would show.
+        `ValueError`: for what is none, and for one with an @, before which a password may be.
     """
     if not isinstance(url, str):
         raise ValueError(f"{needed_by} has a url that is a {type(url).__name__}; expected text.")
+    if "@" in url:
+        raise ValueError(f"{needed_by} has a url with an @, as after a password; expected a token as its own option.")
     try:
         parts = urlsplit(url)
         parts.port  # noqa: B018, since reading it checks it
     except ValueError as error:
         raise ValueError(f"{needed_by} has a url that is none: {error}.") from None
-    if "@" in parts.netloc:
-        raise ValueError(f"{needed_by} has a url with a user or password in it; expected a token as its own option.")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise ValueError(f"{needed_by} has the url {url!r}; expected one like http://127.0.0.1:8000.")
+        raise ValueError(f"{needed_by} has the url {masked(url)!r}; expected one like http://127.0.0.1:8000.")
     return url.rstrip("/")
 
 
@@ -224,12 +225,11 @@ def _client(pid: int, trust_env: bool) -> httpx2.Client:
     return httpx2.Client(trust_env=trust_env, limits=httpx2.Limits(max_connections=None), follow_redirects=False)
 
 
-def _is_loopback(url: str) -> bool:
-    """Then no proxy of the environment can be meant."""
-    host = urlsplit(url).hostname or ""
+def is_loopback(host: str) -> bool:
+    """Whether it is this machine, for which no proxy of the environment can be meant."""
     try:
         return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
+    except ValueError:  # a name
         return False
 
 

@@ -23,7 +23,7 @@ import torch
 from PIL.Image import Image
 
 from slas_trl.rewards.base import Reward, RewardUnavailableError, check_pairs
-from slas_trl.rewards.by_name import resolve_reward, reward_name
+from slas_trl.rewards.by_name import masked, resolve_reward, reward_name
 from slas_trl.rewards.calling import call_reward
 from slas_trl.rewards.exiting import CHECK_SECONDS, program_ends
 from slas_trl.rewards.wire import columns_of
@@ -62,7 +62,7 @@ class ProcessReward(Reward):
     """
 
     default_name: ClassVar[str] = "process"
-    reward: str
+    reward: str = field(repr=False)
     timeout: float = 600.0
     _worker: "_Worker" = field(init=False, repr=False, compare=False)
 
@@ -70,10 +70,10 @@ class ProcessReward(Reward):
         if not isinstance(self.reward, str):
             raise TypeError(
                 f"A process of its own needs a reward by name, since a function cannot be sent there, but got "
-                f"{self.reward!r}. Use package.module:function or file.py:function."
+                f"{masked(repr(self.reward))}. Use package.module:function or file.py:function."
             )
         if not self.timeout > 0:
-            raise ValueError(f"timeout of {self.reward!r} must be above 0 seconds, but it is {self.timeout}.")
+            raise ValueError(f"timeout of {masked(self.reward)!r} must be above 0 seconds, but it is {self.timeout}.")
         inner = reward_name(resolve_reward(self.reward))  # refuses a wrong name here and now
         object.__setattr__(self, "name", self.name or inner)
         object.__setattr__(self, "_worker", _Worker(self.reward, self.timeout))
@@ -94,7 +94,7 @@ class _Worker:
     """The process, from its parent's side."""
 
     def __init__(self, reward: str, timeout: float):
-        self.reward, self.timeout = reward, timeout
+        self.reward, self.shown, self.timeout = reward, masked(reward), timeout
         self.lock = threading.Lock()
         self.numbers = itertools.count()
         self.process: subprocess.Popen | None = None
@@ -116,7 +116,7 @@ class _Worker:
                         what = f"did not answer within {self.timeout:g} s (its timeout)" if late else "ended"
                         how = "and was ended" if late else f"{ended} ({type(error).__name__})"
                         raise RewardUnavailableError(
-                            f"The process of the reward {self.reward!r} {what} twice on the same {len(images)} "
+                            f"The process of the reward {self.shown!r} {what} twice on the same {len(images)} "
                             f"images, {how}. Look above for what it said; try fewer images at a time, or the reward "
                             "in this process."
                         ) from error
@@ -126,7 +126,7 @@ class _Worker:
         if kind is None:
             return answer
         error = _KINDS[kind](answer) if kind in _KINDS else RuntimeError(f"{kind}: {answer}")
-        error.add_note(f"In the process of the reward {self.reward!r}:\n{trace}")
+        error.add_note(f"In the process of the reward {self.shown!r}:\n{trace}")
         raise error
 
     def _exchange(self, request: bytes) -> tuple[str | None, Any, str]:
@@ -138,7 +138,7 @@ class _Worker:
 
         def waiting() -> None:
             if program_ends():
-                raise RewardUnavailableError(f"The reward {self.reward!r} is not waited for, since the program ends.")
+                raise RewardUnavailableError(f"The reward {self.shown!r} is not waited for, since the program ends.")
             if time.monotonic() > end:
                 raise TimeoutError(f"no answer in {self.timeout:g} s")
             if process.poll() is not None:  # and somebody that it started holds the connection

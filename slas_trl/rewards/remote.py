@@ -44,8 +44,8 @@ class RemoteReward(Reward):
     Args:
         url (`str`): The server's, as it prints it: http://127.0.0.1:8000.
         token (`str`, *optional*):
-            The server's token; by default that in the environment variable `SLAS_TRL_REWARD_TOKEN`, if any. By name
-            ("remote:token=...") it would end up wherever the name does, so use the variable there.
+            The server's token; by default that in the environment variable `SLAS_TRL_REWARD_TOKEN`, if any. Other
+            users of the machine can see a command line with "remote:token=...".
         timeout (`float`, *optional*, defaults to `300`):
             Seconds for one attempt, with the wait in the server's queue.
         retries (`int`, *optional*, defaults to `10`): Further attempts after the first.

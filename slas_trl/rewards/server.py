@@ -222,6 +222,8 @@ def make_app(reward: RewardFunc, limits: Limits | None = None, token: str | None
         # Also keeps pages of other origins out, whose requests a browser sends without asking only as plain text.
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             raise HTTPException(415, "The body must be JSON, with Content-Type: application/json.")
+        if (encoding := request.headers.get("content-encoding", "identity").lower()) != "identity":
+            raise HTTPException(415, f"The body must be as it is, without Content-Encoding: {encoding[:100]}.")
         if inside > limits.max_waiting:
             raise HTTPException(
                 503, f"{limits.max_waiting} requests are waiting already (--max_waiting).", {"Retry-After": "1"}
@@ -244,6 +246,8 @@ def make_app(reward: RewardFunc, limits: Limits | None = None, token: str | None
             return JSONResponse({"detail": "The client is gone."}, 400)
         except TimeoutError:
             raise HTTPException(408, f"The body did not arrive in {_BODY_SECONDS:g} s.") from None
+        except asyncio.CancelledError:  # at the end of the grace, or a second Ctrl-C
+            raise HTTPException(503, "The server is being stopped.", {"Retry-After": "1"}) from None
         finally:
             inside -= 1
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from slas_trl.rewards.pixels import to_rgb
 
@@ -132,6 +132,8 @@ def read_json(body: bytes | bytearray, strict: bool = True) -> Any:
         return json.loads(text, parse_constant=refuse, parse_float=finite) if strict else json.loads(text)
     except RecursionError:
         raise RequestError(400, "The body is not taken: JSON nested too deeply.") from None
+    except UnicodeEncodeError:
+        raise RequestError(400, "The body has half a character in a text, such as \\ud800 alone.") from None
     except ValueError as error:  # also of the encoding, and of integers with thousands of digits
         raise RequestError(400, f"The body is not JSON: {error}.") from error
 
@@ -155,6 +157,8 @@ def open_png(text: Any, where: str, max_pixels: int) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=["PNG"])
     except Image.DecompressionBombError as error:
         raise RequestError(413, f"{where} is too large: {error}") from error
+    except UnidentifiedImageError as error:  # whose message names an object in memory
+        raise RequestError(400, f"{where} is not a PNG file.") from error
     except Exception as error:  # of many kinds, for a file that is made to break it
         raise RequestError(400, f"{where} is not a PNG file: {error}") from error
     if image.width * image.height > max_pixels:

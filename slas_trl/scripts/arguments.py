@@ -13,7 +13,7 @@ from trl import TrlParser
 
 from slas_trl import rewards
 from slas_trl.cli.launch import OPTIONS as LAUNCH_OPTIONS
-from slas_trl.rewards.by_name import SEVERAL
+from slas_trl.rewards.by_name import SEVERAL, masked
 from slas_trl.trainer import SLASConfig
 
 
@@ -103,13 +103,13 @@ class SLASScriptArguments:
         for name in [*(self.reward_funcs or []), *(self.eval_reward_funcs or [])]:
             if not isinstance(name, str):
                 raise ValueError(
-                    f"a reward must be a name, but YAML read {name!r}: in 'hpsv2: version=v2.0', leave out the space "
-                    "after the colon, or put all of it in quotes."
+                    f"a reward must be a name, but YAML read {masked(repr(name))}: in 'hpsv2: version=v2.0', leave "
+                    "out the space after the colon, or put all of it in quotes."
                 )
             if not {":", "."} & set(name) and name not in rewards.NAMES:
                 several = f" If these are several: {SEVERAL}" if "," in name else ""
                 raise ValueError(
-                    f"there is no reward {name!r}: expected one of {', '.join(rewards.NAMES)}, or "
+                    f"there is no reward {masked(name)!r}: expected one of {', '.join(rewards.NAMES)}, or "
                     f"package.module:function or file.py:function for one of your own.{several}"
                 )
         if self.report_prompts is not None and self.report_prompts < 0:

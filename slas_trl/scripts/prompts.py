@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from slas_trl.advantages import Advantages
 from slas_trl.policy import Rollout
+from slas_trl.rewards.by_name import masked
 from slas_trl.scripts.arguments import SLASScriptArguments, parse
 from slas_trl.scripts.model import make_pipeline
 from slas_trl.scripts.prompt_scores import (
@@ -134,7 +135,7 @@ def _header(script: SLASScriptArguments, config: SLASConfig) -> dict[str, Any]:
         "split": script.dataset_train_split if script.dataset_name else "train",
         "model": script.model_name_or_path,
         **({} if script.adapter is None else {"adapter": script.adapter}),
-        "rewards": script.reward_funcs,
+        "rewards": [masked(reward) for reward in script.reward_funcs or []],
         **{name: value for name in DECISIVE if (value := getattr(config, name)) is not None},
     }
 

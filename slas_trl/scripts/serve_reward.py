@@ -10,20 +10,20 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from slas_trl.rewards.base import require
 from slas_trl.rewards.by_name import RewardFunc, resolve_reward, reward_name
 from slas_trl.rewards.calling import call_reward
+from slas_trl.rewards.http_client import is_loopback
 from slas_trl.rewards.server import Limits, make_app
 from slas_trl.rewards.wire import TOKEN_VARIABLE, check_token
 
 
-_HEADER_SECONDS = 20.0  # for the header of a connection's first request to arrive
+_HEADER_SECONDS = 20  # for a header to arrive, from when a connection begins or its last answer ends
+_GRACE_SECONDS = 30  # for requests that are being scored when it is stopped
 
 HELP = {
     "max_batch_size": "images of a request",
@@ -78,13 +78,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     serve(listener, make_app(reward, limits, token), reward)
 
 
-def is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:  # a name
-        return False
-
-
 def listen(host: str, port: int) -> socket.socket:
     """A bound socket; connections are taken only once it listens."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -118,21 +111,21 @@ def warm_up(reward: RewardFunc) -> None:
 
 def protocol() -> type[asyncio.Protocol]:
     """
-    Uvicorn's, but a connection over which nothing is asked is closed: it would be kept for ever, until no file
-    descriptors are left. Not `limit_concurrency`, which counts such connections and turns the honest ones away.
+    Uvicorn's by h11, which bounds a header's length. Its timer of connections that are kept alive runs from their
+    beginning on, and until a whole header is there: they would stay for ever, until no file descriptors are left. Not
+    `limit_concurrency`, which counts such connections and turns the honest ones away.
     """
-    from uvicorn.protocols.http import auto
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    base: Any = auto.AutoHTTPProtocol  # of two classes with the same attributes
-
-    class ImpatientProtocol(base):
-        def connection_made(self, transport: asyncio.Transport) -> None:
+    class ImpatientProtocol(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            self.loop.call_later(_HEADER_SECONDS, self.close_if_silent)
+            self.timeout_keep_alive = _HEADER_SECONDS
+            self.timeout_keep_alive_task = self.loop.call_later(_HEADER_SECONDS, self.timeout_keep_alive_handler)
 
-        def close_if_silent(self) -> None:
-            if self.cycle is None:  # no request has begun
-                self.transport.close()
+        def data_received(self, data: bytes) -> None:
+            self.conn.receive_data(data)
+            self.handle_events()  # which ends the timer when a request begins
 
     return ImpatientProtocol
 
@@ -141,7 +134,16 @@ def serve(listener: socket.socket, app: object, reward: RewardFunc) -> None:
     """Until Ctrl-C, which comes out of here, or SIGTERM; the request that is being scored is answered first."""
     import uvicorn
 
-    config = uvicorn.Config(app, http=protocol(), log_level="warning", access_log=False, timeout_graceful_shutdown=30)  # type: ignore
+    config = uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        http=protocol(),
+        ws="none",
+        lifespan="off",
+        h11_max_incomplete_event_size=2**16,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=_GRACE_SECONDS,
+    )
     listener.listen(config.backlog)
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -28,6 +28,7 @@ TRAINER_STATE_FILE = "trainer_state.json"  # the Trainer's
 # begin so are not uploaded to the Hub.
 WRITING, REMOVED = "_writing-", "_removed-"
 STARTED = time.time()
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, *(() if os.name == "nt" else (signal.SIGHUP,)))
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what a full disk raises, by who is writing
 
 
@@ -108,22 +109,30 @@ def last_whole_checkpoint(output_dir: Path) -> Path | None:
 
 
 @contextmanager
-def on_interrupt(note: Callable[[], None]) -> Iterator[None]:
-    """Within, the first Ctrl-C calls `note`, so that no update is torn apart; a second one interrupts as usual."""
+def on_interrupt(note: Callable[[int], None]) -> Iterator[None]:
+    """
+    Within, Ctrl-C, SIGTERM and SIGHUP call `note` with their number, so that no update is torn apart. A second Ctrl-C
+    interrupts as usual, as do the others after one; but SIGTERM may well come twice, from a scheduler and a launcher.
+    What is ignored, as SIGHUP under nohup, stays so, other than Ctrl-C.
+    """
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
         yield
         return
-    previous = signal.getsignal(signal.SIGINT)
+    previous = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
+    previous = {n: h for n, h in previous.items() if n == signal.SIGINT or h is not signal.SIG_IGN}
 
-    def handle(signum: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, previous)
-        note()
+    def handle(number: int, frame: Any) -> None:
+        for other in previous if number == signal.SIGINT else (signal.SIGINT,):
+            signal.signal(other, previous[other])
+        note(number)
 
-    signal.signal(signal.SIGINT, handle)
+    for number in previous:
+        signal.signal(number, handle)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number in previous:
+            signal.signal(number, previous[number])
 
 
 def discard(folder: Path) -> None:

@@ -5,6 +5,7 @@ The part of the trainer that outlives it: weights on disk, checkpoints between t
 import hashlib
 import json
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ class ResumableTrainer(Trainer):
         self._buffer: Buffer | None = None
         self._saved_rollout: Path | None = None  # of a checkpoint between two updates of one rollout
         self._checked = False  # the pre-flight check
-        self._interrupted = False
+        self._interrupted = 0  # by which signal
         self._own_checkpoints: set[Path] = set()  # not those that an earlier run left in the folder
 
     @property
@@ -283,8 +284,8 @@ class ResumableTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """
         Train. `resume_from_checkpoint` is a checkpoint folder, or `True` for the newest whole one in
-        `args.output_dir`; the resumed run is the uninterrupted one to the last bit. Ctrl-C saves a checkpoint at the
-        last finished update.
+        `args.output_dir`; the resumed run is the uninterrupted one to the last bit. Ctrl-C, SIGTERM and SIGHUP save a
+        checkpoint at the last finished update.
         """
         if self.args.should_save:
             checkpoints.tidy(self._output_dir)
@@ -313,19 +314,17 @@ class ResumableTrainer(Trainer):
         else:
             super()._run_epoch(*args, **kwargs)
 
-    def _note_interrupt(self) -> None:
-        self._interrupted = True
-        logger.warning(
-            "Interrupted: saving a checkpoint as soon as the step under way is done. Press again to stop at once."
-        )
+    def _note_interrupt(self, number: int) -> None:
+        self._interrupted, again = number, " Press again to stop at once." if number == signal.SIGINT else ""
+        logger.warning(f"Interrupted: saving a checkpoint as soon as the step under way is done.{again}")
 
     def _stop_if_interrupted(self) -> None:
         """Several processes agree on it, at the start of an update."""
         agreed = self.accelerator.num_processes == 1 or self._micro_step % self.args.micro_steps_per_update == 0
-        if agreed and any(gathered(self._interrupted)):
+        if agreed and (number := max(gathered(self._interrupted))):
             # Here and not where it is caught: a second Ctrl-C comes in the middle of anything.
             self._save_unfinished("Interrupted")
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     def _save_unfinished(self, why: str) -> None:
         """Keep what has been learned so far, and say how to go on."""

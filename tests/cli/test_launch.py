@@ -224,6 +224,10 @@ class TestFailure:
         printed = capsys.readouterr().err
         assert message in printed and printed.count("slas-trl train: error") == 1
 
+    def test_sigterm_to_one_of_them_is_told(self, tmp_path, capsys):
+        assert _report("train", tmp_path, {0: 143, 1: -signal.SIGTERM}) == 143
+        assert capsys.readouterr().err == "slas-trl train: ended by SIGTERM.\n"
+
     @pytest.mark.parametrize("stubborn", [False, True])
     def test_ctrl_c_lets_them_finish_and_a_second_one_does_not(self, environ, tmp_path, stubborn):
         argv = ["--num_processes", "2", str(tmp_path), "wait", *(["stubborn"] if stubborn else [])]
@@ -261,6 +265,21 @@ class TestTraining:
         assert {"rng_state_0.pth", "rng_state_1.pth"} <= {
             p.name for p in (tmp_path / "run" / "checkpoint-1").iterdir()
         }
+
+    def test_sigterm_to_one_of_them_stops_all_with_a_checkpoint(self, environ, tmp_path):
+        (tmp_path / "own.py").write_text(
+            "import os, signal\nlast = []\ndef own(prompts, images, **columns):\n    last.append(1)\n"
+            "    if os.environ['RANK'] == '1' and len(last) == 3:\n        os.kill(os.getpid(), signal.SIGTERM)\n"
+            "    return list(range(len(images)))\n"
+        )
+        argv = ["--max_steps", "10000", "--num_generations", "4", "--per_device_train_batch_size", "4"]
+        argv += ["--steps_per_generation", "1", "--num_inference_steps", "3", "--report_prompts", "0"]
+        argv += ["--log_completions", "false", "--use_cpu", "--num_processes", "2", "--save_strategy", "no"]
+        argv += ["--reward_funcs", f"{tmp_path / 'own.py'}:own", "--output_dir", str(tmp_path / "run")]
+        done = self.slas_trl("train", *argv)
+        assert done.returncode == 143, done.stderr[-3000:]
+        assert done.stderr.endswith("slas-trl train: ended by SIGTERM.\n") and "Traceback" not in done.stderr
+        assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
 
     @pytest.mark.slow  # and in small among the failures above
     def test_for_an_unknown_reward_ends_with_one_message(self, environ, tmp_path):

@@ -1,8 +1,10 @@
 """`slas-trl` as a person types it: what it prints, and the exit status."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,94 @@ def test_exit_status_of_errors(monkeypatch, capsys, error, status):
     monkeypatch.setattr("slas_trl.scripts.env.main", raising)
     assert main(["env"]) == status
     assert "slas-trl env: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "doctor", "compare", "prompts score --output x.jsonl", "serve-reward"])
+@pytest.mark.parametrize("reward", ["remote:url=http://user:s3cret@127.0.0.1:9/", "remote:token=s3cret"])
+def test_a_reward_is_refused_without_its_secrets(tmp_path, monkeypatch, capfd, command, reward):
+    monkeypatch.chdir(tmp_path)
+    argv = command.split()
+    if command == "serve-reward":
+        argv += [reward]
+    else:
+        argv += ["--per_device_train_batch_size", "4", "--num_generations", "4", "--steps_per_generation", "1"]
+        argv += ["--reward_funcs", reward, "--output_dir", str(tmp_path / "run"), "--max_steps", "2"]
+    assert main(argv) == (1 if command == "doctor" else 2)
+    printed = "".join(capfd.readouterr())
+    assert "***" in printed and "s3cret" not in printed
+
+
+def test_a_reward_is_used_and_its_secrets_are_nowhere(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "own.py").write_text(
+        "def own(prompts, images, api_key, **columns):\n    return [len(api_key) + i for i in range(len(images))]\n"
+    )
+    argv = ["--reward_funcs", "own.py:own:api_key=s3cret", "--per_device_train_batch_size", "4", "--max_steps", "1"]
+    argv += ["--num_generations", "4", "--steps_per_generation", "1", "--num_inference_steps", "3"]
+    assert main(["train", *argv, "--report_prompts", "1", "--output_dir", "run"]) == 0
+    (tmp_path / "prompts.txt").write_text("a red circle")
+    assert main(["prompts", "score", *argv, "--dataset_name", "prompts.txt", "--output", "scores.jsonl"]) == 0
+    printed = "".join(capfd.readouterr())
+    assert "for own.py:own:api_key=***; results" in printed and "s3cret" not in printed
+    kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert b"api_key=***" in (tmp_path / "scores.jsonl").read_bytes()
+    assert not any(b"s3cret" in path.read_bytes() for path in kept)
+
+
+SLOW_REWARD = """
+import time
+from pathlib import Path
+
+if Path("slow").exists():
+    Path("imported").touch()
+    time.sleep(60)
+
+def slow(prompts, images, **columns):
+    Path("scored").touch()
+    time.sleep(SECONDS)
+    return list(range(len(images)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "signals", "status", "said"),
+    [
+        ("imported", [signal.SIGTERM], 143, "slas-trl: ended by SIGTERM"),
+        ("scored", [signal.SIGHUP] * 2, 129, "nothing to save"),
+        ("scored", [signal.SIGINT] * 2, 130, ""),
+        ("scored", [signal.SIGINT] * 5, 130, ""),
+        ("run/metrics.jsonl", [signal.SIGTERM], 143, "--resume_from_checkpoint"),
+    ],
+)
+def test_signals_end_a_training(tmp_path, when, signals, status, said):
+    """With a sentence at most, and soon where Ctrl-C is pressed again, whatever the reward's thread does."""
+    (tmp_path / "own.py").write_text(SLOW_REWARD.replace("SECONDS", "30" if signal.SIGINT in signals else "1"))
+    if when == "imported":
+        (tmp_path / "slow").touch()
+    argv = ["--reward_funcs", "own.py:slow", "--per_device_train_batch_size", "4", "--num_generations", "4"]
+    argv += ["--steps_per_generation", "1", "--num_inference_steps", "3", "--report_prompts", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "slas_trl.cli.main", "train", *argv, "--output_dir", "run", "--save_strategy", "no"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 100
+    while not (tmp_path / when).exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    start = time.monotonic()
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.01)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == status, errors
+    assert said in errors and "Traceback" not in errors
+    assert len(list(tmp_path.glob("run/checkpoint-*"))) == (when == "run/metrics.jsonl")
+    assert time.monotonic() - start < 25 or signal.SIGINT not in signals
 
 
 def test_other_errors_are_bugs_and_show_themselves(monkeypatch):

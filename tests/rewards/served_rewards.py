@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,8 +26,8 @@ def numbers(prompts, images, completions, **columns):
     for prompt in prompts:
         if prompt == "bad":
             raise ValueError("the prompt is bad")
-        if prompt == "slow":
-            time.sleep(1)
+        if prompt == "slow" or prompt.startswith("/"):
+            time.sleep(1 if prompt == "slow" else Path(prompt).touch() or 8)
     return [None if prompt == "none" else number_of(image) / 8 for prompt, image in zip(prompts, images, strict=True)]
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -16,20 +17,24 @@ from slas_trl.scripts.serve_reward import listen, protocol
 
 ROOT = Path(__file__).parents[2]
 HERE = "tests.rewards.served_rewards"
+COMMAND = (
+    "import sys; from slas_trl.cli.main import main; from slas_trl.scripts import serve_reward; "
+    "sys.argv.insert(1, 'serve-reward'); serve_reward._GRACE_SECONDS = {}; sys.exit(main())"
+)
 
 
 class ServedProcess:
-    """The command, started, killed, and started again at the same port."""
+    """The command, started, killed or stopped, and started again at the same port."""
 
-    def __init__(self, *argv: str, log: Path, **environ: str):
-        self.argv, self.environ, self.log = argv, environ, log
+    def __init__(self, *argv: str, log: Path, grace: float = 30, **environ: str):
+        self.argv, self.environ, self.log, self.grace = argv, environ, log, grace
         self.port = 0
         self.start()
 
     def start(self) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*(sys.executable, "-m", "slas_trl.cli.main", "serve-reward"), *self.argv, "--port", str(self.port)],
+                [*(sys.executable, "-c", COMMAND.format(self.grace)), *self.argv, "--port", str(self.port)],
                 cwd=ROOT,
                 env={**os.environ, "PYTHONPATH": str(ROOT), **self.environ},
                 stdout=subprocess.PIPE,
@@ -40,6 +45,13 @@ class ServedProcess:
         found = re.search(r"Serving (\S+) at (http://127\.0\.0\.1:(\d+)) ", line)
         assert found, line + self.log.read_text()
         self.name, self.url, self.port = found[1], found[2], int(found[3])
+
+    def stop(self, *signals: signal.Signals) -> int:
+        """Its status, once it has ended after these."""
+        for number in signals:
+            self.process.send_signal(number)
+            time.sleep(0.3)
+        return self.process.wait(20)
 
     def kill(self) -> None:
         self.process.kill()

@@ -14,7 +14,8 @@ from PIL import Image
 
 from slas_trl import rewards
 from slas_trl.rewards.base import Reward
-from slas_trl.rewards.by_name import resolve_reward, reward_name
+from slas_trl.rewards.by_name import masked, resolve_reward, reward_name
+from slas_trl.rewards.process import ProcessReward
 
 
 ROOT = Path(__file__).parents[2]
@@ -219,6 +220,49 @@ def test_what_cannot_be_called_is_refused(reward):
 def test_options_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         resolve_reward(f"{HERE}:{options}")
+
+
+SECRET = "pa55w0rd"
+
+
+@pytest.mark.parametrize(
+    ("reward", "kept"),
+    [
+        (f"remote:url=http://user:{SECRET}@host:9/", "host:9/"),
+        (f"remote:url=http://{SECRET}@host,retries=-1", "retries=-1"),
+        (f"remote:url=http://user:{SECRET}@@host", "host"),
+        (f"remote:url=http://user:a%40{SECRET}@host", "host"),
+        (f"remote:url=http://user:a/{SECRET}@host", "host"),
+        (f"remote:url=http://user:a,{SECRET}@host,retries=3", "retries=3"),
+        (f"remote:url=user:{SECRET}@host", "host"),
+        (f"vlm_judge:url=http://host/v1?key={SECRET},model=x", "model=x"),
+        (f"remote:token={SECRET},url=ftp://host", "ftp://host"),
+        (f"remote:url=http://host, token = {SECRET},retries=x", "retries=x"),
+        (f"remote:token=a,{SECRET},url=http://host", "http://host"),
+        (f"vlm_judge:url=http://host,api_key={SECRET},max_tokens=x", "max_tokens=x"),
+        (f"process:reward=remote:token={SECRET}", "process"),
+        (f"remot:token={SECRET}", "remote"),
+        (f"token={SECRET}.py", "token="),
+        (f"{HERE}:red:Authorization=Bearer {SECRET}", "option"),
+        (f"{HERE}:shown:whole=token:{SECRET}@x", "option whole"),
+        ({"remote": {"token": SECRET}}, "remote"),
+    ],
+)
+def test_secrets_are_not_shown(reward, kept):
+    with pytest.raises((ValueError, TypeError)) as error:
+        resolve_reward(reward)
+    assert SECRET not in str(error.value) and kept in str(error.value)
+
+
+def test_what_is_no_secret_is_shown():
+    for plain in (
+        "me@host/a.py:taste",
+        "vlm_judge:max_tokens=3,api_key_env=KEY",
+        "--adapter=user/name@branch",
+    ):
+        assert masked(plain) == plain
+    assert masked(f"--hub_token {SECRET} --seed 3") == "--hub_token *** --seed 3"
+    assert SECRET not in repr(ProcessReward(f"remote:url=http://host,token={SECRET}"))
 
 
 def test_every_name_is_a_reward():

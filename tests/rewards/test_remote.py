@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -199,9 +200,15 @@ def test_tokens(monkeypatch, caplog, url):
             wrong(["a"], [picture(8)])
     said = repr([reward, wrong, error.value]) + str(error.value) + caplog.text
     assert secret not in said and "wr0ng" not in said
-    with pytest.raises(ValueError, match="token as its own option") as error:
-        RemoteReward("http://user:passw0rd@host")
-    assert "passw0rd" not in str(error.value)
+    for strange in (
+        "http://user:passw0rd@host",
+        "http://user:a/passw0rd@host",
+        "//passw0rd@host",
+        "ftp://h?key=passw0rd",
+    ):
+        with pytest.raises(ValueError, match="url") as error:
+            RemoteReward(strange)
+        assert "passw0rd" not in str(error.value)
     with pytest.raises(ValueError, match="visible ASCII") as error:
         RemoteReward(url, token="two words")
     assert "two words" not in str(error.value)
@@ -337,8 +344,11 @@ def test_the_generator_of_the_training_is_left_alone(strange):
 # Kills
 
 
-def test_a_thousand_requests_through_a_kill(tmp_path):
-    """Of eight clients, while the server is killed and started again: every score is there, once, and in its place."""
+@pytest.mark.parametrize(
+    "signals", [[], [signal.SIGTERM], [signal.SIGINT] * 2], ids=["kill", "SIGTERM", "Ctrl-C twice"]
+)
+def test_a_thousand_requests_through_a_kill(tmp_path, signals):
+    """Of eight clients, while the server ends and is started again: every score is there, once, and in its place."""
     done, ids = itertools.count(1), itertools.count(1)
     numbered = [[next(ids) for _ in range(1 + request % 3)] for request in range(1000)]
     middle = threading.Event()
@@ -350,14 +360,14 @@ def test_a_thousand_requests_through_a_kill(tmp_path):
             middle.set()
         return scores
 
-    with ServedProcess(f"{HERE}:numbers", "--max_batch_size", "2", log=tmp_path / "log") as server:
+    with ServedProcess(f"{HERE}:numbers", "--max_batch_size", "2", log=tmp_path / "log", grace=0.01) as server:
         reward = RemoteReward(server.url, retries=100)
         assert server.name == "numbers"
         with ThreadPoolExecutor(8) as clients:
             answers = [clients.submit(ask, request) for request in range(1000)]
             while not middle.is_set():
                 time.sleep(0.01)
-            server.kill()
+            server.stop(*signals) if signals else server.kill()
             before = sum(answer.done() for answer in answers)
             server.start()
             scores = [answer.result() for answer in answers]

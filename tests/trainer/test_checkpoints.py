@@ -12,6 +12,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -569,13 +570,13 @@ def test_a_disk_that_is_full_for_a_name_keeps_what_had_it(tmp_path, monkeypatch)
 # Ctrl-C
 
 
-def interrupted_at(moment: int) -> type[Watched]:
-    """A trainer that gets Ctrl-C in the micro-step of that number, from 0."""
+def interrupted_at(moment: int, *signals: signal.Signals) -> type[Watched]:
+    """A trainer that gets these signals, Ctrl-C by default, in the micro-step of that number, from 0."""
 
     class Interrupted(Watched):
         def compute_loss(self, *args, **kwargs):
-            if len(self.micro_steps) == moment:
-                os.kill(os.getpid(), signal.SIGINT)
+            for number in (signals or [signal.SIGINT]) if len(self.micro_steps) == moment else ():
+                os.kill(os.getpid(), number)
             return super().compute_loss(*args, **kwargs)
 
     return Interrupted
@@ -636,19 +637,52 @@ def test_ctrl_c_before_the_first_update(tmp_path, caplog):
     assert "before the first update; there is nothing to save" in caplog.text and not checkpoints_in(tmp_path)
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path):
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_second_ctrl_c_stops_at_once(tmp_path, first):
     """Perhaps in the middle of an update, so that the weights are those of no update."""
 
     class Twice(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
             if state.global_step == 1:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), first)
                 os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path, callbacks=[Twice()])
     assert not checkpoints_in(tmp_path)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    ("signals", "status"),
+    [([signal.SIGTERM], 143), ([signal.SIGHUP], 129), ([signal.SIGTERM, signal.SIGHUP, signal.SIGTERM], 143)],
+)
+@pytest.mark.parametrize(("moment", "update"), [(0, 0), (3, 2)])
+def test_sigterm_and_sighup_save_too(tmp_path, caplog, signals, status, moment, update):
+    """However often a scheduler sends them. Those who call `train` in Python are told by an exception."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    with pytest.raises(SystemExit) as end:
+        trained(tmp_path, cls=interrupted_at(moment, *signals), **THREE_TO_A_ROLLOUT)
+    assert end.value.code == status
+    assert [folder.name for folder in checkpoints_in(tmp_path)] == ([f"checkpoint-{update}"] if update else [])
+    assert ("--resume_from_checkpoint" if update else "nothing to save") in caplog.text
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+
+
+def test_what_nohup_ignores_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        trained(tmp_path, cls=interrupted_at(0, signal.SIGHUP), max_steps=1)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_signals_are_the_main_threads(tmp_path):
+    with ThreadPoolExecutor(1) as thread:
+        before = signal.getsignal(signal.SIGTERM)
+        thread.submit(trained, tmp_path, max_steps=1).result()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_ctrl_c_from_outside(tmp_path):

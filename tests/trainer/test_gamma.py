@@ -1,6 +1,7 @@
 """Schedules of γ in a training run: what they choose, what they measure, and how they go on."""
 
 import math
+import signal
 
 import pytest
 import torch
@@ -232,7 +233,7 @@ def test_interrupted_after_gamma_was_chosen(tmp_path, name):
 
     class Interrupted(Watched):
         def compute_loss(self, *args, **kwargs):
-            self._interrupted = self.state.global_step == 2
+            self._interrupted = signal.SIGINT if self.state.global_step == 2 else 0
             return super().compute_loss(*args, **kwargs)
 
     settings = {"max_steps": 4, **SCHEDULES[name]}
