@@ -16,10 +16,11 @@ ALLOWED = {
     "advantages": set(),
     "objective": set(),
     "trust_region": {"advantages"},
+    "images": set(),
     "schedulers": set(),
     "policy": {"schedulers"},
-    "shapes": set(),
-    "rewards": {"shapes"},
+    "shapes": {"images"},
+    "rewards": {"images", "shapes"},
     "evaluation": {"rewards", "shapes"},
 }
 UPPER = {"trainer", "scripts", "cli"}

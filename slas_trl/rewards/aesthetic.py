@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from slas_trl.images import to_rgb
 from slas_trl.rewards.base import (
     ModelReward,
     check_pairs,
@@ -18,7 +19,6 @@ from slas_trl.rewards.base import (
     load_weights,
     pretrained,
 )
-from slas_trl.rewards.pixels import to_rgb
 
 
 @dataclass(frozen=True)

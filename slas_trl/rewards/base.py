@@ -17,7 +17,6 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from huggingface_hub import hf_hub_download
 from PIL.Image import Image
-from PIL.Image import new as new_image
 from safetensors.torch import load_file
 
 
@@ -96,13 +95,6 @@ class ModelReward(Reward):
 
 class RewardUnavailableError(RuntimeError):
     """A reward cannot score anything at the moment, whatever the image: its server or its process is gone."""
-
-
-def still(picture: Image | list[Image] | None) -> Image:
-    """A picture to look at: of a video its middle frame, and a gray square for one that is missing."""
-    if picture is None:
-        return new_image("RGB", (64, 64), "gray")
-    return picture[len(picture) // 2] if isinstance(picture, list) else picture
 
 
 def check_pairs(prompts: Sequence[str], images: Sequence[Image]) -> None:

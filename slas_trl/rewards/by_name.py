@@ -37,9 +37,12 @@ EXPECTED = (
 )
 SEVERAL = "names are separated by spaces on the command line, and are a list in YAML and Python."
 
-# User and password of a URL; and what follows an option, a key or a flag by such a name.
+# User and password of a URL; what follows an option, a key or a flag by such a name, up to the next option.
+_NAMES = r"\w*(?:token|key|secret|passw(?:or)?d|auth(?:orization)?)"
 _SECRETS = re.compile(
-    r"(://)\S*@|(\w*(?:token|key|secret|passw(?:or)?d|auth)[\"']?\s*[=:\s]\s*[\"']?)[^\s,\"']+", re.IGNORECASE
+    r"(://)\S*@|(=)[^\s:=]+:(?!//)\S*@"
+    rf"|((?:{_NAMES}[\"']?\s*[=:]|--{_NAMES}\s)\s*[\"']?(?:bearer )?)(?:(?!,\s*\w+\s*=)[^\s\"'])+",
+    re.IGNORECASE,
 )
 
 
@@ -83,7 +86,7 @@ def resolve_reward(reward: RewardFunc | str) -> RewardFunc:
 
 def masked(text: str) -> str:
     """A reward by name, or a text with such, as it may be shown: without passwords of URLs, tokens and keys."""
-    return _SECRETS.sub(lambda found: f"{found[1]}***@" if found[1] else f"{found[2]}***", text)
+    return _SECRETS.sub(lambda found: f"{found[3]}***" if found[3] else f"{found[1] or found[2]}***@", text)
 
 
 def split_name(reward: str) -> tuple[str, str, str]:
@@ -150,8 +153,8 @@ def _with_options(reward: str, found: Any, text: str) -> RewardFunc:
         key, equals, value = part.partition("=")
         if not equals or not key.strip().isidentifier():
             raise ValueError(
-                f"The options of the reward {shown!r} hold {masked(part)!r}; expected option=value,option=value. "
-                f"If that is another reward: {SEVERAL}"
+                f"The options of the reward {shown!r} must be of the form option=value,option=value. If they hold "
+                f"another reward: {SEVERAL}"
             )
         given[key.strip()] = value.strip()
     target = type(found) if isinstance(found, Reward) else found
@@ -201,4 +204,6 @@ def _value(shown: str, option: str, text: str, annotation: Any) -> Any:
         with contextlib.suppress(ValueError, KeyError):
             return _READERS[kind][0](text)
     names = " or ".join(_READERS[kind][1] for kind in expected)
-    raise ValueError(f"The option {option} of the reward {shown!r} must be {names}, but it is {text!r}.")
+    raise ValueError(
+        f"The option {option} of the reward {shown!r} must be {names}, but got {masked(f'{option}={text}')}."
+    )

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
-from slas_trl.rewards.base import load_once, still
+from slas_trl.images import still
+from slas_trl.rewards.base import load_once
 from slas_trl.rewards.by_name import RewardFunc, is_ours
 
 

@@ -22,8 +22,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from PIL.Image import Image
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, PreTrainedConfig
 
+from slas_trl.images import to_rgb
 from slas_trl.rewards.base import ModelReward, check_pairs, in_batches, load_once, missing_checkpoint, require
-from slas_trl.rewards.pixels import to_rgb
 
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
+from slas_trl.images import to_rgb
 from slas_trl.rewards.base import ModelReward, check_pairs, hub_file, load_once, load_weights, require
 from slas_trl.rewards.clip_score import ClipEncoder, open_clip_encoder
-from slas_trl.rewards.pixels import to_rgb
 
 
 SIZE = 224

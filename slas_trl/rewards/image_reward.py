@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from slas_trl.images import to_rgb
 from slas_trl.rewards.aesthetic import linear_head, load_strictly
 from slas_trl.rewards.base import ModelReward, check_pairs, fetch_all, hub_file, in_batches, load_once, load_weights
-from slas_trl.rewards.pixels import to_rgb
 
 
 if TYPE_CHECKING:

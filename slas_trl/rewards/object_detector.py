@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from slas_trl.images import to_rgb
 from slas_trl.rewards.base import ModelReward, check_pairs, in_batches, load_once, missing_checkpoint
 from slas_trl.rewards.clip_score import load_clip
 from slas_trl.rewards.geneval import COLORS, Detection, Specification, canonical, judge, read_specification
-from slas_trl.rewards.pixels import to_rgb
 
 
 Detector = Callable[[list[Image.Image]], Sequence[Sequence[Detection | Mapping[str, Any]]]]

@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageOps
 from transformers.utils import logging
 
+from slas_trl.images import to_rgb
 from slas_trl.rewards.base import Reward, check_pairs, load_once, require
-from slas_trl.rewards.pixels import to_rgb
 
 
 logger = logging.get_logger(__name__)

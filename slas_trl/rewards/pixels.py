@@ -1,6 +1,6 @@
 """
 Rewards that look at pixels alone, and not at prompts: of no use for pictures, but of much for tests and first runs,
-since it is plain to see whether the policy follows them. And `to_rgb`, by which every reward sees a picture.
+since it is plain to see whether the policy follows them.
 """
 
 from io import BytesIO
@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from slas_trl.images import to_rgb
 
 
 _QUALITY = 95  # that of DDPO, https://huggingface.co/papers/2305.13301
@@ -47,16 +49,6 @@ def brightness(prompts: list[str], images: list[Image.Image], **columns: Any) ->
         `list[float]`: from 0 (black) to 1 (white).
     """
     return [float(np.asarray(to_rgb(image)).mean((0, 1)) @ _LUMA) / 255 for image in images]
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB, without transparency. White is guessed in modes I and F: 1 (F), 255 or 65535, if none is above."""
-    if not image.mode.startswith(("I", "F")):
-        return (image.convert("LA") if image.mode == "La" else image).convert("RGB")  # from La there is no other way
-    levels = np.nan_to_num(np.asarray(image).astype(np.float32))
-    whites = {"I": (255,), "F": (1, 255)}.get(image.mode, ())
-    white = next((white for white in whites if levels.max() <= white), 65535)
-    return Image.fromarray((levels / white * 255).round().clip(0, 255).astype(np.uint8)).convert("RGB")
 
 
 def _kilobytes(image: Image.Image) -> float:

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from PIL import Image, ImageOps
 
+from slas_trl.images import to_rgb
 from slas_trl.rewards.base import Reward, RewardUnavailableError, check_pairs, load_once
 from slas_trl.rewards.http_client import (
     MAX_FAILED_CALLS,
@@ -25,7 +26,6 @@ from slas_trl.rewards.http_client import (
     check_patience,
     check_url,
 )
-from slas_trl.rewards.pixels import to_rgb
 from slas_trl.rewards.wire import PNG, check_token, encode_base64
 
 

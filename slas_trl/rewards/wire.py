@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
-from slas_trl.rewards.pixels import to_rgb
+from slas_trl.images import to_rgb
 
 
 Result = TypeVar("Result")

@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from slas_trl.evaluation.shapes import SCORES
+from slas_trl.images import still
 from slas_trl.objective import gaussian_kl
-from slas_trl.rewards.base import still
 from slas_trl.scripts.arguments import parse
 from slas_trl.scripts.compare import BASE, EVALUATIONS, RESULT, SAMPLES, shown, with_config
 from slas_trl.scripts.model import make_pipeline

@@ -11,9 +11,9 @@ from diffusers import DiffusionPipeline
 from transformers.training_args import OptimizerNames
 
 from slas_trl.advantages import compute_advantages, slas_advantages
+from slas_trl.images import still
 from slas_trl.policy import Rollout
 from slas_trl.policy.doctor import denoisers_of, rollout_bytes, samples_per_call
-from slas_trl.rewards.base import still
 from slas_trl.schedulers import DDIMSDEScheduler, FlowSDEScheduler
 from slas_trl.scripts.examination import ExaminedTrainer, Findings
 from slas_trl.trainer.lora import ADAPTER_NAME

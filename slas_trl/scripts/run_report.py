@@ -10,8 +10,8 @@ from datasets import Dataset
 from PIL import Image
 
 from slas_trl.evaluation.shapes import OVERALL, Estimate, ShapesReport, compare, evaluate_shapes, paired_difference
+from slas_trl.images import still
 from slas_trl.reporting import compare_scores, score_rows, score_table
-from slas_trl.rewards.base import still
 from slas_trl.run_facts import Evaluation, Metric, spread
 from slas_trl.trainer import SLASTrainer
 

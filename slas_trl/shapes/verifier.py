@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from slas_trl.rewards.pixels import to_rgb
+from slas_trl.images import to_rgb
 
 from . import world
 

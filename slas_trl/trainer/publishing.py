@@ -20,8 +20,8 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from .. import hub
+from ..images import still
 from ..model_card import render
-from ..rewards.base import still
 from ..rewards.blind_spots import BLIND_SPOTS, MEASURES
 from ..rewards.by_name import is_ours
 from ..run_facts import Evaluation, Reward, RunFacts, Sample, Scheduler, spread

@@ -28,10 +28,10 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
 from ..advantages import Advantages, compute_advantages
+from ..images import still
 from ..objective import clip_indicators, clipped_surrogate_loss, gaussian_kl, importance_ratio
 from ..policy import PipelineReplayer, Rollout, check_pipeline, measure_ratio
 from ..policy.doctor import denoisers_of, load_pipeline
-from ..rewards.base import still
 from ..rewards.by_name import RewardFunc
 from ..schedulers import stochastic_scheduler
 from . import checkpoints, lora, sampling

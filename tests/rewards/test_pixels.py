@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from slas_trl import rewards
+from slas_trl.images import to_rgb
 from slas_trl.rewards import brightness, incompressibility, jpeg_compressibility
 from slas_trl.rewards.by_name import resolve_reward
-from slas_trl.rewards.pixels import to_rgb
 
 
 def plain(color: int | tuple[int, int, int], size: tuple[int, int] = (64, 64)) -> Image.Image:

@@ -17,10 +17,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from PIL import Image
 
+from slas_trl.images import to_rgb
 from slas_trl.rewards import RemoteReward, remote
 from slas_trl.rewards.base import RewardUnavailableError
 from slas_trl.rewards.by_name import resolve_reward, reward_name
-from slas_trl.rewards.pixels import to_rgb
 
 
 pytest.importorskip("fastapi")
