@@ -5,15 +5,12 @@ Nothing heavy is imported here: `slas-trl --help` answers at once, and each scri
 """
 
 import argparse
-import atexit
-import contextlib
 import io
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn
 
 from slas_trl import __version__
 from slas_trl.cli.launch import launch, split_options
@@ -52,13 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, _end)
-                atexit.register(signal.signal, number, signal.SIG_IGN)  # the interpreter's last steps know no handlers
         try:
             return main(sys.argv[1:])
         finally:
-            if _told:
-                _leave()
-            _told.append(signal.SIGINT)  # the next one need not wait for threads either
+            if _told:  # whatever threads are left, such as a reward's
+                sys.stdout.flush()
+                os._exit(128 + _told[0])
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="slas-trl",
@@ -78,21 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_script(command, argv[1:])
 
 
-def _end(number: int, frame: object) -> NoReturn:
+def _end(number: int, frame: object) -> None:
+    """The first signal unwinds what is under way, a second one ends it at once."""
+    if _told:
+        os._exit(128 + number)
     _told.append(number)
-    if len(_told) > 1:
-        _leave()
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     os.write(2, f"slas-trl: ended by {signal.Signals(number).name}.\n".encode())
     raise SystemExit(128 + number)
-
-
-def _leave() -> NoReturn:
-    """At once, whatever threads are left, such as a reward's."""
-    with contextlib.suppress(Exception):  # in the middle of anything
-        sys.stdout.flush()
-    os._exit(128 + _told[-1])
 
 
 def run_script(command: str, argv: list[str]) -> int:

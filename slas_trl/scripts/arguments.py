@@ -14,38 +14,13 @@ from trl import TrlParser
 from slas_trl import rewards
 from slas_trl.cli.launch import OPTIONS as LAUNCH_OPTIONS
 from slas_trl.rewards.by_name import SEVERAL, masked
+from slas_trl.shapes import WEIGHTS
 from slas_trl.trainer import SLASConfig
 
 
 # What `slas-trl train` does with the embedded pipeline, unless told otherwise. A YAML file and the command line, in
 # this order, override each of them; no other model is touched by them.
-SHAPES_SETTINGS: dict[str, object] = {
-    "dataset_name": "shapes",
-    "reward_funcs": ["shapes_verifier", "shapes_clip"],
-    "reward_weights": [1.0, 0.0],  # the second is logged, never trained on
-    "per_device_train_batch_size": 48,
-    "steps_per_generation": 4,
-    "num_generations": 16,
-    "num_inference_steps": 10,
-    # What a picture shows is decided in its first steps: only these are stochastic, and trained.
-    "sde_window_size": 4,
-    "sde_window_start": 0,
-    "noise_level": 1.0,
-    "init_same_noise": False,
-    "beta": 0.01,  # hardly holds the policy back, but shows how far it has gone
-    "learning_rate": 4e-4,
-    "max_steps": 65,
-    "use_peft": True,
-    "lora_r": 32,
-    "lora_alpha": 64,
-    "lora_target_modules": [
-        *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"),
-        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context.net.0.proj", "ff_context.net.2"),
-    ],
-    "logging_steps": 1,
-    "seed": 42,
-    "output_dir": "runs/shapes",
-}
+SHAPES_SETTINGS: dict[str, object] = yaml.safe_load((WEIGHTS.parent / "train.yaml").read_text(encoding="utf-8"))
 
 
 # Settings of the embedded pipeline that give way when another way of saying the same is chosen.

@@ -121,6 +121,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(
             "--reward_funcs is missing: name at least one function of slas_trl.rewards, or package.module:function."
         )
+    if masked(text := str([argv, settings])) != text:
+        raise ValueError(f"{masked(text)} holds a secret, which compare would write down: put it in the environment.")
     if config.max_steps < 1:
         raise ValueError("--max_steps is missing: arms are compared after equally many updates.")
     prompts = held_out_prompts(script, config, "slas-trl compare")
@@ -142,12 +144,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for folder, spec in jobs:
         if folder in todo:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / SPEC).write_text(json.dumps(shown(spec), indent=2) + "\n", encoding="utf-8")
-    _run_all({folder: spec for folder, spec in jobs if folder in todo}, args.processes, gpus, root)
+            (folder / SPEC).write_text(json.dumps(spec, indent=2) + "\n", encoding="utf-8")
+    _run_all(todo, args.processes, gpus, root)
 
     from slas_trl.scripts.compare_report import write_report  # now that matplotlib is needed
 
-    command = masked(shlex.join(["slas-trl", "compare", *argv]))
+    command = shlex.join(["slas-trl", "compare", *argv])
     text = write_report(root, [asdict(arm) for arm in arms], seeds, command)
     print(f"\n{text}\n\nDone. Look at comparison.md, comparison.png and samples.png in {root}.")
 
@@ -157,16 +159,11 @@ def _job(folder: Path, arm: Arm, seed: int, options: list[str], shared: dict[str
     return folder, {"arm": arm.name, "seed": seed, "options": own, **shared}
 
 
-def shown(spec: dict[str, Any]) -> dict[str, Any]:
-    """What is written of it."""
-    return json.loads(masked(json.dumps(spec)))
-
-
 def _is_finished(folder: Path, spec: dict[str, Any]) -> bool:
     """Raises `ValueError` when the folder holds something else than what was asked for."""
     if not (folder / SPEC).exists():
         return False
-    then, spec = json.loads((folder / SPEC).read_text(encoding="utf-8")), shown(spec)
+    then = json.loads((folder / SPEC).read_text(encoding="utf-8"))
     if not ((folder / RESULT).exists() or (folder / EVALUATIONS).exists()):  # nothing was computed
         return False
     if changed := {name: (then.get(name), spec[name]) for name in spec if then.get(name) != spec[name]}:
@@ -176,14 +173,14 @@ def _is_finished(folder: Path, spec: dict[str, Any]) -> bool:
     return (folder / RESULT).exists()
 
 
-def _run_all(specs: dict[Path, dict[str, Any]], processes: int, gpus: list[str], root: Path) -> None:
+def _run_all(folders: list[Path], processes: int, gpus: list[str], root: Path) -> None:
     """One process for each run, `processes` at a time; after one that failed, no other is started."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     # Forked from a process that has imported everything, which takes longer than a small arm's evaluation.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["slas_trl.cli.advice", WORKER])
-    waiting, places, failed = list(specs), list(range(processes)), []
+    waiting, places, failed = list(folders), list(range(processes)), []
     running: dict[Any, tuple[Path, int, float]] = {}
     try:
         while running or (waiting and not failed):
@@ -191,7 +188,7 @@ def _run_all(specs: dict[Path, dict[str, Any]], processes: int, gpus: list[str],
                 folder, place = waiting.pop(0), places.pop(0)
                 # Several GPUs are shared out; runs on the same one share its memory.
                 gpu = gpus[place % len(gpus)] if gpus else None
-                process = context.Process(target=_work, args=(folder, specs[folder], gpu))
+                process = context.Process(target=_work, args=(folder, gpu))
                 process.start()
                 running[process] = folder, place, time.perf_counter()
             multiprocessing.connection.wait([process.sentinel for process in running])
@@ -201,8 +198,8 @@ def _run_all(specs: dict[Path, dict[str, Any]], processes: int, gpus: list[str],
                 if process.exitcode or not (folder / RESULT).exists():
                     failed.append(folder)
                     continue
-                done, seconds = len(specs) - len(waiting) - len(running), time.perf_counter() - start
-                print(f"[{done}/{len(specs)}] {folder.relative_to(root)}: {seconds:.0f} s", flush=True)
+                done, seconds = len(folders) - len(waiting) - len(running), time.perf_counter() - start
+                print(f"[{done}/{len(folders)}] {folder.relative_to(root)}: {seconds:.0f} s", flush=True)
     except KeyboardInterrupt:
         for process in running:  # interrupted too, they save what they have
             with contextlib.suppress(KeyboardInterrupt):
@@ -216,7 +213,7 @@ def _run_all(specs: dict[Path, dict[str, Any]], processes: int, gpus: list[str],
         )
 
 
-def _work(folder: Path, spec: dict[str, Any], gpu: str | None) -> None:
+def _work(folder: Path, gpu: str | None) -> None:
     """In the process of one run: what it says goes into a file."""
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
@@ -224,7 +221,7 @@ def _work(folder: Path, spec: dict[str, Any], gpu: str | None) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     threading.Thread(target=_follow, args=(multiprocessing.parent_process(),), daemon=True).start()
-    importlib.import_module(WORKER).run_arm(folder, spec)
+    importlib.import_module(WORKER).run_arm(folder)
 
 
 def _follow(parent: Any) -> None:

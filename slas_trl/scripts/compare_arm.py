@@ -4,8 +4,8 @@ import copy
 import hashlib
 import json
 import sys
-import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from slas_trl.evaluation.shapes import SCORES
 from slas_trl.images import still
 from slas_trl.objective import gaussian_kl
 from slas_trl.scripts.arguments import parse
-from slas_trl.scripts.compare import BASE, EVALUATIONS, RESULT, SAMPLES, shown, with_config
+from slas_trl.scripts.compare import BASE, EVALUATIONS, RESULT, SAMPLES, SPEC, with_config
 from slas_trl.scripts.model import make_pipeline
 from slas_trl.scripts.train import held_out_prompts, train_prompts
 from slas_trl.shapes import world
@@ -171,11 +171,11 @@ def fingerprint(trainer: SLASTrainer) -> str:
     return digest.hexdigest()
 
 
-def run_arm(folder: Path, spec: dict[str, Any]) -> None:
-    """Train and evaluate an arm of `slas-trl compare`, and write `result.json` into its folder."""
-    with tempfile.TemporaryDirectory() as settings:
-        options = with_config(spec["options"], spec["config"], Path(settings))
-        script, adapter, config = parse([*options, "--output_dir", str(folder)], "slas-trl compare")
+def run_arm(folder: Path) -> None:
+    """Do what the folder's `arm.json` says, and write `result.json` into it."""
+    spec: Mapping[str, Any] = json.loads((folder / SPEC).read_text(encoding="utf-8"))
+    options = with_config(spec["options"], spec["config"], folder)
+    script, adapter, config = parse([*options, "--output_dir", str(folder)], "slas-trl compare")
     config.eval_strategy = IntervalStrategy.NO  # the callback below does that
     sys.path.append(str(Path.cwd()))
     embedded = script.model_name_or_path is None
@@ -199,7 +199,7 @@ def run_arm(folder: Path, spec: dict[str, Any]) -> None:
         trainer.train(resume_from_checkpoint=checkpoints.last_whole_checkpoint(folder) is not None)
         trainer.save_model()
     result = {
-        **shown(spec),
+        **spec,
         **evaluator.results,
         "reward_weights": trainer.weight_of,
         "prompts": list(data["prompt"]),

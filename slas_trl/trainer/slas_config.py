@@ -18,7 +18,7 @@ from ..schedulers.flow_sde import NOISE_SCHEDULES
 RESERVED = {"prompt", "generator", "num_inference_steps", "num_images_per_prompt", "output_type", "return_dict"}
 MODES = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]  # of torch.compile
 
-# Numbers and the interval that they have to be in, which is checked when they are read.
+# Numbers and their intervals, checked when they are read.
 Count = Annotated[int, "[1, inf)"]
 Positive = Annotated[float, "(0, inf)"]
 NotNegative = Annotated[float, "[0, inf)"]
@@ -484,9 +484,7 @@ class SLASConfig(TrainingArguments):
         if self.max_steps == 0:
             raise ValueError("max_steps is 0: nothing would be trained. Leave it out, or give a number of updates.")
         if missing := {*cast(list, self.report_to)} - {*get_available_reporting_integrations()}:
-            raise ValueError(
-                f"report_to names {sorted(missing)}, which is not installed; install it, or leave it out."
-            )
+            raise ValueError(f"report_to names {sorted(missing)}: not installed. Install it, or leave it out.")
         for name in ("pipeline_kwargs", "model_init_kwargs", "lr_scheduler_kwargs"):
             if not isinstance(getattr(self, name) or {}, dict):
                 raise ValueError(f"{name} must be a dictionary of arguments, but it is {getattr(self, name)!r}.")
@@ -494,11 +492,10 @@ class SLASConfig(TrainingArguments):
             raise ValueError(f"pipeline_kwargs holds {sorted(reserved)}, which the trainer sets; leave that out.")
         if self.reward_weights is not None and not any(self.reward_weights):
             raise ValueError("All reward_weights are 0, so there is nothing to train on; give one reward a weight.")
-        if self.ignore_data_skip:
-            raise ValueError("ignore_data_skip would resume with other prompts than the rollout's; leave it out.")
-        if self.save_only_model:
-            raise ValueError("save_only_model leaves checkpoints that no run can go on from; leave it out.")
-        if self.auto_find_batch_size:
-            raise ValueError(
-                "auto_find_batch_size would break up the groups; lower per_device_train_batch_size instead."
-            )
+        unfit = {
+            "ignore_data_skip": "would resume with other prompts than the rollout's",
+            "save_only_model": "leaves checkpoints that no run can go on from",
+            "auto_find_batch_size": "would break up the groups: lower per_device_train_batch_size instead",
+        }
+        for name in filter(lambda name: getattr(self, name), unfit):
+            raise ValueError(f"{name} {unfit[name]}; leave it out.")

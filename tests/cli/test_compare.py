@@ -121,8 +121,7 @@ def test_different_first_rollouts_are_not_compared(compared, tmp_path, capsys):
 REWARDS = """
 from pathlib import Path
 
-def fragile(prompts, images, token="", **columns):
-    assert token == "s3cret"
+def fragile(prompts, images, **columns):
     if not Path(__file__).with_name("mended").exists():
         raise RuntimeError("the judge is ill")
     return [float(sum(image.convert("L").tobytes())) for image in images]
@@ -131,8 +130,7 @@ def fragile(prompts, images, token="", **columns):
 
 def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path, monkeypatch, capsys):
     (tmp_path / "fragile_rewards.py").write_text(REWARDS)
-    reward = "reward_funcs: [fragile_rewards:fragile:token=s3cret]"
-    (tmp_path / "config.yaml").write_text(f"{reward}\nlearning_rate: 1.0e-3\n")
+    (tmp_path / "config.yaml").write_text("reward_funcs: [fragile_rewards:fragile]\nlearning_rate: 1.0e-3\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     small = SMALL[: SMALL.index("--reward_funcs")] + ["--save_strategy", "no"]
@@ -144,15 +142,9 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path, monkeypatch
     assert main(line) == 0
     assert (tmp_path / "out" / "comparison.md").exists()
     # The file is noticed when it changes, for arms would differ in more than their advantages.
-    (tmp_path / "config.yaml").write_text(f"{reward}\nlearning_rate: 2.0e-3\n")
+    (tmp_path / "config.yaml").write_text("reward_funcs: [fragile_rewards:fragile]\nlearning_rate: 2.0e-3\n")
     assert main(line) == 2
-    said = capsys.readouterr().err
-    assert "'learning_rate': 0.002" in said and "token=***" in said
-    kept = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert len(kept) > 5 and not any(b"s3cret" in path.read_bytes() for path in kept)
-    capsys.readouterr()
-    assert main([*line, "--reward_funcs", "fragile_rewards:fragile:token=s3cret", "--output_dir", "other"]) == 0
-    assert "token=***" in (tmp_path / "other" / "comparison.md").read_text()
+    assert "'learning_rate': 0.002" in capsys.readouterr().err
 
 
 def test_after_an_interruption_the_same_command_goes_on(tmp_path, capsys):
