@@ -10,7 +10,6 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from slas_trl.markdown import as_code, as_paragraph, as_text, one_line, shown, table, to_yaml
-from slas_trl.meanings import MEANINGS
 from slas_trl.quick_start import quick_start
 from slas_trl.run_facts import Base, Evaluation, Reward, RunFacts
 
@@ -57,7 +56,7 @@ def render(
         rewards=_reward_table(facts.rewards),
         doubts=_doubts(facts),
         settings=[
-            f"{as_code(name)} **{_setting(value)}**" + (f": {as_text(MEANINGS[name])}" if name in MEANINGS else "")
+            f"{as_code(name)} **{_setting(value)}**{(what := facts.meanings.get(name, '')) and as_text(f': {what}')}"
             for name, value in facts.settings.items()
         ],
         started_from=facts.started_from and as_code(facts.started_from),

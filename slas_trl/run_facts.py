@@ -139,6 +139,7 @@ class RunFacts:
         prompt (`str`): one, for the quick start.
         rewards (`list[Reward]`): those trained on, and the held-out ones.
         settings (`dict[str, Any]`): name and value of the settings that make the result.
+        meanings (`dict[str, str]`): what they are, by name.
         step (`int`): updates made.
         max_steps (`int`): updates planned; the card of a run under way says so.
         dataset (`str`, *optional*): of the prompts: a Hub id, a file's name, or that of the embedded set.
@@ -170,6 +171,7 @@ class RunFacts:
     prompt: str = ""
     rewards: list[Reward] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    meanings: dict[str, str] = field(default_factory=dict)
     step: int = 0
     max_steps: int = 0
     dataset: str | None = None

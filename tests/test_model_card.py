@@ -310,8 +310,9 @@ class TestText:
 
     def test_settings_are_explained_and_short(self):
         settings = {"gamma": 0.1 + 0.2, "learning_rate": 1e-5, "new": [1, None]}
-        _, text = split_card(render(facts(settings=settings), "x"))
-        assert "- `gamma` **0.3**: an advantage is " in text and "- `learning_rate` **1e-5**: of the optimizer" in text
+        meanings = {"gamma": "shapes advantages", "learning_rate": "of AdamW"}
+        _, text = split_card(render(facts(settings=settings, meanings=meanings), "x"))
+        assert "- `gamma` **0.3**: shapes advantages" in text and "- `learning_rate` **1e-5**: of AdamW" in text
         assert "- `new` **1, none**\n" in text
 
     def test_the_licence_is_said_or_said_to_be_unknown(self):

@@ -17,8 +17,7 @@ def call_pipeline(pipe: Any, call: dict[str, Any]) -> tuple[Any, list[str | None
     Call the pipeline, and find the pictures that show nothing of the policy: PIL makes black of NaN, and so does a
     safety checker of what it flags.
 
-    Returns:
-        What the pipeline returned, and for each of its B images what is wrong with it, or `None`.
+    Returns what the pipeline returned, and for each of its B images what is wrong with it, or `None`.
     """
     decoders: dict[str, Any] = {
         name: part for name, part in pipe.components.items() if isinstance(part, AutoencoderMixin)
@@ -35,14 +34,10 @@ def call_pipeline(pipe: Any, call: dict[str, Any]) -> tuple[Any, list[str | None
     flags = [output[name] for name in FLAGS if name in output] if isinstance(output, dict) else []
     flagged = flags[0] if flags else [False] * count
     types = ", ".join(f"{name} in {decoder.dtype}" for name, decoder in decoders.items())
-    return output, [
-        f"the decoder ({types}) made NaN or infinity; load it in float32"
-        if not is_finite
-        else "the safety checker blackened it; load the pipeline with safety_checker=None"
-        if is_flagged
-        else None
-        for is_finite, is_flagged in zip(finite, flagged, strict=True)
-    ]
+    broken = f"the decoder ({types}) made NaN or infinity; load it in float32"
+    black = "the safety checker blackened it; load the pipeline with safety_checker=None"
+    problems = [black if is_flagged else None for is_flagged in flagged]
+    return output, [problem if fine else broken for fine, problem in zip(finite, problems, strict=True)]
 
 
 @contextmanager

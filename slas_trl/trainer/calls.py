@@ -183,19 +183,6 @@ class PipelineCalls:
                 cuts.append(i)
         return [range(start, end) for start, end in zip(cuts, [*cuts[1:], len(indices)], strict=True)]
 
-    def explain(self, error: Exception, call: dict[str, Any]) -> None:
-        """
-        Raises:
-            `ValueError`: when `error` may come of asking for several images of one prompt and its image.
-        """
-        copies = call.get("num_images_per_prompt", 1)
-        if copies > 1 and not isinstance(error, torch.OutOfMemoryError):
-            raise ValueError(
-                f"{self.name} did not make {copies} images of one prompt and its images in one call: {error}. It "
-                "may be that it can only make one; then set per_device_train_batch_size=1, and steps_per_generation "
-                "to match."
-            ) from error
-
     def call(self, dataset: Dataset, indices: Sequence[int], generators: list[torch.Generator]) -> dict[str, Any]:
         """The arguments of one call for the rows at `indices`, an image each."""
         rows = self.rows(dataset, indices)

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +32,7 @@ from .collectives import gathered, raise_together, wait_together
 from .evaluating import EvaluatingTrainer
 from .hacking import find_hacking
 from .hub_checkpoints import checkpoint_files, fetch_checkpoint, names_checkpoint
+from .slas_config import SLASConfig
 
 
 logger = logging.get_logger(__name__)
@@ -187,6 +189,7 @@ class PublishingTrainer(EvaluatingTrainer):
             prompt=prompt,
             rewards=self._rewards_of_card(),
             settings=settings,
+            meanings={f.name: f.metadata["help"].rstrip(".") for f in fields(SLASConfig) if f.name in settings},
             step=self._step,
             max_steps=self._step if ended and not self._interrupted else max(self.state.max_steps, self._step),
             dataset=dataset,

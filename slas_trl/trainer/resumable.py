@@ -227,10 +227,8 @@ class ResumableTrainer(Trainer):
             group["lr"] = rate
         then = json.loads((Path(checkpoint) / checkpoints.STATE_FILE).read_text())["settings"]["learning_rate"]
         if then != self.args.learning_rate and not isinstance(scheduler, LambdaLR):
-            raise ValueError(
-                f"learning_rate {then} cannot become {self.args.learning_rate}: with a {type(scheduler).__name__} the "
-                "rate is the checkpoint's. Leave it as it was."
-            )
+            kind, now = type(scheduler).__name__, self.args.learning_rate
+            raise ValueError(f"learning_rate {then} cannot become {now}: with a {kind} it is the checkpoint's.")
 
     def _save_rng_state(self, output_dir: str) -> None:
         """The last of the Trainer's own files but one, and ours."""

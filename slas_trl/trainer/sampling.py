@@ -50,12 +50,7 @@ def window_of(args: SLASConfig, rollout_index: int, rng: np.random.Generator) ->
 
 
 def trained_steps(args: SLASConfig, rollout: Rollout, rng: np.random.Generator) -> list[int]:
-    """
-    The trained timesteps, in random order.
-
-    Raises:
-        `ValueError`: when the pipeline took other steps than the configuration asks for.
-    """
+    """The trained timesteps, in random order. Raises `ValueError` when the pipeline did not take what is asked for."""
     skipped = rollout.steps[0].index
     if rollout.window is not None and (args.sde_window_start or 0) < skipped:  # before which none begins
         raise ValueError(

@@ -26,9 +26,8 @@ NotNegative = Annotated[float, "[0, inf)"]
 # Of the inherited ones; any other has to be finite.
 INHERITED = {
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"), "[0, inf)"),
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), "[1, inf)"),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "save_total_limit"), "[1, inf)"),
     **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "eval_steps"), "(0, inf)"),
-    **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit"), "[1, inf)"),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), "[0, 1)"),
     **dict.fromkeys(("seed", "data_seed"), f"[0, {2**32})"),
     **{"eval_delay": "[0, inf)", "max_steps": "[-1, inf)"},
@@ -176,7 +175,7 @@ class SLASConfig(TrainingArguments):
         default=False, metadata={"help": "Kept off: all columns reach the rewards."}
     )
     torch_compile_mode: str | None = field(default=None, metadata={"help": "See torch.compile.", "choices": MODES})
-    gradient_accumulation_steps: int | None = field(  # type: ignore[assignment]
+    gradient_accumulation_steps: Count | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Micro-steps per update. Default: one update per pass over a rollout."}
     )
 
@@ -213,7 +212,7 @@ class SLASConfig(TrainingArguments):
             "choices": ["batch", "group", "none"],
         },
     )
-    gamma: NotNegative = field(default=0.5, metadata={"help": "Exponent 1 + gamma shapes the advantages."})
+    gamma: NotNegative = field(default=0.5, metadata={"help": "A = sign(x)|x|^(1+gamma) of scaled rewards x."})
     gamma_schedule: str = field(
         default="constant",
         metadata={

@@ -60,7 +60,7 @@ from .slas_config import SLASConfig
 
 logger = logging.get_logger(__name__)
 
-UNSCORED_ROLLOUTS = 5  # in a row, in which no image got a score, end the training
+UNSCORED_ROLLOUTS = 5  # in a row, which end the training
 
 
 class SLASTrainer(PublishingTrainer):
@@ -305,11 +305,7 @@ class SLASTrainer(PublishingTrainer):
                     self._stop_if_interrupted()
                     if scoring.failed:  # why sample the rest?
                         self._gather_scores(scoring)
-                try:
-                    rollout = self.replayer.sample(noise_generator=noise[i * size : (i + 1) * size], **call)
-                except (ValueError, RuntimeError) as error:
-                    self.calls.explain(error, call)
-                    raise
+                rollout = self.replayer.sample(noise_generator=noise[i * size : (i + 1) * size], **call)
                 made = as_pictures(rollout.images, rollout.problems, call["prompt"])
                 self._add_images(scoring, self.train_dataset, indices[len(images) : len(images) + len(made)], made)
                 images += made
