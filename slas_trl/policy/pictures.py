@@ -36,8 +36,8 @@ def call_pipeline(pipe: Any, call: dict[str, Any]) -> tuple[Any, list[str | None
     types = ", ".join(f"{name} in {decoder.dtype}" for name, decoder in decoders.items())
     broken = f"the decoder ({types}) made NaN or infinity; load it in float32"
     black = "the safety checker blackened it; load the pipeline with safety_checker=None"
-    problems = [black if is_flagged else None for is_flagged in flagged]
-    return output, [problem if fine else broken for fine, problem in zip(finite, problems, strict=True)]
+    verdicts = zip(finite, flagged, strict=True)
+    return output, [broken if not fine else black if is_flagged else None for fine, is_flagged in verdicts]
 
 
 @contextmanager

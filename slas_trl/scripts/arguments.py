@@ -12,6 +12,7 @@ from peft import LoraConfig
 from trl import TrlParser
 
 from slas_trl import rewards
+from slas_trl.advantages import check_number
 from slas_trl.cli.launch import OPTIONS as LAUNCH_OPTIONS
 from slas_trl.rewards.by_name import SEVERAL, masked
 from slas_trl.shapes import WEIGHTS
@@ -87,10 +88,8 @@ class SLASScriptArguments:
                     f"there is no reward {masked(name)!r}: expected one of {', '.join(rewards.NAMES)}, or "
                     f"package.module:function or file.py:function for one of your own.{several}"
                 )
-        if self.report_prompts is not None and self.report_prompts < 0:
-            raise ValueError(f"report_prompts must be at least 0, got {self.report_prompts}.")
-        if self.report_images_per_prompt < 1:
-            raise ValueError(f"report_images_per_prompt must be at least 1, got {self.report_images_per_prompt}.")
+        check_number("report_prompts", self.report_prompts or 0, "[0, inf)")
+        check_number("report_images_per_prompt", self.report_images_per_prompt, "[1, inf)")
 
 
 @dataclass
@@ -107,6 +106,8 @@ class LoraArguments:
     use_rslora: bool = field(default=False, metadata={"help": "Divide lora_alpha by the root of the rank."})
 
     def __post_init__(self):
+        check_number("lora_r", self.lora_r, "[1, inf)")
+        check_number("lora_alpha", self.lora_alpha, "(0, inf)")  # at 0 the adapter would do nothing
         if self.lora_dropout != 0:
             raise ValueError(
                 f"lora_dropout must be 0, got {self.lora_dropout}: with dropout, the probabilities recorded while "

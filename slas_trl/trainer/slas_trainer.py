@@ -460,7 +460,7 @@ class SLASTrainer(PublishingTrainer):
             self._calibration.append(self.args, {"step": self.state.global_step + 1, **record})
         self._unscored = self._unscored + 1 if result.rewards.isnan().all() else 0
         if not self._unscored:
-            if (problem := advantage_problem(result, self.args.min_group_std)) is not None:
+            if problem := advantage_problem(result, self.args.min_group_std):
                 logger.warning_once(problem)
             return
         what = f"No image of the rollout after update {self.state.global_step} got a score"
