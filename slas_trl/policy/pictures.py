@@ -34,7 +34,7 @@ def call_pipeline(pipe: Any, call: dict[str, Any]) -> tuple[Any, list[str | None
     flags = [output[name] for name in FLAGS if name in output] if isinstance(output, dict) else []
     flagged = flags[0] if flags else [False] * count
     types = ", ".join(f"{name} in {decoder.dtype}" for name, decoder in decoders.items())
-    broken = f"the decoder ({types}) made NaN or infinity; load it in float32"
+    broken = f"the decoder ({types}) made NaN or infinity; if it is not in float32, load it so"
     black = "the safety checker blackened it; load the pipeline with safety_checker=None"
     verdicts = zip(finite, flagged, strict=True)
     return output, [broken if not fine else black if is_flagged else None for fine, is_flagged in verdicts]

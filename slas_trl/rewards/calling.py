@@ -58,11 +58,11 @@ def _plain(values: Any) -> Any:
     if isinstance(values, (torch.Tensor, np.ndarray)):
         return values.tolist()
     if isinstance(values, (list, tuple)):
-        if isinstance(values, tuple) and any(isinstance(value, (list, Mapping, torch.Tensor)) for value in values):
-            return values  # scores, and something else
         arrays = (torch.Tensor, np.ndarray, np.generic)
         single = [isinstance(value, arrays) and math.prod(value.shape) == 1 for value in values]
-        return [value.item() if is_one else value for value, is_one in zip(values, single, strict=True)]
+        plain = [value.item() if is_one else value for value, is_one in zip(values, single, strict=True)]
+        several = isinstance(values, tuple) and any(isinstance(value, (list, Mapping, *arrays)) for value in plain)
+        return values if several else plain  # scores, and something else
     return values
 
 

@@ -289,6 +289,8 @@ class VLMJudge(Reward):
         return self._number(plain, self.pattern or _LAST_NUMBER)
 
     def _probability(self, logprobs: Any, text: str) -> float:
+        if self.pattern is None and re.search(r"(?i)\bnot\W+(?:a\W+)?(?:yes|no)\b", text):
+            raise _NoScoreError(f"One is {text[:200]!r}; expected yes or no.")
         word, place = _last(self.pattern or _YES_NO, text)
         has_said = word or (self.pattern is None and re.search(r"\w", text))
         yes, no = _probabilities(logprobs if has_said else None, text, place)

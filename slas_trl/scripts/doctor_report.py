@@ -111,10 +111,10 @@ class DoctorReport:
     def _why_not(self, rollout: Rollout, position: int) -> str:
         if rollout.window is not None and rollout.steps[position].index not in rollout.window:
             return "outside of the window"
-        if position not in rollout.trainable_steps:
-            return "deterministic"
         if position == len(rollout.steps) - 1 and not self.config.train_final_step:
             return "the final step (train_final_step)"
+        if position not in rollout.trainable_steps:
+            return "deterministic"
         return "not drawn for this rollout"
 
     def print_rewards(self, rewards: torch.Tensor, as_asked: bool) -> None:

@@ -172,7 +172,8 @@ class EMACallback(TrainerCallback):
         assert self.model is not None
         saved = torch.load(folder / self.AVERAGE_FILE, map_location="cpu", weights_only=True)
         average, shadows = saved.pop("shadow_params"), self.model.shadow_params
-        self.model.load_state_dict({**saved, "shadow_params": shadows})
+        decay = {"decay": self.decay, "min_decay": self.decay}  # this run's
+        self.model.load_state_dict({**saved, **decay, "shadow_params": shadows})
         weights = torch.load(folder / self.WEIGHTS_FILE, map_location="cpu", weights_only=True)
         for targets, sources in ((self.model.shadow_params, average), (self.parameters, weights)):
             for target, source in zip(targets, sources, strict=True):

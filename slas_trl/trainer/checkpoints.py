@@ -75,7 +75,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         for file, content in {TRAINER_STATE_FILE: None, **state["files"]}.items():
             if _content(folder / file) != content:
                 raise ValueError("not as it was written")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"The checkpoint {str(folder)!r} is damaged, or was not written to its end: {file} ({error})."
         ) from error
@@ -92,7 +92,7 @@ def _written(folder: Path) -> float:
     """When, in seconds since the epoch; a copy keeps it, unless it is broken."""
     try:
         return float(json.loads((folder / STATE_FILE).read_text())["written"])
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return folder.stat().st_mtime
 
 

@@ -77,9 +77,12 @@ class EvaluatingTrainer(ResumableTrainer):
         metric, data = self.args.metric_for_best_model, self.eval_dataset
         prefixes = [f"eval_{name}_" for name in data] if isinstance(data, dict) else ["eval_"]
         rewards = [f"{prefix}rewards/{name}/" for prefix in prefixes for name in self.eval_scorer.names]
-        known = [f"{prefix}reward" for prefix in prefixes] + [f"{prefix}mean" for prefix in rewards]
+        known = [f"{prefix}{name}" for prefix in prefixes for name in ("reward", "reward_std")]
+        known += [f"{prefix}mean" for prefix in rewards]
         asked = f"eval_{(metric or '').removeprefix('eval_')}"
-        if data is not None and metric and asked not in known and not asked.startswith(tuple(rewards)):
+        kinds = ("mean", "std", "nan_share", "half_width", "time")
+        of_a_reward = asked.startswith(tuple(rewards)) and asked.endswith(kinds)
+        if data is not None and metric and asked not in known and not of_a_reward:
             raise ValueError(f"metric_for_best_model must be one of {', '.join(known)}, but it is {metric!r}.")
 
     def evaluate(

@@ -90,8 +90,8 @@ def _read(path: Path) -> Any:
     frame = pd.read_csv(io.StringIO(text), low_memory=False, **marks)
     if not isinstance(frame.index, pd.RangeIndex):  # pandas takes for it what is too much
         raise ValueError("it has rows with more fields than its header; quote prompts with commas, in a .csv")
-    if "prompt" in frame:  # be it None or 1984, its cells are text
-        frame["prompt"] = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, **marks)["prompt"]
+    for column in {"prompt", "target_text"} & {*frame.columns}:  # be it None or 1984, its cells are text
+        frame[column] = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, **marks)[column]
     return Dataset.from_pandas(frame, preserve_index=False)
 
 

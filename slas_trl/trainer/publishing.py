@@ -357,7 +357,7 @@ class PublishingTrainer(EvaluatingTrainer):
             repo_id=self._repository,
             files=files,
             message=message,
-            run_dir=self._output_dir,
+            run_dir=Path(self.args.output_dir or "."),
             strategy=strategy if strategy in hub.CHECKPOINT_STRATEGIES else "end",
             revision=args.hub_revision,
             private=args.hub_private_repo,

@@ -26,10 +26,10 @@ NotNegative = Annotated[float, "[0, inf)"]
 # Of the inherited ones; any other has to be finite.
 INHERITED = {
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"), "[0, inf)"),
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "save_total_limit"), "[1, inf)"),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), "[1, inf)"),
     **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "eval_steps"), "(0, inf)"),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), "[0, 1)"),
-    **dict.fromkeys(("seed", "data_seed"), f"[0, {2**32})"),
+    **dict.fromkeys(("seed", "data_seed", "save_total_limit"), f"[0, {2**32})"),
     **{"eval_delay": "[0, inf)", "max_steps": "[-1, inf)"},
 }
 
@@ -447,7 +447,7 @@ class SLASConfig(TrainingArguments):
                 if get_origin(kind) is Annotated:
                     kind, interval = get_args(kind)
                 value = getattr(self, name)
-                for number in value if isinstance(value, list) else [value]:
+                for number in value if isinstance(value, list | tuple) else [value]:
                     if interval is not None and number is not None:
                         check_number(name, number, interval, whole=kind is int)
 

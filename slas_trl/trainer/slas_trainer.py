@@ -305,7 +305,14 @@ class SLASTrainer(PublishingTrainer):
                     self._stop_if_interrupted()
                     if scoring.failed:  # why sample the rest?
                         self._gather_scores(scoring)
-                rollout = self.replayer.sample(noise_generator=noise[i * size : (i + 1) * size], **call)
+                try:
+                    rollout = self.replayer.sample(noise_generator=noise[i * size : (i + 1) * size], **call)
+                except (ValueError, RuntimeError) as error:
+                    copies = call.get("num_images_per_prompt", 1)
+                    if copies == 1 or isinstance(error, torch.OutOfMemoryError):
+                        raise
+                    what = f"{type(self.pipe).__name__} did not make {copies} images of one prompt and its images"
+                    raise ValueError(f"{what}: {error}. Set per_device_train_batch_size=1 if it makes one.") from error
                 made = as_pictures(rollout.images, rollout.problems, call["prompt"])
                 self._add_images(scoring, self.train_dataset, indices[len(images) : len(images) + len(made)], made)
                 images += made

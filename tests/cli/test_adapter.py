@@ -111,7 +111,8 @@ def test_an_arm_of_a_comparison_is_compared_with_it(beta):
         options += ["--eval_dataset_name", "prompts.txt"]
         spec = {"arm": "linear", "seed": 3, "options": options, "eval_every": 1, "eval_prompts": 2}
         spec |= {"eval_images_per_prompt": 1, "config": {**SETTINGS, "max_steps": 1}}
-        run_arm(folder, spec)
+        (folder / "arm.json").write_text(json.dumps(spec))
+        run_arm(folder)
         found[rate] = json.loads((folder / "result.json").read_text())["evaluations"]["1"]["kl"]
         assert not any(lora.REFERENCE_NAME in key for key in weights(str(folder)))
     assert found["0"] == 0.0 < found["1e-2"]

@@ -202,7 +202,8 @@ class TestATrainingThatCanStart:
             timestep, std, ratio, *note = report.cells(str(i))
             assert int(timestep) == t
             # The variance of DDIM, by diffusers
-            assert float(std) == pytest.approx(0.5 * math.sqrt(stock._get_variance(int(t), int(t) - 250)), abs=1e-4)
+            expected = 0.5 * math.sqrt(stock._get_variance(int(t), int(t) - 250)) if i < 3 else 0  # the last: no noise
+            assert float(std) == pytest.approx(expected, abs=1e-4)
             assert ratio == ("0" if i < 3 else "-")
             assert note == ([] if i < 3 else ["not trained: the final step (train_final_step)"])
         assert report["max |ratio - 1|"].startswith("0 before any update")
@@ -326,7 +327,7 @@ class TestRefusals:
         bitsandbytes = [] if importlib.util.find_spec("bitsandbytes") else ["bitsandbytes"]
         expected = ["HeunDiscreteScheduler", "dropout", "doctor_rewards:nowhere", "A rollout needs 8 prompts",
                     "no whole checkpoint in 'run'", *bitsandbytes, "of which 0 can be trained",
-                    "Reward 'fails' raised KeyError: 'no such thing' on image 0 of 8"]  # fmt: skip
+                    "Reward 'fails' raised KeyError: 'no such thing' on 8 images"]  # fmt: skip
         assert len(report.refused) == len(expected)
         for part, refused in zip(expected, report.refused, strict=True):
             assert part in refused
@@ -357,7 +358,6 @@ class TestRefusals:
         [
             (["--reward_funcs", "doctor_rewards:never"], "No image got a score: never returned only None or NaN"),
             (["--reward_weights", "1", "2"], "reward_weights has 2 entries for 1 rewards"),
-            (["--eta", "2"], "eta must be between 0"),
             (["--lora_target_modules", "nothing"], "Target modules {'nothing'} not found"),
             (["--dataset_name", "nowhere.txt"], "no prompt file 'nowhere.txt'"),
             (["--eval_strategy", "steps", "--eval_steps", "1"], "--eval_dataset_name"),

@@ -71,8 +71,8 @@ def test_a_reward_that_goes_to_another_folder(tmp_path, monkeypatch, capsys):
     "changes",
     [
         {"max_steps": 0},
-        {"max_steps": -1, "num_train_epochs": 0},
-        {"max_steps": -1, "num_train_epochs": -1},
+        {"num_train_epochs": 0},
+        {"num_train_epochs": -1},
         {"report_to": "dvclive"},
         {"report_to": ["tensorboard", "nonsense"]},
         {"model_init_kwargs": "[1]"},

@@ -195,7 +195,7 @@ def test_a_chunk_with_images_is_of_one_group(tmp_path):
 
 def test_a_pipeline_that_takes_one_image_a_call(tmp_path):
     trainer = zoo_trainer(FAMILIES["sd3-img2img"], tmp_path, redness, edits(), timestep_fraction=0.5)
-    with pytest.raises(ValueError):  # diffusers' own
+    with pytest.raises(ValueError, match="did not make 2 images of one prompt and its images.*per_device_train_batch"):
         trainer.train()
 
 
@@ -269,12 +269,12 @@ def test_videos_of_one_frame_are_images():
         images,
         torch.tensor(frames).movedim(-1, -3),
     ):
-        made = as_pictures(returned)
+        made = as_pictures(returned, [None] * 2, "a dot")
         assert all(np.array_equal(np.asarray(ours), np.asarray(i)) for ours, i in zip(made, images, strict=True))
 
 
 def test_videos_are_lists_of_frames():
-    videos = as_pictures(np.zeros((2, 3, 4, 6, 3), dtype=np.float32))
+    videos = as_pictures(np.zeros((2, 3, 4, 6, 3), dtype=np.float32), [None, None], "a dot")
     assert [len(video) for video in videos] == [3, 3] and videos[0][0].size == (6, 4)
 
 

@@ -166,12 +166,12 @@ def test_resuming_is_exact_and_from_the_same_adapter(tmp_path, published):
     assert kl(resumed)[-1] == kl(whole)[-1] > 0.0
 
     other = {"sd3": publish(PIPELINES["sd3"][0](), ["transformer"], tmp_path / "other", seed=6, **UNLIKE)}
-    with pytest.raises(ValueError, match="other settings.*'continued'"):
+    with pytest.raises(ValueError, match="other settings.*continued "):
         continuing(tmp_path / "resumed", other, **settings).train(resume_from_checkpoint=checkpoint)
-    with pytest.raises(ValueError, match=r"'kl_reference': \('initial', 'base'\)"):
+    with pytest.raises(ValueError, match="kl_reference initial -> base"):
         base = continuing(tmp_path / "resumed", published, **settings, kl_reference="base")
         base.train(resume_from_checkpoint=checkpoint)
-    with pytest.raises(ValueError, match="'continued'"):
+    with pytest.raises(ValueError, match="continued "):
         new = tiny_trainer(tmp_path / "resumed", peft_config=lora(**UNLIKE), **settings)
         new.train(resume_from_checkpoint=checkpoint)
 

@@ -42,7 +42,8 @@ def launch(what: str, folder: Path, **environment: str) -> list[dict]:
     return [torch.load(folder / f"result_{rank}.pt") for rank in (0, 1)]
 
 
-def assert_close(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], atol: float = 1e-6) -> None:
+def assert_close(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], atol: float = 5e-5) -> None:
+    """To a twentieth of the learning rate: Adam makes much of the rounding of small gradients."""
     assert weights.keys() == expected.keys()
     for name in weights:
         torch.testing.assert_close(weights[name], expected[name], rtol=1e-5, atol=atol, msg=name)
@@ -256,5 +257,7 @@ def test_a_reward_that_raises_on_one_process_ends_both(two, sharded, folder, fsd
         one, other = (each["failing"] for each in found)
         assert one["updates"] == other["updates"] == 1
         assert "Reward 'moody' raised RuntimeError: out of paint" in other["error"]
-        assert one["error"].startswith("On process 1 of 2: Reward 'moody' raised RuntimeError: out of paint on image")
+        assert one["error"].startswith(
+            "On process 1 of 2: Reward 'moody' raised RuntimeError: out of paint on 4 images"
+        )
         assert (run / "checkpoint-1" / "pytorch_lora_weights.safetensors").is_file()

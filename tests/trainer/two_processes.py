@@ -27,7 +27,7 @@ def whole(trainer) -> dict[str, torch.Tensor]:
 
 def one_update_for_each_rollout(folder: Path, processes: int, **settings: Any) -> dict[str, Any]:
     """Sixteen images in four groups, in chunks of four, over one process or two."""
-    settings = {"steps_per_generation": 4 // processes, "max_steps": 3, **settings}
+    settings = {"steps_per_generation": 4 // processes, "max_steps": 3, "ema_decay": 0.5, **settings}
     trainer = tiny_trainer(
         folder,
         "flux",
