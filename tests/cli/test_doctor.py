@@ -332,7 +332,7 @@ class TestRefusals:
         for part, refused in zip(expected, report.refused, strict=True):
             assert part in refused
         assert report.cells("darkness")[0] != "-" and report.cells("fails")[-2] == "raised"
-        assert report.out.count("not trained: deterministic") == 4
+        assert report.out.count("not trained: deterministic") == 3
 
     def test_a_file_for_several_processes_is_read_as_one_of_them_does(self, doctor):
         report = doctor(config="several.yaml")
