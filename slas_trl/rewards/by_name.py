@@ -38,10 +38,10 @@ EXPECTED = (
 SEVERAL = "names are separated by spaces on the command line, and are a list in YAML and Python."
 
 # User and password of a URL; what follows an option, a key or a flag by such a name, up to the next option.
-_NAMES = r"\w*(?:token|key|secret|passw(?:or)?d|auth(?:orization)?)"
+_NAMES = r"\w*(?:token|key|secret|passw(?:or)?d|pwd|auth(?:orization)?)"
 _SECRETS = re.compile(
     r"(://)\S*@|(=)[^\s:=]+:(?!//)\S*@"
-    rf"|((?:{_NAMES}[\"']?\s*[=:]|--{_NAMES}\s)\s*[\"']?(?:bearer )?)(?:(?!,\s*\w+\s*=)[^\s\"'])+",
+    rf"|((?:{_NAMES}[\"']?\s*[=:]|--{_NAMES}\s)\s*[\"']?(?:(?:bearer|basic) )?)(?:(?!,\s*\w+\s*=)[^\s\"'])+",
     re.IGNORECASE,
 )
 
@@ -67,7 +67,7 @@ def resolve_reward(reward: RewardFunc | str) -> RewardFunc:
         kind = type(reward).__name__
         raise TypeError(f"A reward must be a callable or a string, but got a {kind}: {masked(repr(reward))}.")
     place, name, text = split_name(reward)
-    shown = masked(reward)
+    shown = shown_name(reward)
     if place.endswith(".py") and not name:
         raise ValueError(
             f'The reward {shown!r} is a file; expected a function of it, as in "{masked(place)}:function".'
@@ -99,6 +99,12 @@ def split_name(reward: str) -> tuple[str, str, str]:
         return place or "slas_trl.rewards", name, ""
     name, _, options = rest.partition(":")
     return first, name, options
+
+
+def shown_name(reward: str) -> str:
+    """A reward by name as refusals show it: without the values of its options, any of which may be a secret."""
+    options = split_name(reward)[2]
+    return masked(reward.removesuffix(f":{options}") if options else reward)
 
 
 def reward_name(reward: RewardFunc) -> str:
@@ -148,7 +154,7 @@ def _load_file(path: str) -> ModuleType:
 
 
 def _with_options(reward: str, found: Any, text: str) -> RewardFunc:
-    given, shown = {}, masked(reward)
+    given, shown = {}, shown_name(reward)
     for part in text.split(",") if text else []:
         key, equals, value = part.partition("=")
         if not equals or not key.strip().isidentifier():

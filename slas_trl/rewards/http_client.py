@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 import httpx2
 
 from slas_trl.rewards.base import RewardUnavailableError, load_once
-from slas_trl.rewards.by_name import masked
 from slas_trl.rewards.exiting import CHECK_SECONDS, program_ends
 from slas_trl.rewards.wire import RequestError, read_json
 
@@ -207,7 +206,8 @@ def check_url(url: str, needed_by: str) -> str:
     except ValueError as error:
         raise ValueError(f"{needed_by} has a url that is none: {error}.") from None
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise ValueError(f"{needed_by} has the url {masked(url)!r}; expected one like http://127.0.0.1:8000.")
+        plain = parts._replace(query="", fragment="").geturl()
+        raise ValueError(f"{needed_by} has the url {plain!r}; expected one like http://127.0.0.1:8000, and no more.")
     return url.rstrip("/")
 
 

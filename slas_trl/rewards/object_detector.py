@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,8 +15,6 @@ from slas_trl.rewards.base import ModelReward, check_pairs, in_batches, load_onc
 from slas_trl.rewards.clip_score import load_clip
 from slas_trl.rewards.geneval import COLORS, Detection, Specification, canonical, judge, read_specification
 
-
-Detector = Callable[[list[Image.Image]], Sequence[Sequence[Detection | Mapping[str, Any]]]]
 
 _BACKGROUND = (0x99, 0x99, 0x99)  # what is outside of an object's mask when its colour is judged
 _TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
@@ -54,12 +52,6 @@ class ObjectDetector(ModelReward):
         counting_threshold (`float`, *optional*, defaults to `0.9`):
             ... and where numbers are asked for. Both are GenEval's for its detector; others are less sure of
             themselves, RT-DETR for one, and need lower ones.
-        detector (`Callable`, *optional*):
-            Used instead of `model`: from a list of RGB images to a list of the objects of each, which are
-            [`~slas_trl.rewards.geneval.Detection`] or dictionaries with "label", "score", "box" and, if there is one,
-            a "mask", as of `transformers.pipeline("object-detection")`. In Python only, not by name.
-        classes (`tuple[str, ...]`, *optional*):
-            The classes that `detector` knows. Without them, a class that it does not know is simply never found.
     """
 
     default_name: ClassVar[str] = "object_detector"
@@ -68,8 +60,6 @@ class ObjectDetector(ModelReward):
     strict: bool = False
     threshold: float = 0.3
     counting_threshold: float = 0.9
-    detector: Detector | None = None
-    classes: tuple[str, ...] | None = None
 
     def __call__(self, prompts: list[str], images: list[Image.Image], **columns: Any) -> dict[str, list[float | None]]:
         """
@@ -88,9 +78,9 @@ class ObjectDetector(ModelReward):
         """
         check_pairs(prompts, images)
         wanted = _specifications(self.__name__, len(prompts), columns)
-        if wanted and (known := self._known_classes()) is not None:
-            for specification in wanted.values():
-                _check_classes(self.__name__, specification, known)
+        known = self._known_classes() if wanted else {}
+        for specification in wanted.values():
+            _check_classes(self.__name__, specification, known)
         rgb = {i: to_rgb(images[i]) for i in wanted}
         found = self._detect(rgb, {i: specification.names for i, specification in wanted.items()})
 
@@ -107,13 +97,10 @@ class ObjectDetector(ModelReward):
             graded[i], strict[i] = share, float(right)
         return {"reward": list(strict) if self.strict else graded, "strict": strict}
 
-    def _known_classes(self) -> dict[str, str] | None:
-        """Names of the detector's classes by their canonical names; `None` if nobody knows."""
-        if self.detector is None:
-            names = _load_detector(self.model, self.torch_device, self.torch_dtype)[0].config.id2label.values()
-        else:
-            names = self.classes
-        return None if names is None else {canonical(name): name for name in names}
+    def _known_classes(self) -> dict[str, str]:
+        """Names of the detector's classes by their canonical names."""
+        names = _load_detector(self.model, self.torch_device, self.torch_dtype)[0].config.id2label.values()
+        return {canonical(name): name for name in names}
 
     @torch.no_grad()
     def _detect(self, images: dict[int, Image.Image], names: dict[int, set[str]]) -> dict[int, list[Detection]]:
@@ -125,16 +112,7 @@ class ObjectDetector(ModelReward):
         found = {}
         for rows in of_size.values():
             for batch in in_batches(rows, self.batch_size):
-                pictures = [images[i] for i in batch]
-                if self.detector is None:
-                    objects = self._run(pictures, [names[i] for i in batch])
-                else:
-                    objects = [[_as_detection(one) for one in each] for each in self.detector(pictures)]
-                    if len(objects) != len(batch):
-                        raise ValueError(
-                            f"detector of {self.__name__} returned objects of {len(objects)} images for {len(batch)}; "
-                            "expected a list of objects for each image."
-                        )
+                objects = self._run([images[i] for i in batch], [names[i] for i in batch])
                 found.update(zip(batch, objects, strict=True))
         return found
 
@@ -215,23 +193,6 @@ def _check_classes(name: str, wanted: Specification, known: dict[str, str]) -> N
                 f"The detector of {name} does not know the class {asked!r}{hint} It knows {len(known)} classes: "
                 f"{', '.join(sorted(known.values())[:100])}."
             )
-
-
-def _as_detection(one: Detection | Mapping[str, Any]) -> Detection:
-    """An object as transformers' pipelines return it, or with a box of four numbers."""
-    if isinstance(one, Detection):
-        return one
-    mask = None if one.get("mask") is None else np.asarray(one["mask"]).astype(bool)
-    box = one.get("box")
-    if isinstance(box, Mapping):
-        box = tuple(float(box[side]) for side in ("xmin", "ymin", "xmax", "ymax"))
-    elif box is not None:
-        box = tuple(float(side) for side in box)
-    elif mask is not None and mask.any():
-        box = box_of(mask)
-    else:
-        raise ValueError(f"The object {one!r} has neither a box nor a mask; expected label, score and one of them.")
-    return Detection(str(one["label"]), float(one["score"]), box, mask)
 
 
 def box_of(mask: np.ndarray) -> tuple[float, float, float, float]:

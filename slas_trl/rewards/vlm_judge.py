@@ -72,20 +72,22 @@ _LEAST_MASS = 0.1  # of yes and no together, below which the judge means to say 
 _REFUSED = (400, 413, 422)  # what servers answer to one image: their policy, its size; not a wrong key or address
 _CUT = ("length", "max_tokens", "content_filter", "error", "abort")  # how answers end that are not whole
 _THOUGHT = re.compile(r"(?is)\A.*[<◁]/think\w*[>▷]|[<◁]think\w*[>▷].*")
-# The first word; or one after "answer" or a colon, or the last of a whole answer, but not that of "there is no cat".
+# The first word; those after "answer" or a colon, but for "there is: no cat"; and the last one of a whole answer.
 _YES_NO = (
-    r"(?is)\A(?:\W*|(?:.*(?:\b(?:boxed|answer(?: is)?)|[:>])\W*|.*(?=\b\w+[^\w…]*\Z))(?!no\s+\w))"
+    r"(?is)(?:\A\W*|(?:\b(?:boxed|answer(?: is)?)|[:>])\W*(?!no\s+\w)|(?=\w+[^\w…]*\Z))"
     r"\b(?<!or )(?<!/)(yes|no)\b(?!\W+or\b|/)"
 )
 _NUMBER = r"[-+]?(?:\d+[.,]|\.)?\d+"
 _LAST_NUMBER = rf"(?<![\w.]){_NUMBER}(?!\w)"
+_SCORE = rf"\W*score\W*(?:\([^)]*\)\W*)?(?:is\W*)?({_NUMBER})"
 _SPAN = rf"{_NUMBER}\s*(?:\([^)]*\)\s*)?(?:[-–—~]|\.\.|,\s|to|through|and)\s*{_NUMBER}"
 # Numbers of a scale, which are no score: /10, out of a total of 10, 8 of 10, scale from 1 to 10, 1-10, 10-point scale.
 _SCALE = re.compile(
     r"(?i)(?:[/⁄∕÷]|\}\s*\{|\bout[\s-]+of|\bscale\s+(?:of|from|up\s+to)|\bmax(?:imum)?|\bwhere|\bbetween"
-    r"|(?<=\d)[\s(]*(?:(?:point|star)s\s*)?(?:of|from|over|in))(?:\s*(?:an?|the|of|is|possible|total|score|max(?:imum)?)\b)*"
+    r"|(?<=\d):(?=\d)|(?<=\d)[\s(]*(?:(?:point|star)s\s*)?(?:of|from|over|in|per))"
+    r"(?:\s*(?:an?|the|of|is|possible|perfect|total|score|max(?:imum)?)\b)*"
     rf"\W{{0,5}}(?:{_SPAN}|{_NUMBER})|(?:\bfrom\s+|(?<![\w.])){_SPAN}"
-    rf"|(?<![\w.]){_NUMBER}(?:[\s-]*(?:points?[\s-]*)?(?:scale|being)\b"
+    rf"|(?<![\w.]){_NUMBER}(?:[\s-]*(?:points?[\s-]*)?(?:scale|being|max(?:imum)?)\b"
     r"|\s*(?:is|=|means?|would\s+be)\s*(?:the\s+)?(?:best|worst|perfect|highest|lowest))"
 )
 _PLAIN = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | dict.fromkeys(map(ord, "*_`"))  # no markdown
@@ -111,7 +113,8 @@ class VLMJudge(Reward):
             What is asked, with `{prompt}` in the place of the prompt; or a file that ends in .txt.
         answer (`str`, *optional*, defaults to `"yes_no"`):
             "yes_no": the probability of yes, among yes and no in any spelling, where the answer says one of them: as
-            first word, after "answer" or a colon, or last. Without log-probabilities the word counts, as 1 or 0.
+            first word, after "answer" or a colon, or last; both are no score. Without log-probabilities the word
+            counts, as 1 or 0.
             "number": the last number of an answer that is not cut off; the 10 of "8 / 10" or "8 of 10" is none.
         pattern (`str`, *optional*):
             Another regular expression of either. The last match counts, and its first group if there is one.
@@ -289,8 +292,10 @@ class VLMJudge(Reward):
         return self._number(plain, self.pattern or _LAST_NUMBER)
 
     def _probability(self, logprobs: Any, text: str) -> float:
-        if self.pattern is None and re.search(r"(?i)\bnot\W+(?:a\W+)?(?:yes|no)\b", text):
-            raise _NoScoreError(f"One is {text[:200]!r}; expected yes or no.")
+        if self.pattern is None:
+            said = {found[1].lower() for found in re.finditer(_YES_NO, text)}
+            if len(said) > 1 or re.search(r"(?i)\bnot\W+(?:a\W+)?(?:yes|no)\b", text):
+                raise _NoScoreError(f"One is {text[:200]!r}; expected yes or no.")
         word, place = _last(self.pattern or _YES_NO, text)
         has_said = word or (self.pattern is None and re.search(r"\w", text))
         yes, no = _probabilities(logprobs if has_said else None, text, place)
@@ -346,9 +351,9 @@ class UnifiedReward(VLMJudge):
 
     def _number(self, text: str, pattern: str) -> Any:
         if self.version == "1.0":
-            return super()._number(text, rf"(?i)final\W*score\W*(?:is\W*)?({_NUMBER})")
+            return super()._number(text, f"(?i)final{_SCORE}")
         score = super()._number
-        return {axis: score(text, rf"(?i){axis}\W*score\W*({_NUMBER})") for axis in _AXES}
+        return {axis: score(text, f"(?i){axis}{_SCORE}") for axis in _AXES}
 
     def _joined(self, scores: Sequence[Scores | None]) -> Any:
         if self.version == "1.0":

@@ -121,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(
             "--reward_funcs is missing: name at least one function of slas_trl.rewards, or package.module:function."
         )
-    if masked(text := str([argv, settings])) != text:
+    named = {name: value for name, value in settings.items() if value is not None}
+    if masked(text := str([argv, named])) != text:
         raise ValueError(f"{masked(text)} holds a secret, which compare would write down: put it in the environment.")
     if config.max_steps < 1:
         raise ValueError("--max_steps is missing: arms are compared after equally many updates.")

@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Only now: loading takes seconds, and what is wrong with the arguments should be said before.
     import torch
 
+    from slas_trl.policy import call_pipeline
     from slas_trl.policy.doctor import load_pipeline
     from slas_trl.reporting import sample_grid
     from slas_trl.shapes import load_shapes_pipeline
@@ -56,12 +57,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if torch.cuda.is_available():
         pipe.to("cuda")
     call = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-    images = pipe(
-        prompt=[args.prompt] * args.num_images,
-        # One generator a picture: the second picture of a sheet is the first one of the next seed.
-        generator=[torch.Generator().manual_seed(args.seed + i) for i in range(args.num_images)],
-        **{name: value for name, value in call.items() if value is not None},
-    ).images
+    call = {name: value for name, value in call.items() if value is not None}
+    # One generator a picture: the second picture of a sheet is the first one of the next seed.
+    generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.num_images)]
+    made, problems = call_pipeline(pipe, {"prompt": [args.prompt] * args.num_images, "generator": generators, **call})
+    for problem in dict.fromkeys(filter(None, problems)):
+        raise ValueError(f"{problems.count(problem)} of {args.num_images} pictures show nothing: {problem}.")
+    images = made.images
     picture = images[0] if len(images) == 1 else sample_grid(images, [args.prompt] * len(images))
     picture.save(output)
     print(f"Wrote {output}.")

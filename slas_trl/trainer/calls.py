@@ -41,10 +41,10 @@ def as_pictures(images: Any, problems: Sequence[str | None], prompts: str | Sequ
     What a pipeline returned, as one `PIL.Image.Image` for each sample; a video of one frame is an image, one of more
     frames a list of them. One with a problem is `None`, and named in a warning: it has no score.
     """
-    for i, problem in enumerate(problems):
-        if problem is not None:
-            prompt = prompts if isinstance(prompts, str) else prompts[i]
-            logger.warning(f"The picture of {prompt!r} (image {i} of its chunk) has no score: {problem}.")
+    for problem in dict.fromkeys(filter(None, problems)):
+        prompt = prompts if isinstance(prompts, str) else prompts[problems.index(problem)]
+        number = f"{problems.count(problem)} of {len(problems)} pictures"
+        logger.warning(f"{number} of a chunk, the first of {prompt!r}, have no score: {problem}.")
     if isinstance(images, torch.Tensor):  # (B, [F,] C, H, W)
         images = images.detach().float().cpu().movedim(-3, -1).numpy()
     if isinstance(images, np.ndarray):  # (B, [F,] H, W, C) in [0, 1]

@@ -40,11 +40,11 @@ def write_state(folder: Path, **state: Any) -> None:
     """Write `STATE_FILE` with the sizes and checksums of the files that are in `folder` by now."""
     files = {str(path.relative_to(folder)): _content(path) for path in folder.rglob("*") if path.is_file()}
     state |= {"written": time.time(), "files": files}
-    (folder / STATE_FILE).write_text(json.dumps({**state, "checksum": _checksum(state)}, indent=2))
+    (folder / STATE_FILE).write_text(json.dumps({**state, "checksum": _checksum(state)}, indent=2, default=float))
 
 
 def _checksum(state: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(state, sort_keys=True).encode())
+    return zlib.crc32(json.dumps(state, sort_keys=True, default=float).encode())
 
 
 def _content(path: Path) -> list[int]:
@@ -77,7 +77,7 @@ def read_state(folder: Path) -> dict[str, Any]:
                 raise ValueError("not as it was written")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"The checkpoint {str(folder)!r} is damaged, or was not written to its end: {file} ({error})."
+            f"The checkpoint {str(folder)!r} is damaged, unfinished, or of an earlier version: {file} ({error})."
         ) from error
     return state
 

@@ -72,6 +72,11 @@ class EvaluatingTrainer(ResumableTrainer):
         save = (lambda: self._save_unfinished("A reward failed")) if self.is_in_train else None
         raise_together(next(iter(errors.values()), None), save)
 
+    def _check_evaluation(self, dataset: Dataset) -> None:
+        check_prompts(dataset, "eval_dataset")
+        self.calls.check(dataset, like=self.train_dataset)
+        self.eval_scorer.check(dataset)
+
     def _check_best_metric(self) -> None:
         """Raises `ValueError` for a `metric_for_best_model` that no evaluation will have."""
         metric, data = self.args.metric_for_best_model, self.eval_dataset
@@ -108,8 +113,7 @@ class EvaluatingTrainer(ResumableTrainer):
             for name, data in dataset.items():
                 metrics |= self.evaluate(cast(Dataset, data), ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
-        check_prompts(dataset, "eval_dataset")  # type: ignore[arg-type]
-        self.calls.check(dataset, like=self.train_dataset)  # type: ignore[arg-type]
+        self._check_evaluation(dataset)  # type: ignore[arg-type]
         start = time.perf_counter()
         scores = self._sample_and_score(dataset)  # type: ignore[arg-type]
         weights = torch.tensor(self.trained_weights, dtype=torch.float64)

@@ -289,25 +289,10 @@ def save_weights(
                 safe_serialization=True,
                 lora_adapter_metadata=metadata,
             )
-        _settle(Path(folder) / file)
 
 
 def _is_names(value: Any) -> bool:
     return isinstance(value, list | set) and all(isinstance(item, str) for item in value)
-
-
-def _settle(path: Path) -> None:
-    """
-    Put a safetensors file's metadata in order: they are written in another one every time, so that the same adapter
-    would be another file, and another commit on the Hub.
-    """
-    data = path.read_bytes()
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # where the tensors begin is a multiple of 8
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data[start:])
 
 
 def _save_denoiser(denoiser: Any, folder: Path, writes: bool) -> None:

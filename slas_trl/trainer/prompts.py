@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import reprlib
 from itertools import chain
 from pathlib import Path
@@ -15,6 +16,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from .calls import is_picture_column
 
 
+_NEXT_ROW = re.compile(r'(?<=[}"])\s*\n\s*(?=[{"])')  # within one, no line ends without a comma
 SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")  # of files of prompts, in small or capital letters
 
 
@@ -82,7 +84,7 @@ def _read(path: Path) -> Any:
     if suffix == ".txt" or not lines:
         return Dataset.from_dict({"prompt": lines})
     if suffix in (".json", ".jsonl"):
-        rows = json.loads(text if lines[0].startswith("[") else "[" + ",\n".join(lines) + "]")
+        rows = json.loads(text if lines[0].startswith("[") else f"[{_NEXT_ROW.sub(',', text)}]")
         rows = [row if isinstance(row, dict) else {"prompt": row} for row in rows]
         names = dict.fromkeys(chain.from_iterable(rows))
         return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names}, on_mixed_types="use_json")

@@ -91,6 +91,12 @@ class ResumableTrainer(Trainer):
         prompts = hashlib.sha256("\n".join(self.train_dataset["prompt"]).encode()).hexdigest()
         return {**self.args.layout, "adapter": adapter, "prompts": prompts, "rewards": self.scorer.names}
 
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What may change, and is said then."""
+        names = (f"options of {name} (checksum)" for name in self.scorer.names)
+        return self.args.settings | dict(zip(names, self.scorer.options, strict=True))
+
     def _calls(self, indices: list[int], rollout_index: int) -> list[dict[str, Any]]:
         """The arguments of the pipeline call of each chunk of a rollout."""
         raise TypeError(f"{type(self).__name__} does not define _calls().")
@@ -179,7 +185,7 @@ class ResumableTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # the files of all processes are listed
             if self.args.should_save:
                 done, midway = self._progress
-                settings = {"layout": self._layout, "settings": self.args.settings}
+                settings = {"layout": self._layout, "settings": self._settings}
                 checkpoints.write_state(written, micro_step=done, midway=midway, **settings)
                 checkpoints.publish(written, folder)
             self.accelerator.wait_for_everyone()
@@ -259,7 +265,7 @@ class ResumableTrainer(Trainer):
         state = json.loads((folder / checkpoints.STATE_FILE).read_text())  # `train` has looked whether it is whole
         if changed := _differences(state["layout"], self._layout):
             raise ValueError(f"The checkpoint {str(folder)!r} was made with other settings: {changed}.")
-        if changed := _differences(state["settings"], self.args.settings):
+        if changed := _differences(state["settings"], self._settings):
             update = state["micro_step"] // self.args.micro_steps_per_update
             logger.warning(f"After update {update}, training goes on with other settings than before: {changed}.")
         self._load_weights(folder)
@@ -303,7 +309,9 @@ class ResumableTrainer(Trainer):
                     self._output_dir, Path(resume_from_checkpoint), self.args.save_total_limit
                 )
         with checkpoints.on_interrupt(self._note_interrupt):
-            return super().train(resume_from_checkpoint or None, *args, **kwargs)
+            output = super().train(resume_from_checkpoint or None, *args, **kwargs)
+            self._stop_if_interrupted()  # within the last update
+            return output
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Nothing for a run that was at its end when it was resumed: the Trainer would make one update more."""

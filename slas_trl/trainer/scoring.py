@@ -3,15 +3,18 @@
 import inspect
 import math
 import time
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from datasets import Dataset
 from PIL.Image import Image
 
-from ..rewards.base import RewardUnavailableError
+from ..rewards.base import Reward, RewardUnavailableError
 from ..rewards.by_name import RewardFunc, resolve_reward, reward_name
 from ..rewards.calling import call_reward, numbers
 
@@ -59,9 +62,16 @@ class RewardScorer:
         if slashed := [name for name in self.names if "/" in name]:
             raise ValueError(f"The reward's name {slashed[0]!r} has a slash, which parts it from its components.")
 
-    def check(self, columns: Sequence[str]) -> None:
-        """Raises `TypeError` for a reward that cannot be called with prompts, images and these columns."""
-        given = dict.fromkeys(("prompts", "images", "completions", *columns))
+    @property
+    def options(self) -> list[int]:
+        """A checksum of each reward's options, which may hold what is not to be written down."""
+        given = (f.keywords if isinstance(f, partial) else f for f in self.functions)
+        return [zlib.crc32(repr(one).encode()) if isinstance(one, dict | Reward) else 0 for one in given]
+
+    def check(self, data: Dataset) -> None:
+        """Raises `TypeError` for a reward that cannot be called with prompts, images and the columns of `data`."""
+        given = dict.fromkeys(("prompts", "images", "completions", *data.column_names))
+        given.pop("prompt")
         for name, function in zip(self.names, self.functions, strict=True):
             if isinstance(function, type):
                 raise TypeError(

@@ -25,12 +25,12 @@ NotNegative = Annotated[float, "[0, inf)"]
 
 # Of the inherited ones; any other has to be finite.
 INHERITED = {
-    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"), "[0, inf)"),
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"), "[0, inf)"),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), "[1, inf)"),
     **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "eval_steps"), "(0, inf)"),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), "[0, 1)"),
     **dict.fromkeys(("seed", "data_seed", "save_total_limit"), f"[0, {2**32})"),
-    **{"eval_delay": "[0, inf)", "max_steps": "[-1, inf)"},
+    **{"eval_delay": "[0, inf)", "max_steps": "[-1, inf)", "adam_epsilon": "(0, inf)"},
 }
 
 
@@ -442,13 +442,14 @@ class SLASConfig(TrainingArguments):
 
     def _check_intervals(self) -> None:
         for name, hint in get_type_hints(SLASConfig, include_extras=True).items():
-            for kind in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
+            kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+            for kind in kinds:
                 interval = INHERITED.get(name, "(-inf, inf)") if kind in (int, float) else None
                 if get_origin(kind) is Annotated:
                     kind, interval = get_args(kind)
                 value = getattr(self, name)
                 for number in value if isinstance(value, list | tuple) else [value]:
-                    if interval is not None and number is not None:
+                    if interval is not None and not (number is None and type(None) in kinds):
                         check_number(name, number, interval, whole=kind is int)
 
     def _check_numbers(self) -> None:
@@ -485,8 +486,11 @@ class SLASConfig(TrainingArguments):
         if missing := {*cast(list, self.report_to)} - {*get_available_reporting_integrations()}:
             raise ValueError(f"report_to names {sorted(missing)}: not installed. Install it, or leave it out.")
         for name in ("pipeline_kwargs", "model_init_kwargs", "lr_scheduler_kwargs"):
-            if not isinstance(getattr(self, name) or {}, dict):
-                raise ValueError(f"{name} must be a dictionary of arguments, but it is {getattr(self, name)!r}.")
+            given: Any = getattr(self, name) or {}
+            if not isinstance(given, dict):
+                raise ValueError(f"{name} must be a dictionary of arguments, but it is {given!r}.")
+            if bad := [key for key, value in given.items() if isinstance(value, float) and not math.isfinite(value)]:
+                raise ValueError(f"{name} must have finite numbers, but those of {bad} are not.")
         if reserved := RESERVED & set(cast(dict, self.pipeline_kwargs or {})):
             raise ValueError(f"pipeline_kwargs holds {sorted(reserved)}, which the trainer sets; leave that out.")
         if self.reward_weights is not None and not any(self.reward_weights):

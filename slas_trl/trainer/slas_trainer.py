@@ -131,7 +131,7 @@ class SLASTrainer(PublishingTrainer):
             else check_prompts(train_dataset, "train_dataset")
         )
         self.calls.check(data)
-        self.eval_scorer.check([column for column in data.column_names if column != "prompt"])
+        self.scorer.check(data)
         prompts_per_rollout = args.images_per_rollout * args.world_size // args.num_generations
         if len(data) < prompts_per_rollout:
             raise ValueError(
@@ -189,6 +189,9 @@ class SLASTrainer(PublishingTrainer):
             callbacks=[PromptOrderCallback(self._sampler), MetricsFileCallback(), *(callbacks or [])],
             optimizers=optimizers,
         )
+        for prompts in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
+            if prompts is not None:
+                self._check_evaluation(prompts)
         self._check_best_metric()
         check_sharding(self.accelerator, self.is_fsdp_enabled, len(denoisers))
         if not args.disable_tqdm:

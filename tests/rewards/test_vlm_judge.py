@@ -157,6 +157,8 @@ def read(content, logprobs=None, finish_reason="stop", **options):
             (text, None)
             for text in ("I cannot answer yes or no.", "There is no way to tell", "yesterday", "", "yes/no?")
         ),
+        *((text, None) for text in ("Yes and no", "Is the answer yes? No.", "No doubt, yes", "Not a yes", "not yes")),
+        *((text, 1.0) for text in ("There is no doubt: yes", "Yes, and there is no cat.", "Answer yes or no: yes")),
         ("<think>\n\n</think>\n\nyes", 1.0),
         ("<think>Is it a dog? No. Answer: no</think> Yes", 1.0),
         ("<think>Is it a dog? The answer is yes", None),
@@ -246,6 +248,7 @@ SCALES = (
     "8 out of a possible 10|8 points out of 10|\\frac{8}{10}|8 (max. 10)|8, where 10 is best|8 (0 = worst, 10 = best)",
     '8,0/10,0|with 0 being worst and 10 being best: 8|between 0 and 10: 8|{"score": 8, "max": 10}|8 in [0, 10]',
     "8 on a scale from 0 (bad) to 10 (good)|8 on a 10-point scale|a score of 8|It is out of frame: 8|I'd go with 8",
+    "8:10|8 per 10|8 (10 max)|8 out of a perfect 10|Criterion 1: 8",
     "7 / 10, no, 8 / 10|8, on a scale from 0 to 10|I would rate it 8. Scale: 0 to 10",
 )
 
@@ -271,7 +274,7 @@ def test_scales_of_every_size(text, high, score):
         ("1.0", "**final score：** 3 / 5", [0.5]),
         (
             "2.0",
-            "**Alignment Score (1-5):** 2\nCoherence Score: **3.5**\n### style score（1–5）: 5/5",
+            "**Alignment Score (1-5 scale):** 2\nCoherence Score: **3.5**\n### style score（1–5）: 5/5",
             {"alignment": [0.25], "coherence": [0.625], "style": [1.0]},
         ),
         (

@@ -338,7 +338,7 @@ def test_states_that_are_none(three_updates, tmp_path, name, text):
     folder = tmp_path / "checkpoint-3"
     shutil.copytree(three_updates / "checkpoint-3", folder)
     (folder / name).write_text(text)
-    with pytest.raises(ValueError, match=f"is damaged, or was not written to its end: {name}"):
+    with pytest.raises(ValueError, match=f"is damaged, unfinished, or of an earlier version: {name}"):
         checkpoints.read_state(folder)
     assert checkpoints.last_whole_checkpoint(tmp_path) is None
 

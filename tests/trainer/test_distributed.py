@@ -42,11 +42,10 @@ def launch(what: str, folder: Path, **environment: str) -> list[dict]:
     return [torch.load(folder / f"result_{rank}.pt") for rank in (0, 1)]
 
 
-def assert_close(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], atol: float = 5e-5) -> None:
-    """To a twentieth of the learning rate. 1e-6 held while the last step had noise; why not now is not measured."""
+def assert_close(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert weights.keys() == expected.keys()
     for name in weights:
-        torch.testing.assert_close(weights[name], expected[name], rtol=1e-5, atol=atol, msg=name)
+        torch.testing.assert_close(weights[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 # DDP
@@ -98,6 +97,7 @@ def test_both_have_the_same_weights_afterwards(two):
 
 def test_the_weights_are_those_of_one_process(one, two):
     assert_close(two[0]["compared"]["weights"], one["weights"])
+    assert two[0]["compared"]["moved"] == pytest.approx(one["moved"], rel=1e-3) and one["moved"] > 1e-3
 
 
 def test_the_evaluation_is_that_of_one_process(one, two):
@@ -107,8 +107,7 @@ def test_the_evaluation_is_that_of_one_process(one, two):
 
 def test_groups_may_span_processes(two, tmp_path):
     alone = one_update_for_each_rollout(tmp_path, 1, num_generations=8, max_steps=2)
-    # Two updates move a weight by 2e-3. Adam makes much of the last bits of small gradients, on some CPUs 1e-5.
-    assert_close(two[0]["spanning"]["weights"], alone["weights"], atol=5e-5)
+    assert_close(two[0]["spanning"]["weights"], alone["weights"])
     advantages = torch.cat([found["spanning"]["advantages"][:8] for found in two])
     torch.testing.assert_close(advantages, alone["advantages"][:16], rtol=1e-5, atol=1e-5)
 
@@ -166,13 +165,13 @@ def sharded(fsdp_folder, server):
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_sharded_weights_are_those_of_one_process(sharded, kind, tmp_path):
-    settings = {"full": True, "optim": "sgd"} if kind == "full" else {}
-    alone = one_update_for_each_rollout(tmp_path, 1, beta=0.1, use_ema=True, **settings)
+    alone = one_update_for_each_rollout(tmp_path, 1, full=kind == "full", beta=0.1, use_ema=True)
     for found in sharded:
         assert found[kind]["sharded"] and found[kind]["shards"] > 10
         assert_close(found[kind]["weights"], alone["weights"])
+        assert found[kind]["moved"] == pytest.approx(alone["moved"], rel=1e-3)
         assert found[kind]["evaluated"] == pytest.approx(alone["evaluated"], rel=1e-5)
-    assert alone["shards"] == 0 and alone["evaluated"][0] != alone["evaluated"][1]
+    assert alone["shards"] == 0 and alone["moved"] > 1e-3 and alone["evaluated"][0] != alone["evaluated"][1]
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])

@@ -133,7 +133,7 @@ def test_the_best_weights_are_loaded_at_the_end(tmp_path, full):
 
 @pytest.mark.parametrize("metric", ["loss", "eval_rewards", "rewards/blueness/mean", "eval_held_out_reward"])
 def test_a_metric_that_no_evaluation_has_is_refused_before_training(tmp_path, metric):
-    with pytest.raises(ValueError, match="metric_for_best_model must be one of eval_reward, eval_rewards/redness"):
+    with pytest.raises(ValueError, match="metric_for_best_model must be one of .*, eval_rewards/redness/mean, but"):
         tiny_trainer(tmp_path, eval_dataset=HELD_OUT, metric_for_best_model=metric, **EVERY_UPDATE)
 
 

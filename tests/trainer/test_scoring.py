@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 
 from slas_trl.rewards.base import RewardUnavailableError
@@ -418,11 +419,11 @@ class Silent:
     ],
 )
 def test_a_signature_that_does_not_fit_is_told_before_anything_is_sampled(reward, words):
-    scorer = RewardScorer(reward)
+    scorer, data = RewardScorer(reward), Dataset.from_dict({"prompt": ["a cat"], "category": ["animals"]})
     if not words:
-        return scorer.check(["category"])
+        return scorer.check(data)
     with pytest.raises(TypeError) as error:
-        scorer.check(["category"])
+        scorer.check(data)
     assert all(re.search(word, str(error.value)) for word in words)
 
 
