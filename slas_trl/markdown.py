@@ -18,8 +18,6 @@ _UNSHOWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u206
 _ACTIVE = re.compile(r"[&<>*`~|\\$#@\[\]{}]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.", re.IGNORECASE)
 _STARTING = re.compile(r"^([^\w&]|\d(?=\d*[.)]))")
 _PLAIN_CODE = re.compile(r"[\w.,:;/=+()% -]+", re.ASCII)
-# Numbers of YAML 1.2, as the Hub reads it, that are none to PyYAML, which reads 1.1: 1e-4, for one.
-_NUMBER = re.compile(r"^[-+]?(0o[0-7_]+|0x[\da-fA-F_]+|0b[01_]+|(\d[\d_]*(\.[\d_]*)?|\.[\d_]+)([eE][-+]?\d+)?)$")
 
 
 class _Dumper(yaml.SafeDumper):
@@ -27,11 +25,8 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
-
-
 def to_yaml(data: dict[str, Any]) -> str:
-    """A mapping of plain objects as a block of YAML that both versions of the language read alike."""
+    """A mapping of plain objects as a block of YAML."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 

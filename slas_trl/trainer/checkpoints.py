@@ -40,11 +40,11 @@ def write_state(folder: Path, **state: Any) -> None:
     """Write `STATE_FILE` with the sizes and checksums of the files that are in `folder` by now."""
     files = {str(path.relative_to(folder)): _content(path) for path in folder.rglob("*") if path.is_file()}
     state |= {"written": time.time(), "files": files}
-    (folder / STATE_FILE).write_text(json.dumps({**state, "checksum": _checksum(state)}, indent=2, default=float))
+    (folder / STATE_FILE).write_text(json.dumps({**state, "checksum": _checksum(state)}, indent=2))
 
 
 def _checksum(state: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(state, sort_keys=True, default=float).encode())
+    return zlib.crc32(json.dumps(state, sort_keys=True).encode())
 
 
 def _content(path: Path) -> list[int]:

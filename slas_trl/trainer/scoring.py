@@ -6,6 +6,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -144,7 +145,7 @@ class Scoring:
         names, functions = self.scorer.names, self.scorer.functions
         for name, function, thread, chunks in zip(names, functions, self._threads, self._chunks, strict=True):
             # Each has its own: one that changes an image in place does not change what others see, or what is logged.
-            own = list(prompts), own_copies(images), own_copies(columns)
+            own = list(prompts), deepcopy(images), deepcopy(columns)
             chunks.append(thread.submit(_score_chunk, chunks[-1] if chunks else None, name, function, *own))
             if not self.concurrent:
                 wait(chunks)
@@ -212,15 +213,6 @@ def other_components(name: str, found: list[list[str]]) -> ValueError:
         f"Reward {name!r} returned the components {sorted(first)} for some images, and {sorted(other)} for others; "
         "expected the same ones every time, with None for an image that has no such score."
     )
-
-
-def own_copies(value: Any) -> Any:
-    """A value in which lists, dictionaries and images are copies."""
-    if isinstance(value, Image):
-        return value.copy()
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(own_copies, value)) if type(value) in (list, tuple) else value
-    return {key: own_copies(part) for key, part in value.items()} if type(value) is dict else value
 
 
 def _score_chunk(previous: "Future[_ChunkScores] | None", name: str, *call: Any) -> _ChunkScores:

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, cast, get_args, get_origin, get_type_hints
 
+import numpy as np
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
@@ -448,6 +449,8 @@ class SLASConfig(TrainingArguments):
                 if get_origin(kind) is Annotated:
                     kind, interval = get_args(kind)
                 value = getattr(self, name)
+                if isinstance(value, np.generic | np.ndarray):  # which JSON knows nothing of
+                    setattr(self, name, value := value.tolist())
                 for number in value if isinstance(value, list | tuple) else [value]:
                     if interval is not None and not (number is None and type(None) in kinds):
                         check_number(name, number, interval, whole=kind is int)

@@ -1,6 +1,7 @@
 """`--adapter`: training, and what else takes its options, from an adapter that was published."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,16 @@ def test_the_doctor_says_what_is_gone_on_from(capsys):
     assert "KL reference the denoiser with the adapter as it came, beta 0.1" in report
     assert main(["doctor", "--config", "run.yaml", "--kl_reference", "base"]) == 0
     assert "KL reference the denoiser without its adapter" in " ".join(capsys.readouterr().out.split())
+
+
+def test_generate_writes_no_picture_that_shows_nothing(capsys):
+    pipe = sd_pipeline()
+    torch.nn.init.constant_(pipe.vae.decoder.conv_out.weight, math.nan)
+    pipe.save_pretrained("broken")
+    argv = ["generate", "--prompt", "a dot", "--num_inference_steps", "2", "--output", "none.png"]
+    assert main([*argv, "--model_name_or_path", "broken", "--num_images", "2"]) == 2
+    assert "2 of 2 pictures show nothing: the decoder (vae in torch.float32) made NaN" in capsys.readouterr().err
+    assert not Path("none.png").exists()
 
 
 def test_prompts_are_scored_with_it():

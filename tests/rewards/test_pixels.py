@@ -73,6 +73,7 @@ SIXTEEN = np.array([[0, 256 * 51 + 51, 65535]], dtype=np.uint16)
         (Image.fromarray(SIXTEEN.astype(np.float32) / 65535), [0, 51, 255]),
         (Image.fromarray(SIXTEEN.astype(np.float32) / 257), [0, 51, 255]),
         (Image.fromarray(SIXTEEN.astype(np.float32)), [0, 51, 255]),
+        (Image.fromarray(np.array([[0.0, 0.2, 1.05]], dtype=np.float32)), [0, 51, 255]),
         (Image.fromarray(np.array([[-1, 0.2, 2e5, np.nan]], dtype=np.float32)), [0, 0, 255, 0]),
         (Image.new("La", (1, 1), (51, 255)), [51]),
         (Image.new("LA", (1, 1), (51, 0)), [51]),

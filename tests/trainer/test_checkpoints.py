@@ -13,8 +13,10 @@ import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -278,6 +280,32 @@ def test_the_optimizer_goes_by_the_arguments_of_the_resumed_run(tmp_path, caplog
     assert "gamma" not in listed and "output_dir" not in listed
 
 
+def test_the_average_goes_by_the_decay_of_the_resumed_run(tmp_path):
+    settings = {"use_ema": True, **EVERY_UPDATE}
+    trained(tmp_path / "a", max_steps=1, ema_decay=0.5, **settings)
+    trainer = tiny_trainer(tmp_path / "b", max_steps=2, ema_decay=0.9, **settings)
+    seen = []
+
+    class Averages(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            seen.append([average.clone() for average in trainer._ema.model.shadow_params])
+
+    trainer.add_callback(Averages())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+    for before, after, weight in zip(seen[0], trainer._ema.model.shadow_params, trainer._ema.parameters, strict=True):
+        torch.testing.assert_close(after, 0.9 * before + 0.1 * weight.detach())
+
+
+def test_other_options_of_a_reward_are_said(tmp_path, caplog):
+    numbers = {"logging_steps": np.int64(1), "beta": np.float32(0.25), "reward_weights": np.array([1.0, 0.5])}
+    for number, folder in ((1, "a"), (2, "b")):
+        rewards = [partial(redness, scale=number), "brightness"]
+        trainer = tiny_trainer(tmp_path / folder, "sd3", rewards, max_steps=number, **numbers, **EVERY_UPDATE)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1") if number == 2 else None)
+    [listed] = [r.getMessage() for r in caplog.records if "with other settings than before" in r.getMessage()]
+    assert "options of redness (checksum)" in listed and "brightness" not in listed and "beta" not in listed
+
+
 def test_a_learning_rate_that_the_checkpoint_decides_is_refused(tmp_path):
     evaluated = {"eval_dataset": PROMPTS, "eval_strategy": "steps", "metric_for_best_model": "eval_reward"}
     settings = {"lr_scheduler_type": "reduce_lr_on_plateau", **evaluated, **EVERY_UPDATE}
@@ -333,7 +361,7 @@ def test_a_damaged_checkpoint(tmp_path, three_updates, caplog, name, damage):
 
 
 @pytest.mark.parametrize("name", ["slas_state.json", "trainer_state.json"])
-@pytest.mark.parametrize("text", ["{}", "5", "null", "[]", '"x"', '{"global_step": "2"}'])
+@pytest.mark.parametrize("text", ["{}", "5", "null", "[]", '"x"', '{"global_step": "2"}', "[" * 10**5])
 def test_states_that_are_none(three_updates, tmp_path, name, text):
     folder = tmp_path / "checkpoint-3"
     shutil.copytree(three_updates / "checkpoint-3", folder)
@@ -593,8 +621,15 @@ def five_updates(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("moment", "update"),
-    [(2, 1), (3, 2), (5, 3), (6, 3), (7, 4)],
-    ids=["within an update", "its end", "end of a rollout", "within the next one's first update", "and its end"],
+    [(2, 1), (3, 2), (5, 3), (6, 3), (7, 4), (9, 5)],
+    ids=[
+        "within an update",
+        "its end",
+        "end of a rollout",
+        "within the next one's first update",
+        "and its end",
+        "last",
+    ],
 )
 def test_ctrl_c_saves_what_was_learned(tmp_path, caplog, five_updates, moment, update):
     """Three updates of two micro-steps to a rollout."""

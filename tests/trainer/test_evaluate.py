@@ -138,10 +138,21 @@ def test_a_metric_that_no_evaluation_has_is_refused_before_training(tmp_path, me
 
 
 def test_metrics_that_evaluations_have(tmp_path):
-    for metric in ("reward", "eval_rewards/redness/mean", "eval_rewards/redness/a_component/mean"):
+    for metric in ("reward", "reward_std", "eval_rewards/redness/mean", "eval_rewards/redness/a_component/mean"):
         tiny_trainer(tmp_path, eval_dataset=HELD_OUT, metric_for_best_model=metric, **EVERY_UPDATE)
     several = {"held_out": HELD_OUT}
     tiny_trainer(tmp_path, eval_dataset=several, metric_for_best_model="eval_held_out_reward", **EVERY_UPDATE)
+
+
+def test_rewards_are_checked_with_the_columns_of_what_they_score(tmp_path):
+    def by_number(prompts, images, completions, number):
+        return [float(n) for n in number]
+
+    trainer = tiny_trainer(tmp_path, eval_dataset=HELD_OUT, eval_reward_funcs=by_number)
+    assert trainer.evaluate()["eval_rewards/by_number/mean"] == 2.0
+    for held_out in (PROMPTS, {"a": HELD_OUT, "b": PROMPTS}):
+        with pytest.raises(TypeError, match="by_number"):
+            tiny_trainer(tmp_path, eval_dataset=held_out, eval_reward_funcs=by_number)
 
 
 def test_a_missing_score_of_one_reward_is_no_score_of_0_in_evaluation(tmp_path):

@@ -82,6 +82,22 @@ def test_other_columns_keep_their_types(tmp_path):
     assert load_prompts(written(tmp_path / "prompts.json", ["a cat", "two dogs"]))["prompt"] == ["a cat", "two dogs"]
 
 
+def test_rows_of_json_on_several_lines(tmp_path):
+    path = tmp_path / "prompts.json"
+    rows = [{"prompt": 'a "b"', "of": {"a": ["x", 1]}, "more": "y"}, {"prompt": "c\\", "of": None, "more": "}"}]
+    for text in (json.dumps(rows, indent=2), "\n\n".join(json.dumps(row, indent=1) for row in rows)):
+        path.write_text(text)
+        assert list(load_prompts(str(path))) == rows
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_the_text_that_is_to_be_read_is_text(tmp_path, suffix):
+    mark = "," if suffix == ".csv" else "\t"
+    path = tmp_path / f"prompts{suffix}"
+    path.write_text(f"prompt{mark}target_text\na sign{mark}1984\na wall{mark}NA\n")
+    assert load_prompts(str(path))["target_text"] == ["1984", "NA"]
+
+
 def test_quotes_are_part_of_a_cell_between_tabs(tmp_path):
     rows = [
         {"prompt": '"Hello" sign', "n": 1},

@@ -134,7 +134,7 @@ def test_a_picture_that_the_decoder_made_nan_has_no_score(tmp_path, caplog):
     assert advantages[0] == 0 and (advantages[1:] != 0).all()
     (line,) = logged(tmp_path)
     assert line["rewards/red/nan_share"] == 0.25
-    warned = [r.getMessage() for r in caplog.records if "has no score" in r.getMessage()]
+    warned = [r.getMessage() for r in caplog.records if "1 of 4 pictures of a chunk" in r.getMessage()]
     assert len(warned) == 2 and trainer.train_dataset["prompt"][0] in " ".join(warned)
     assert trainer.evaluate()["eval_rewards/red/nan_share"] > 0
 

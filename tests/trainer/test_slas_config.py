@@ -141,6 +141,10 @@ def test_an_unknown_choice_is_refused_with_the_known_ones(name):
         ("num_inference_steps", 1),  # only the final step, which is not trained
         ("sde_window_start", 2),  # without a size
         ("auto_find_batch_size", True),
+        ("adam_epsilon", 0.0),  # 0 / 0 where a gradient is 0, as those of half of LoRA's matrices are at first
+        ("lr_scheduler_kwargs", {"min_lr": float("nan")}),
+        ("pipeline_kwargs", {"cfg": float("inf")}),
+        ("reward_weights", (1.0, float("inf"))),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(name, value):
@@ -162,7 +166,9 @@ def test_every_number_is_finite_on_both_ways_in(tmp_path, value):
             parsed(tmp_path, "use_cpu: true\n", f"--{name}={value}")
 
 
-@pytest.mark.parametrize("given", [{"gamma": "0.5"}, {"height": 512.5}, {"num_generations": 8.0}, {"beta": True}])
+@pytest.mark.parametrize(
+    "given", [{"gamma": "0.5"}, {"height": 512.5}, {"num_generations": 8.0}, {"beta": True}, {"beta": None}]
+)
 def test_what_is_no_number_is_refused(given):
     with pytest.raises(TypeError, match=f"{min(given)} must be a (whole )?number"):
         config(**given)
