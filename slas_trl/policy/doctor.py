@@ -129,9 +129,8 @@ def pipeline_problems(pipe: DiffusionPipeline) -> Iterator[str]:
         )
     for component, module in denoisers.items():
         if isinstance(module, WRAPPERS):
-            plain = "the module within"
-            if isinstance(module, PeftModel):  # diffusers has adapters of its own
-                plain = f"`pipe.{component}.unload()`, or `.merge_and_unload()` to keep what its adapter has learned,"
+            merged = f"`pipe.{component}.merge_and_unload()`, or `.unload()` without what its adapter has learned,"
+            plain = merged if isinstance(module, PeftModel) else "the module within"
             yield (
                 f"{component} is a {type(module).__name__}; put {plain} in its place, and leave the rest to the "
                 "trainer: peft_config, torch_compile, `accelerate launch`."

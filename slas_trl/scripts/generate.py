@@ -56,15 +56,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         load_adapter(pipe, args.adapter)
     if torch.cuda.is_available():
         pipe.to("cuda")
-    call = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-    call = {name: value for name, value in call.items() if value is not None}
+    prompts = [args.prompt] * args.num_images
     # One generator a picture: the second picture of a sheet is the first one of the next seed.
     generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.num_images)]
-    made, problems = call_pipeline(pipe, {"prompt": [args.prompt] * args.num_images, "generator": generators, **call})
-    for problem in dict.fromkeys(filter(None, problems)):
+    call = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    call |= {"prompt": prompts, "generator": generators}
+    made, problems = call_pipeline(pipe, {name: value for name, value in call.items() if value is not None})
+    for problem in filter(None, problems):
         raise ValueError(f"{problems.count(problem)} of {args.num_images} pictures show nothing: {problem}.")
-    images = made.images
-    picture = images[0] if len(images) == 1 else sample_grid(images, [args.prompt] * len(images))
+    picture = made.images[0] if args.num_images == 1 else sample_grid(made.images, prompts)
     picture.save(output)
     print(f"Wrote {output}.")
 

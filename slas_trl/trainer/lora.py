@@ -289,10 +289,21 @@ def save_weights(
                 safe_serialization=True,
                 lora_adapter_metadata=metadata,
             )
+        _settle(Path(folder) / file)
 
 
 def _is_names(value: Any) -> bool:
     return isinstance(value, list | set) and all(isinstance(item, str) for item in value)
+
+
+def _settle(path: Path) -> None:
+    """Sort the metadata, which come in any order: the same adapter is the same file, and no new commit on the Hub."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    path.write_bytes(data[:8] + text.ljust(start - 8) + data[start:])
 
 
 def _save_denoiser(denoiser: Any, folder: Path, writes: bool) -> None:

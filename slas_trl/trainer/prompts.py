@@ -26,9 +26,8 @@ def load_prompts(name_or_path: str, split: str = "train") -> Dataset:
 
     Args:
         name_or_path (`str`):
-            `"shapes"` for the embedded world; a file (.txt with one prompt per line, or .json, .jsonl, .csv, .tsv,
-            .parquet with a "prompt" column), in UTF-8; or a data set on the Hub. Paths of
-            images in a file, in columns whose names end in "image" or "images", are relative to the file's folder.
+            `"shapes"` for the embedded world; a file (.txt with a prompt a line; .json, .jsonl, .csv, .tsv, .parquet
+            with a column "prompt") in UTF-8, whose paths of images are relative to its folder; or one on the Hub.
         split (`str`, *optional*, defaults to `"train"`): split of the embedded world or of the Hub's data set.
 
     Returns:

@@ -54,8 +54,7 @@ class SLASConfig(TrainingArguments):
         generation_batch_size (`int`, *optional*):
             Images per rollout over all processes. Mutually exclusive with `steps_per_generation`.
         steps_per_generation (`int`, *optional*):
-            Chunks per rollout and process; by default `num_generations`, which makes as many groups as there are
-            samples in a chunk over all processes.
+            Chunks per rollout and process; by default `num_generations`: as many groups as samples in a chunk of all.
         gradient_accumulation_steps (`int`, *optional*):
             Micro-steps per update. By default one update per pass over a rollout: `steps_per_generation` times the
             number of trained timesteps. Must divide that product.
@@ -84,9 +83,8 @@ class SLASConfig(TrainingArguments):
         gamma_warmup_steps (`int`, *optional*, defaults to `20`):
             Updates after which the schedules `"linear"` and `"cosine"` have reached `gamma`.
         kl_threshold (`float`, *optional*):
-            ζ of Eq. 78: what the KL of one update, in nats per latent element, is to keep to: a bound on it under
-            `"trust_region"`, its measurement under `"kl"`. By default 3e-4 for the bound, which is far above the KL
-            with AdamW, and 1e-5 for the measurement.
+            ζ of Eq. 78, the largest KL of one update in nats per latent element: of its bound under `"trust_region"`,
+            by default 3e-4, far above the KL with AdamW; of its measurement under `"kl"`, by default 1e-5.
         fisher_update_steps (`int`, *optional*):
             Updates after which the largest eigenvalue of the Fisher matrix is measured anew, by the next rollout. By
             default 20 with `"trust_region"`, and never with another schedule, which then logs the bounds as well.
@@ -107,11 +105,10 @@ class SLASConfig(TrainingArguments):
         multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
             Or `"normalize_then_sum"`, as DanceGRPO does.
         concurrent_rewards (`bool`, *optional*, defaults to `True`):
-            Whether each reward scores in a thread of its own while others do and the next chunk is sampled, or all
-            wait for each other. The scores are the same.
+            Whether each reward scores in its own thread while the next chunk is sampled. The scores are the same.
         hacking_patience (`int`, *optional*, defaults to `3`):
-            Evaluations in a row in which the trained reward rises and a held-out one falls before `hacking_action`
-            is taken. Held out are `eval_reward_funcs` and rewards of weight 0.
+            Evaluations in a row with the trained reward rising and a held-out one (of `eval_reward_funcs` or weight 0)
+            falling before `hacking_action` is taken.
         hacking_action (`str`, *optional*, defaults to `"warn"`):
             Or `"stop"`, which ends training.
         num_inference_steps (`int`, *optional*, defaults to `10`):
@@ -124,8 +121,7 @@ class SLASConfig(TrainingArguments):
             Noise of the DDIM step (ε-, v- and x0-prediction models).
         noise_schedule (`str`, *optional*, defaults to `"flow_grpo"`):
             Noise of flow-matching models: `"flow_grpo"`, `"dance_grpo"` or `"cps"`.
-        noise_level (`float`, *optional*):
-            Its level; by default 0.3 for `"dance_grpo"` and 0.7 otherwise.
+        noise_level (`float`, *optional*): its level; by default 0.3 for `"dance_grpo"` and 0.7 otherwise.
         timestep_fraction (`float`, *optional*, defaults to `1.0`):
             Share of the trainable timesteps that is trained, drawn anew for each rollout.
         train_final_step (`bool`, *optional*, defaults to `False`):
@@ -135,13 +131,12 @@ class SLASConfig(TrainingArguments):
         sde_window_start (`int`, *optional*):
             First stochastic step; by default drawn anew for each rollout from the first half of the trajectory.
         sde_window_slide_every (`int`, *optional*):
-            Number of rollouts after which the window moves on by one step, from `sde_window_start` (0 by default) to
-            the end of the trajectory and over again, as MixGRPO's does.
+            Rollouts after which the window moves on by a step, from `sde_window_start` (0 by default) to the end and
+            over again, as MixGRPO's does.
         init_same_noise (`bool`, *optional*, defaults to `True`):
             Whether all images of a group start from the same noise.
         max_skipped_updates (`int`, *optional*, defaults to `3`):
-            An update with a NaN or infinite gradient is skipped, and the image that caused it is named; training stops
-            when more than this many in a row were.
+            So many updates in a row with NaN or infinite gradients are skipped, and the images named; one more stops.
         offload_frozen_components (`bool`, *optional*, defaults to `False`):
             Whether text encoders and VAE are on the CPU while the denoiser is trained.
         use_ema (`bool`, *optional*, defaults to `False`):
@@ -149,16 +144,14 @@ class SLASConfig(TrainingArguments):
         ema_decay (`float`, *optional*, defaults to `0.9`):
             Its decay per update. The average begins with the weights before training.
         log_completions (`bool`, *optional*, defaults to `True`):
-            Whether to show sampled images in the trackers of `report_to` that can, every tenth rollout; and to record
-            each rollout in `calibration.jsonl` and draw `calibration.png` at checkpoints and when training ends.
+            Whether to show images in the trackers of `report_to` that can, every tenth rollout; and to record rollouts
+            in `calibration.jsonl` and draw `calibration.png` at checkpoints and when training ends.
         prompt_dataset (`str`, *optional*, defaults to `"shapes"`):
-            Prompts for a trainer without `train_dataset`: `"shapes"`, a .txt, .jsonl, .csv, .tsv or .parquet file, or
-            a data set on the Hub.
+            Prompts for a trainer without `train_dataset`, see [`~slas_trl.trainer.prompts.load_prompts`].
         pipeline_columns (`list[str]`, *optional*):
-            Columns of the data set that reach the pipeline's `__call__` under their names, such as `image`. By default
-            all with text or images whose names are among its arguments; `[]` for none.
-        pipeline_kwargs (`dict`, *optional*):
-            Further arguments of the pipeline's `__call__`.
+            Columns that reach the pipeline's `__call__` under their names, such as `image`. By default those with text
+            or images that it takes; `[]` for none.
+        pipeline_kwargs (`dict`, *optional*): further arguments of the pipeline's `__call__`.
         model_init_kwargs (`dict`, *optional*):
             Arguments of `DiffusionPipeline.from_pretrained` when the model is given as a string.
     """

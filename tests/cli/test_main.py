@@ -112,7 +112,7 @@ def test_a_reward_is_refused_without_its_secrets(tmp_path, monkeypatch, capfd, c
         argv += ["--reward_funcs", reward, "--output_dir", str(tmp_path / "run"), "--max_steps", "2"]
     assert main(argv) == (1 if command == "doctor" else 2)
     printed = "".join(capfd.readouterr())
-    assert "***" in printed and "s3cret" not in printed
+    assert "remote" in printed and "s3cret" not in printed
 
 
 def test_a_reward_is_used_and_its_secrets_are_nowhere(tmp_path, monkeypatch, capfd):
