@@ -9,11 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
-from diffusers import CacheMixin, DiffusionPipeline, PipelineQuantizationConfig
-from peft import PeftModel
+from diffusers import CacheMixin, DiffusionPipeline, ModelMixin, PipelineQuantizationConfig
 from torch import nn
-from torch._dynamo import OptimizedModule
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 
@@ -24,7 +21,6 @@ if TYPE_CHECKING:
 
 DENOISERS = ("transformer", "transformer_2", "unet")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-WRAPPERS = (PeftModel, OptimizedModule, DataParallel, DistributedDataParallel)
 CACHE_HOOKS = ("cache", "fbc", "broadcast")  # words in the names of diffusers' hooks that reuse earlier outputs
 
 
@@ -128,12 +124,11 @@ def pipeline_problems(pipe: DiffusionPipeline) -> Iterator[str]:
             "expected one. Load the pipeline with a first-order scheduler."
         )
     for component, module in denoisers.items():
-        if isinstance(module, WRAPPERS):
-            merged = f"`pipe.{component}.merge_and_unload()`, or `.unload()` without what its adapter has learned,"
-            plain = merged if isinstance(module, PeftModel) else "the module within"
+        if not isinstance(module, ModelMixin):
             yield (
-                f"{component} is a {type(module).__name__}; put {plain} in its place, and leave the rest to the "
-                "trainer: peft_config, torch_compile, `accelerate launch`."
+                f"{component} is a {type(module).__name__}, no model of diffusers: put the one within in its place "
+                "(a PeftModel's by `.merge_and_unload()`, or `.unload()` without what its adapter has learned), and "
+                "leave the rest to the trainer: peft_config, torch_compile, `accelerate launch`."
             )
         if _is_cached(module):
             yield (

@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.vae import AutoencoderMixin
+from diffusers import ModelMixin
 from torch.utils import _pytree as pytree
 
 
@@ -19,9 +19,8 @@ def call_pipeline(pipe: Any, call: dict[str, Any]) -> tuple[Any, list[str | None
 
     Returns what the pipeline returned, and for each of its B images what is wrong with it, or `None`.
     """
-    decoders: dict[str, Any] = {
-        name: part for name, part in pipe.components.items() if isinstance(part, AutoencoderMixin)
-    }
+    models = {name: part for name, part in pipe.components.items() if isinstance(part, ModelMixin)}
+    decoders: dict[str, Any] = {name: model for name, model in models.items() if hasattr(model, "decode")}
     decoded: list[torch.Tensor] = []
     with ExitStack() as stack:
         for decoder in decoders.values():

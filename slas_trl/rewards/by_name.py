@@ -38,7 +38,7 @@ EXPECTED = (
 SEVERAL = "names are separated by spaces on the command line, and are a list in YAML and Python."
 
 # User and password of a URL; what follows an option, a key or a flag by such a name, up to the next option.
-_NAMES = r"\w*(?:token|key|secret|passw(?:or)?d|pwd|auth(?:orization)?)"
+_NAMES = r"(?:\w*(?:token|secret|auth(?:orization)?|cookie)|(?:\w*_|\bapi|\b)key|pass\w*|pwd?|cred\w*|sig(?:nature)?)"
 _SECRETS = re.compile(
     r"(://)\S*@|(=)[^\s:=]+:(?!//)\S*@"
     rf"|((?:{_NAMES}[\"']?\s*[=:]|--{_NAMES}\s)\s*[\"']?(?:(?:bearer|basic) )?)(?:(?!,\s*\w+\s*=)[^\s\"'])+",

@@ -236,7 +236,7 @@ def is_loopback(host: str) -> bool:
 def _status_in(answer: Any) -> int:
     """That of an error of which a gateway tells when it has answered 200 already."""
     error = answer.get("error") if isinstance(answer, Mapping) else None
-    code = str(error.get("code")) if isinstance(error, Mapping) else "200"
+    code = str(error.get("code") if isinstance(error, Mapping) else error or 200)
     return int(code) if re.fullmatch("[2-5][0-9]{2}", code) else 500
 
 

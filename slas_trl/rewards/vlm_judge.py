@@ -69,8 +69,8 @@ UNIFIED_REWARD_PROMPTS = {
 _AXES = ("alignment", "coherence", "style")
 _TOP_LOGPROBS = 20  # the most that OpenAI and vLLM give
 _LEAST_MASS = 0.1  # of yes and no together, below which the judge means to say something else
-_REFUSED = (400, 413, 422)  # what servers answer to one image: their policy, its size; not a wrong key or address
-_CUT = ("length", "max_tokens", "content_filter", "error", "abort")  # how answers end that are not whole
+_REFUSED = (400, 413, 422, 451)  # what servers answer to one image: their policy, its size; not a wrong key or address
+_CUT = re.compile(r"(?i)length|max_tokens|filter|error|abort")  # how answers end that are not whole
 _THOUGHT = re.compile(r"(?is)\A.*[<◁]/think\w*[>▷]|[<◁]think\w*[>▷].*")
 # The first word; those after "answer" or a colon, but for "there is: no cat"; and the last one of a whole answer.
 _YES_NO = (
@@ -87,7 +87,7 @@ _SCALE = re.compile(
     r"|(?<=\d):(?=\d)|(?<=\d)[\s(]*(?:(?:point|star)s\s*)?(?:of|from|over|in|per))"
     r"(?:\s*(?:an?|the|of|is|possible|perfect|total|score|max(?:imum)?)\b)*"
     rf"\W{{0,5}}(?:{_SPAN}|{_NUMBER})|(?:\bfrom\s+|(?<![\w.])){_SPAN}"
-    rf"|(?<![\w.]){_NUMBER}(?:[\s-]*(?:points?[\s-]*)?(?:scale|being|max(?:imum)?)\b"
+    rf"|(?<=\d)\s*\([^()]*\)|(?<![\w.]){_NUMBER}(?:[\s-]*(?:points?[\s-]*)?(?:scale|being|max(?:imum)?)\b"
     r"|\s*(?:is|=|means?|would\s+be)\s*(?:the\s+)?(?:best|worst|perfect|highest|lowest))"
 )
 _PLAIN = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | dict.fromkeys(map(ord, "*_`"))  # no markdown
@@ -283,7 +283,7 @@ class VLMJudge(Reward):
             if not isinstance(answer, dict) or "choices" not in answer:
                 raise ValueError(f"no chat completion, but {str(answer)[:200]}.") from None
             raise _NoScoreError(f"One has no text: {str(answer['choices'])[:200]}.") from None
-        is_cut = choice.get("finish_reason") in _CUT
+        is_cut = bool(_CUT.search(str(choice.get("finish_reason"))))
         if self.answer == "yes_no":
             return self._probability(choice.get("logprobs"), text + "…" * is_cut)
         if is_cut:

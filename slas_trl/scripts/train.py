@@ -9,7 +9,7 @@ from huggingface_hub import CommitInfo
 from transformers.trainer_utils import IntervalStrategy
 
 from slas_trl.hub import PushError
-from slas_trl.rewards.by_name import masked
+from slas_trl.rewards.by_name import shown_name
 from slas_trl.scripts.arguments import SLASScriptArguments, parse
 from slas_trl.scripts.model import make_pipeline
 from slas_trl.scripts.run_report import RunReport
@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         start = "" if adapter is None else f", from the adapter {adapter},"
         print(
             f"Training {base_model or 'the embedded pipeline'}{start} on {len(trainer.train_dataset)} prompts "
-            f"for {', '.join(map(masked, script.reward_funcs))}; results go to {config.output_dir}. Each rollout is "
-            f"{config.generation_batch_size} images of {config.num_inference_steps} steps."
+            f"for {', '.join(map(shown_name, script.reward_funcs))}; results go to {config.output_dir}. Each rollout "
+            f"is {config.generation_batch_size} images of {config.num_inference_steps} steps."
         )
     report = None
     if script.report_prompts != 0:

@@ -85,9 +85,7 @@ class EvaluatingTrainer(ResumableTrainer):
         known = [f"{prefix}{name}" for prefix in prefixes for name in ("reward", "reward_std")]
         known += [f"{prefix}mean" for prefix in rewards]
         asked = f"eval_{(metric or '').removeprefix('eval_')}"
-        kinds = ("mean", "std", "nan_share", "half_width", "time")
-        of_a_reward = asked.startswith(tuple(rewards)) and asked.endswith(kinds)
-        if data is not None and metric and asked not in known and not of_a_reward:
+        if data is not None and metric and asked not in known:
             raise ValueError(f"metric_for_best_model must be one of {', '.join(known)}, but it is {metric!r}.")
 
     def evaluate(

@@ -94,7 +94,7 @@ class ResumableTrainer(Trainer):
     @property
     def _settings(self) -> dict[str, Any]:
         """What may change, and is said then."""
-        names = (f"options of {name} (checksum)" for name in self.scorer.names)
+        names = (f"options of {name}, or where it is from (checksum)" for name in self.scorer.names)
         return self.args.settings | dict(zip(names, self.scorer.options, strict=True))
 
     def _calls(self, indices: list[int], rollout_index: int) -> list[dict[str, Any]]:
@@ -267,7 +267,9 @@ class ResumableTrainer(Trainer):
             raise ValueError(f"The checkpoint {str(folder)!r} was made with other settings: {changed}.")
         if changed := _differences(state["settings"], self._settings):
             update = state["micro_step"] // self.args.micro_steps_per_update
-            logger.warning(f"After update {update}, training goes on with other settings than before: {changed}.")
+            logger.warning(
+                f"After update {update} (rewards: after its rollout), training goes on with other settings: {changed}."
+            )
         self._load_weights(folder)
         if self._ema is not None:
             self._ema.load(folder)

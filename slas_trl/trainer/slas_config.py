@@ -62,8 +62,7 @@ class SLASConfig(TrainingArguments):
             Passes over each rollout (μ of GRPO).
         epsilon (`float`, *optional*, defaults to `1e-4`):
             Clip range of the ratio. So small because log-probabilities are means over latent elements.
-        epsilon_high (`float`, *optional*):
-            Upper clip range; by default `epsilon`.
+        epsilon_high (`float`, *optional*): upper clip range; by default `epsilon`.
         beta (`float`, *optional*, defaults to `0.0`):
             Weight of the KL divergence to the reference policy (adapters disabled, or a frozen copy of the denoiser).
         kl_reference (`str`, *optional*, defaults to `"initial"`):
@@ -362,7 +361,8 @@ class SLASConfig(TrainingArguments):
         """What a resumed run is compared by: the fields above but those that may name a place, and the optimizer's."""
         places = {"prompt_dataset", "pipeline_kwargs", "model_init_kwargs", "_VALID_DICT_FIELDS"}
         optimizer = {"adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "max_steps", "num_train_epochs"}
-        names = (SLASConfig.__annotations__.keys() | optimizer | {"warmup_steps", "bf16", "fp16"}) - places
+        others = {"warmup_steps", "lr_scheduler_kwargs", "optim_args", "bf16", "fp16"}
+        names = (SLASConfig.__annotations__.keys() | optimizer | others) - places
         return {name: value for name, value in self.to_dict().items() if name in names}
 
     @property

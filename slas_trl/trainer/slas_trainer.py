@@ -421,7 +421,7 @@ class SLASTrainer(PublishingTrainer):
         alone = self.accelerator.num_processes == 1 or self.is_fsdp_enabled or self.is_deepspeed_enabled
         if self.accelerator.sync_gradients and not alone:
             average_gradients(model.parameters())
-        return loss
+        return loss.nan_to_num(posinf=0.0, neginf=0.0)  # the Trainer sums it up for the logs, in which NaN would stay
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The Trainer asks for it before every update, and it is the same on all processes."""
@@ -476,8 +476,8 @@ class SLASTrainer(PublishingTrainer):
         what = f"No image of the rollout after update {self.state.global_step} got a score"
         logger.warning(f"{what}: nothing to learn.")
         if self._unscored == UNSCORED_ROLLOUTS:
-            self._save_unfinished("The rewards failed")
-            raise ValueError(f"{what}, the {UNSCORED_ROLLOUTS}th in a row. Look at what the rewards return, and why.")
+            self._save_unfinished("No image had a score")
+            raise ValueError(f"{what}, the {UNSCORED_ROLLOUTS}th in a row. The warnings above say why.")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._last_log is not None:  # a training log

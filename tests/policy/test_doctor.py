@@ -128,15 +128,26 @@ def test_all_problems_are_found():
     assert str(error.value) == order
 
 
-@pytest.mark.parametrize("wrap", [lambda m: get_peft_model(m, LoraConfig(target_modules=["to_q"])), torch.compile,
-                                  torch.nn.DataParallel], ids=["peft", "compiled", "parallel"])  # fmt: skip
+TO_Q = LoraConfig(target_modules=["to_q"])
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: get_peft_model(model, TO_Q),
+        lambda model: get_peft_model(model, TO_Q, mixed=True),
+        torch.compile,
+        torch.nn.DataParallel,
+    ],
+    ids=["peft", "mixed", "compiled", "parallel"],
+)
 def test_a_denoiser_in_something_else(wrap):
     pipe = sd3_pipeline()
     plain, pipe.transformer = pipe.transformer, wrap(pipe.transformer)
     with pytest.raises(ValueError, match="transformer is a .*in its place.*peft_config"):
         PipelineReplayer(pipe)
     if isinstance(pipe.transformer, PeftModel):
-        assert "pipe.transformer.unload()" in next(pipeline_problems(pipe))
+        assert ".unload()" in next(pipeline_problems(pipe))
         assert pipe.transformer.unload() is plain
 
 

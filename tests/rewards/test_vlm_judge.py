@@ -210,7 +210,7 @@ def test_the_token_that_says_it(text, tokens, score):
         ("There is a cat with no", {}, None),
     ],
 )
-@pytest.mark.parametrize("reason", ["length", "content_filter"])
+@pytest.mark.parametrize("reason", ["length", "content_filter", "model_length", "MAX_TOKENS"])
 def test_an_answer_that_is_cut_off(text, options, score, reason):
     assert read(text, finish_reason=reason, **options) == score
 
@@ -249,6 +249,7 @@ SCALES = (
     '8,0/10,0|with 0 being worst and 10 being best: 8|between 0 and 10: 8|{"score": 8, "max": 10}|8 in [0, 10]',
     "8 on a scale from 0 (bad) to 10 (good)|8 on a 10-point scale|a score of 8|It is out of frame: 8|I'd go with 8",
     "8:10|8 per 10|8 (10 max)|8 out of a perfect 10|Criterion 1: 8",
+    "8 (min 0, max 10)|8 (0 worst, 10 best)|8 (1 being the worst and 10 the best)|8 (lowest 0, highest 10)",
     "7 / 10, no, 8 / 10|8, on a scale from 0 to 10|I would rate it 8. Scale: 0 to 10",
 )
 
@@ -347,7 +348,7 @@ def test_a_server_that_does_not_answer(server):
 @pytest.mark.parametrize("code", [429, "503", 524, None, "overloaded"])
 def test_an_error_behind_a_status_of_200(server, code):
     """As gateways send it once they have begun to answer."""
-    error = {"error": {"message": "slow down", "code": code}, "choices": None}
+    error = {"error": {"message": "slow down", "code": code} if code != "overloaded" else code, "choices": None}
     server.judge = lambda number, attempt: (200, error, {}) if attempt == 1 else says("yes")
     assert VLMJudge(server.url, "a-model")(PROMPTS, IMAGES) == [1.0] * 6
     assert set(server.attempts.values()) == {2}
@@ -370,7 +371,7 @@ def test_a_server_that_fails_at_one_image(server, caplog, status, concurrency, b
     assert server.attempts[bad] == 2 and f"{status}: 26x28" in warnings(caplog)[-1]
 
 
-@pytest.mark.parametrize("body", [b"{", b"<html>", {"error": "x"}, [], b"[" * 50_000])
+@pytest.mark.parametrize("body", [b"{", b"<html>", [], b"[" * 50_000])
 def test_answers_that_are_none(server, body):
     server.judge = lambda number, attempt: (200, body, {})
     with pytest.raises(ValueError, match="answered something else than expected"):

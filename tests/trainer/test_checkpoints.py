@@ -265,7 +265,7 @@ HYPERPARAMETERS = {"learning_rate": 1e-6, "weight_decay": 0.5, "adam_beta1": 0.5
 @pytest.mark.parametrize("lr_scheduler_type", ["constant", "cosine"])
 def test_the_optimizer_goes_by_the_arguments_of_the_resumed_run(tmp_path, caplog, lr_scheduler_type):
     settings = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": lr_scheduler_type}
-    tiny_trainer(tmp_path / "a", max_steps=2, learning_rate=1e-3, **settings).train()
+    tiny_trainer(tmp_path / "a", max_steps=2, learning_rate=1e-3, optim_args="x=1", **settings).train()
     trainer = tiny_trainer(tmp_path / "b", max_steps=4, **settings, **HYPERPARAMETERS)
     caplog.clear()
     trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
@@ -275,8 +275,9 @@ def test_the_optimizer_goes_by_the_arguments_of_the_resumed_run(tmp_path, caplog
     # The schedule of four updates, of which the first two are made.
     factors = [0.5, (1 + math.cos(0.75 * math.pi)) / 2] if lr_scheduler_type == "cosine" else [1, 1]
     assert rates == pytest.approx([1e-6 * factor for factor in factors])
-    [listed] = [r.getMessage() for r in caplog.records if "with other settings than before" in r.getMessage()]
+    [listed] = [r.getMessage() for r in caplog.records if "with other settings" in r.getMessage()]
     assert "After update 2" in listed and "weight_decay 0.0001 -> 0.5" in listed and "max_steps 2 -> 4" in listed
+    assert "optim_args x=1 -> None" in listed
     assert "gamma" not in listed and "output_dir" not in listed
 
 
@@ -302,8 +303,18 @@ def test_other_options_of_a_reward_are_said(tmp_path, caplog):
         rewards = [partial(redness, scale=number), "brightness"]
         trainer = tiny_trainer(tmp_path / folder, "sd3", rewards, max_steps=number, **numbers, **EVERY_UPDATE)
         trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1") if number == 2 else None)
-    [listed] = [r.getMessage() for r in caplog.records if "with other settings than before" in r.getMessage()]
-    assert "options of redness (checksum)" in listed and "brightness" not in listed and "beta" not in listed
+    [listed] = [r.getMessage() for r in caplog.records if "with other settings" in r.getMessage()]
+    assert "options of redness," in listed and "brightness" not in listed and "beta" not in listed
+
+
+def test_a_reward_of_the_same_name_from_elsewhere_is_said(tmp_path, caplog):
+    for number, name in ((1, "a"), (2, "b")):
+        (tmp_path / f"{name}.py").write_text(
+            "def score(prompts, images, **columns):\n    return [*range(len(images))]\n"
+        )
+        trainer = tiny_trainer(tmp_path / name, "sd3", f"{tmp_path}/{name}.py:score", max_steps=number, **EVERY_UPDATE)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1") if number == 2 else None)
+    assert "options of score," in caplog.text
 
 
 def test_a_learning_rate_that_the_checkpoint_decides_is_refused(tmp_path):

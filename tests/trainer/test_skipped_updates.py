@@ -35,6 +35,7 @@ def test_an_update_with_nan_is_skipped_and_the_image_named(tmp_path, caplog, fac
     trainer = tiny_trainer(tmp_path, callbacks=[Break({1: factor})], max_steps=3, weight_decay=0.1)
     trainer.train()
     assert [line["update_skipped"] for line in logged(tmp_path)] == [0.0, 1.0, 0.0]
+    assert all(math.isfinite(line["loss"]) for line in logged(tmp_path)[::2])  # NaN is not carried on
     (warning,) = [r.getMessage() for r in caplog.records if "is skipped" in r.getMessage()]
     assert "Update 2 is skipped: it had NaN or infinity, first for '" in warning
     assert "(image 0 of its chunk, step" in warning and any(p in warning for p in trainer.train_dataset["prompt"])
