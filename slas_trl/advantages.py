@@ -20,13 +20,21 @@ Super-Linear Advantage Shaping". Where it is silent, or we depart from it:
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any
+from types import MappingProxyType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 from torch import Tensor
+
+
+# Numbers and their intervals, checked when they are read.
+Count = Annotated[int, "[1, inf)"]
+Positive = Annotated[float, "(0, inf)"]
+NotNegative = Annotated[float, "[0, inf)"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,63 +57,131 @@ class Advantages:
         return self.advantages.view(len(self.group_std), -1).abs().sum(dim=1)
 
 
+@dataclass
+class AdvantageOptions:
+    """
+    What advantages depend on beside the rewards. A field of this class is an argument of [`slas_advantages`], of
+    [`~slas_trl.trainer.SLASConfig`] and of the command line, and is written into model cards and checkpoints.
+
+    Args:
+        scale_rewards (`str` or `bool`, *optional*, defaults to `"batch"`):
+            Std that divides centred rewards: of the `"batch"` (SLAS), of the `"group"` (GRPO, or `True`), or `"none"`
+            (or `False`).
+        gamma (`float`, *optional*, defaults to `0.5`):
+            γ of A = sign(x)|x|^(1+γ) (Eq. 20). 0 leaves advantages linear.
+        shape_order (`str`, *optional*, defaults to `"scale_then_shape"`):
+            `"shape_then_scale"` keeps the RMS of γ = 0 (1 for summed rewards, centered std). No effect for `"none"`.
+        batch_std_of (`str`, *optional*, defaults to `"centered"`):
+            Batch std of the `"centered"` rewards, or of the `"raw"` ones as in TRL.
+        shaping_baseline (`str`, *optional*, defaults to `"mean"`):
+            What is shaped around: the group's `"mean"` or, so that its shaped advantages sum to 0 before clipping, the
+            root of Eq. 13, `"zero_sum"`. The std is about the mean in both cases.
+        advantage_clip (`float`, *optional*, defaults to `5.0`):
+            Bound on |x| before shaping in either order, in std units (the batch's for `"none"`). `None` is no bound.
+        min_group_std (`float`, *optional*, defaults to `0.0`):
+            Groups whose summed rewards have a std below this, in units of the reward, get 0.
+        reward_weights (`list[float]` of length K, *optional*):
+            Weights of the K rewards; by default 1. A reward of weight 0 is logged and not trained on.
+        multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
+            `"sum_then_normalize"` sums the weighted rewards first. `"normalize_then_sum"` centres and scales each one
+            by itself, then sums, as DanceGRPO does; with a batch std the sum is divided by its own, before it is
+            shaped.
+    """
+
+    scale_rewards: str = field(
+        default="batch",
+        metadata={
+            "help": "Divide centred rewards by the std of the batch or the group.",
+            "choices": ["batch", "group", "none"],
+        },
+    )
+    gamma: NotNegative = field(default=0.5, metadata={"help": "A = sign(x)|x|^(1+gamma) of scaled rewards x."})
+    shape_order: str = field(
+        default="scale_then_shape",
+        metadata={"help": "Order of scaling and shaping.", "choices": ["scale_then_shape", "shape_then_scale"]},
+    )
+    batch_std_of: str = field(
+        default="centered", metadata={"help": "Rewards the batch std is taken of.", "choices": ["centered", "raw"]}
+    )
+    shaping_baseline: str = field(
+        default="mean", metadata={"help": "Baseline of a group before shaping.", "choices": ["mean", "zero_sum"]}
+    )
+    advantage_clip: Positive | None = field(
+        default=5.0, metadata={"help": "Bound on scaled rewards before shaping, in standard deviations."}
+    )
+    min_group_std: NotNegative = field(default=0.0, metadata={"help": "Groups with a smaller std get advantage 0."})
+    reward_weights: Annotated[list[float], "(-inf, inf)"] | None = field(
+        default=None, metadata={"help": "One weight for each reward."}
+    )
+    multi_objective_aggregation: str = field(
+        default="sum_then_normalize",
+        metadata={"help": "How several rewards meet.", "choices": ["sum_then_normalize", "normalize_then_sum"]},
+    )
+
+    def __post_init__(self):
+        if isinstance(self.scale_rewards, bool):  # as TRL accepts it
+            self.scale_rewards = "group" if self.scale_rewards else "none"
+        check_fields(self, AdvantageOptions)
+
+
+def slas_advantages(rewards: Tensor | Sequence, num_generations: int, **options: Any) -> Tensor:
+    """
+    Shaped advantages (Eq. 20), which do not change under `r -> k * r + c`, k > 0 (unless scaling is `"none"`).
+
+    Args:
+        rewards (`torch.Tensor`, array or list of shape `(N,)` or `(N, K)`):
+            Scores of a rollout's N images (of all processes) by K reward functions, images of a prompt consecutive.
+            NaN is "no score", and so is a score of weight 0. A missing one counts as the mean of that reward over the
+            row's group, and not at all where the whole group lacks it. A row without any score gets 0, and so does a
+            group with fewer than two scored rows.
+        num_generations (`int`):
+            Images per prompt, G >= 2. Divides N.
+        options: fields of [`AdvantageOptions`], by name.
+
+    Returns a float32 `torch.Tensor` of shape `(N,)` on the device of `rewards`. The arithmetic is float64, on the CPU.
+    Raises `ValueError` (shapes, infinite rewards, unknown options, values out of range) or `TypeError` (other types).
+    """
+    return compute_advantages(rewards, num_generations, AdvantageOptions(**options)).advantages
+
+
 def compute_advantages(
-    rewards: Tensor | Sequence,
-    num_generations: int,
-    *,
-    scale_rewards: str | bool = "batch",
-    gamma: float = 0.5,
-    shape_order: str = "scale_then_shape",
-    batch_std_of: str = "centered",
-    shaping_baseline: str = "mean",
-    advantage_clip: float | None = 5.0,
-    reward_weights: Tensor | Sequence[float] | None = None,
-    multi_objective_aggregation: str = "sum_then_normalize",
-    min_group_std: float = 0.0,
+    rewards: Tensor | Sequence, num_generations: int, options: AdvantageOptions, gamma: float | None = None
 ) -> Advantages:
-    """[`slas_advantages`], which documents the arguments, together with the statistics to log."""
-    if isinstance(scale_rewards, bool):
-        scale_rewards = "group" if scale_rewards else "none"
-    _check("scale_rewards", scale_rewards, "batch", "group", "none")
-    _check("shape_order", shape_order, "scale_then_shape", "shape_then_scale")
-    _check("batch_std_of", batch_std_of, "centered", "raw")
-    _check("shaping_baseline", shaping_baseline, "mean", "zero_sum")
-    _check("multi_objective_aggregation", multi_objective_aggregation, "sum_then_normalize", "normalize_then_sum")
-    check_number("gamma", gamma, "[0, inf)")
-    check_number("min_group_std", min_group_std, "[0, inf)")
-    check_number("advantage_clip", 1.0 if advantage_clip is None else advantage_clip, "(0, inf)")
-    r, weights = _check_rewards(rewards, num_generations, reward_weights)  # (K, groups, G), (K, 1, 1)
+    """[`slas_advantages`], together with the statistics to log; `gamma` is that of the options by default."""
+    gamma = options.gamma if gamma is None else gamma
+    scale_rewards, batch_std_of = options.scale_rewards, options.batch_std_of
+    r, weights = _check_rewards(rewards, num_generations, options.reward_weights)  # (K, groups, G), (K, 1, 1)
 
     total = weighted_sum(r, weights)
     scored = ~total.isnan()
 
     # x = Δr / s (Eq. 9 and 1) of the summed rewards, or the sum of each reward's own x.
     x, group_std, batch_std = _center_and_scale(total, (weights * r).abs().nansum(dim=0), scale_rewards, batch_std_of)
-    if multi_objective_aggregation == "normalize_then_sum":
+    if options.multi_objective_aggregation == "normalize_then_sum":
         parts = weights * _center_and_scale(r, r.abs().nan_to_num(), scale_rewards, batch_std_of)[0]
         x = parts.sum(dim=0)
         if scale_rewards == "batch":  # again one batch std is the pivot of the shaping, whatever the weights
             summed = x.masked_fill(~scored, math.nan)
             x = _center_and_scale(summed, parts.abs().sum(dim=0), scale_rewards, batch_std_of)[0]
-    baseline = _zero_sum_baseline(x, scored, gamma) if shaping_baseline == "zero_sum" and gamma > 0 else 0.0
+    baseline = _zero_sum_baseline(x, scored, gamma) if options.shaping_baseline == "zero_sum" and gamma > 0 else 0.0
     unshaped, x = x, (x - baseline) * scored
 
     # Clip in std units. Unscaled, x is in units of the reward, and so has to be the bound.
     unit = batch_std.item() if scale_rewards == "none" else 1.0
-    bound = math.inf if advantage_clip is None else advantage_clip * unit
+    bound = math.inf if options.advantage_clip is None else options.advantage_clip * unit
     clip_fraction = (x.abs() > bound).double().mean().item()
     x = x.clamp(-bound, bound)
 
     advantages = x * x.abs().pow(gamma)  # sign(x) |x|^(1 + γ), Eq. 20
 
     # Scaling after shaping gives back the mean square of the unshaped x: 1, with the std of the centred rewards.
-    if shape_order == "shape_then_scale" and scale_rewards != "none":
+    if options.shape_order == "shape_then_scale" and scale_rewards != "none":
         dim = (-1,) if scale_rewards == "group" else (-2, -1)
         power = advantages.square().sum(dim, keepdim=True)
         advantages = advantages * (unshaped.square().sum(dim, keepdim=True) / power).sqrt().nan_to_num()
 
     # Section 4.2, Imp1. Filtered groups still count in the batch std: the others' advantages do not depend on them.
-    filtered = group_std < min_group_std
+    filtered = group_std < options.min_group_std
     advantages, x = advantages.masked_fill(filtered, 0.0), x.masked_fill(filtered, 0.0)
     if advantages.abs().max() > torch.finfo(torch.float32).max:
         raise ValueError(f"gamma={gamma} makes the advantages overflow; lower it (0.25 to 1) or set advantage_clip.")
@@ -122,58 +198,6 @@ def compute_advantages(
         frac_reward_zero_std=(group_std == 0).double().mean().item(),
         frac_groups_filtered=filtered.double().mean().item(),
     )
-
-
-def slas_advantages(
-    rewards: Tensor | Sequence,
-    num_generations: int,
-    *,
-    scale_rewards: str | bool = "batch",
-    gamma: float = 0.5,
-    shape_order: str = "scale_then_shape",
-    batch_std_of: str = "centered",
-    shaping_baseline: str = "mean",
-    advantage_clip: float | None = 5.0,
-    reward_weights: Tensor | Sequence[float] | None = None,
-    multi_objective_aggregation: str = "sum_then_normalize",
-    min_group_std: float = 0.0,
-) -> Tensor:
-    """
-    Shaped advantages (Eq. 20), which do not change under `r -> k * r + c`, k > 0 (unless scaling is `"none"`).
-
-    Args:
-        rewards (`torch.Tensor`, array or list of shape `(N,)` or `(N, K)`):
-            Scores of a rollout's N images (of all processes) by K reward functions, images of a prompt consecutive.
-            NaN is "no score", and so is a score of weight 0. A missing one counts as the mean of that reward over the
-            row's group, and not at all where the whole group lacks it. A row without any score gets 0, and so does a
-            group with fewer than two scored rows.
-        num_generations (`int`):
-            Images per prompt, G >= 2. Divides N.
-        scale_rewards (`str` or `bool`, *optional*, defaults to `"batch"`):
-            Std that divides: of the `"batch"`, of the `"group"` (or `True`), or `"none"` (or `False`).
-        gamma (`float`, *optional*, defaults to `0.5`):
-            γ >= 0 of Eq. 20. 0 is linear.
-        shape_order (`str`, *optional*, defaults to `"scale_then_shape"`):
-            `"shape_then_scale"` keeps the RMS of γ = 0 (1 for summed rewards, centered std). No effect for `"none"`.
-        batch_std_of (`str`, *optional*, defaults to `"centered"`):
-            Batch std of the `"centered"` rewards, or of the `"raw"` ones as in TRL.
-        shaping_baseline (`str`, *optional*, defaults to `"mean"`):
-            What is shaped around: the group's `"mean"` or, so that its shaped advantages sum to 0 before clipping, the
-            root of Eq. 13, `"zero_sum"`. The std is about the mean in both cases.
-        advantage_clip (`float`, *optional*, defaults to `5.0`):
-            Bound on |x| before shaping in either order, in std units (the batch's for `"none"`). `None` is no bound.
-        reward_weights (`torch.Tensor` or `list[float]` of length `K`, *optional*):
-            Weights of the reward functions. `None` weighs each by 1.
-        multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
-            `"sum_then_normalize"` sums the weighted rewards first. `"normalize_then_sum"` centres and scales each one
-            by itself, then sums; with a batch std the sum is divided by its own, before it is shaped.
-        min_group_std (`float`, *optional*, defaults to `0.0`):
-            Groups whose summed rewards have a std below this, in units of the reward, get 0.
-
-    Returns a float32 `torch.Tensor` of shape `(N,)` on the device of `rewards`. The arithmetic is float64, on the CPU.
-    Raises `ValueError` (shapes, infinite rewards, unknown options, values out of range) or `TypeError` (other types).
-    """
-    return compute_advantages(**locals()).advantages
 
 
 def weighted_sum(rewards: Tensor, weights: Tensor) -> Tensor:
@@ -230,11 +254,6 @@ def _zero_sum_baseline(x: Tensor, scored: Tensor, gamma: float) -> Tensor:
     return b
 
 
-def _check(name: str, value: object, *choices: str) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-
-
 def check_number(name: str, value: Any, interval: str, whole: bool = False) -> None:
     """
     Raises `TypeError` for what is no number, or no `whole` one, and `ValueError` for one that is not in `interval`,
@@ -246,6 +265,28 @@ def check_number(name: str, value: Any, interval: str, whole: bool = False) -> N
     number, (low, high) = float(value), map(float, interval[1:-1].split(","))
     if not (low < number < high or (number == low and interval[0] == "[") or (number == high and interval[-1] == "]")):
         raise ValueError(f"{name} must be in {interval}, got {value!r}.")
+
+
+def check_fields(values: Any, kind: type, intervals: Mapping[str, str] = MappingProxyType({})) -> None:
+    """
+    Raises `ValueError` or `TypeError` for the first field of the dataclass `kind` whose value in `values` is none of
+    its "choices", or outside of its interval, which is annotated, or in `intervals` by name; any other number is
+    finite.
+    """
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        value, choices = getattr(values, name), kind.__dataclass_fields__[name].metadata.get("choices")
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        if isinstance(value, Tensor | np.generic | np.ndarray):  # which JSON knows nothing of
+            setattr(values, name, value := value.tolist())
+        if choices and value is not None and value not in choices:
+            raise ValueError(f"{name} must be one of {choices}, but it is {value!r}.")
+        for one in kinds:
+            interval = intervals.get(name, "(-inf, inf)") if one in (int, float) else None
+            if get_origin(one) is Annotated:
+                one, interval = get_args(one)
+            for number in value if isinstance(value, list | tuple) else [value]:
+                if interval is not None and not (number is None and type(None) in kinds):
+                    check_number(name, number, interval, whole=one is int)
 
 
 def _check_rewards(rewards: Tensor | Sequence, num_generations: int, reward_weights) -> tuple[Tensor, Tensor]:

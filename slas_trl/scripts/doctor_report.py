@@ -3,14 +3,13 @@
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
-from inspect import signature
 from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
 from transformers.training_args import OptimizerNames
 
-from slas_trl.advantages import compute_advantages, slas_advantages
+from slas_trl.advantages import compute_advantages
 from slas_trl.images import still
 from slas_trl.policy import Rollout
 from slas_trl.policy.doctor import denoisers_of, rollout_bytes, samples_per_call
@@ -22,7 +21,6 @@ from slas_trl.trainer.scoring import reward_resolution, typical_group_std
 
 
 WIDTH, LABEL = 96, 18
-SHAPING = [name for name in signature(slas_advantages).parameters if name not in ("rewards", "num_generations")]
 
 
 def print_pipeline(
@@ -157,9 +155,8 @@ class DoctorReport:
 
     def _print_share(self, rewards: torch.Tensor) -> None:
         config, warnings = self.config, self.findings.warnings
-        settings = {name: getattr(config, name) for name in SHAPING}
-        shaped = compute_advantages(rewards, config.num_generations, **settings)
-        linear = compute_advantages(rewards, config.num_generations, **{**settings, "gamma": 0.0})
+        shaped = compute_advantages(rewards, config.num_generations, config)
+        linear = compute_advantages(rewards, config.num_generations, config, gamma=0.0)
         print_row(
             "effective share",
             f"{shaped.effective_share:.3f} of the {len(rewards)} images with gamma {config.gamma:g}, "

@@ -17,6 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .. import __version__, hub
+from ..advantages import AdvantageOptions
 from ..calibration import CALIBRATION_FILE, read_rewards, read_rollouts, reward_curves
 from ..run_facts import Base, Evaluation, Metric, Scheduler
 from ..schedulers import FlowSDEScheduler
@@ -30,14 +31,8 @@ from .slas_config import SLASConfig
 
 # Settings that decide the result.
 SETTINGS = (
-    "scale_rewards",
-    "gamma",
+    *(field.name for field in fields(AdvantageOptions)),
     "gamma_schedule",
-    "shape_order",
-    "batch_std_of",
-    "shaping_baseline",
-    "advantage_clip",
-    "multi_objective_aggregation",
     "num_generations",
     "generation_batch_size",
     "num_iterations",
@@ -117,8 +112,7 @@ def settings_of(args: SLASConfig, scheduler: object) -> dict[str, Any]:
     # The one kind of noise that the pipeline's scheduler takes.
     noise = ("noise_schedule", "noise_level") if isinstance(scheduler, FlowSDEScheduler) else ("eta",)
     bounds = ("gamma_max",) if args.gamma_schedule in ("trust_region", "kl", "ess") else ()
-    filters = ("min_group_std",) if args.min_group_std else ()
-    values = {name: getattr(args, name) for name in (*SETTINGS, *bounds, *filters, *noise)}
+    values = {name: getattr(args, name) for name in (*SETTINGS, *bounds, *noise)}
     return {
         name: value.value if isinstance(value, Enum) else value for name, value in values.items() if value is not None
     }

@@ -15,7 +15,6 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..advantages import Advantages
 from ..objective import gaussian_kl
 from ..policy import PipelineReplayer, Rollout
 from ..policy.rollout import StepOutput
@@ -124,20 +123,15 @@ class GammaControl(TrainerCallback):
 
     # Choosing
 
-    def shape(
-        self, shaped: Callable[[float], Advantages], chunks: list[Rollout], steps: list[int], update: int
-    ) -> Advantages:
+    def choose(self, x: torch.Tensor, chunks: list[Rollout], steps: list[int], update: int) -> float:
         """
-        Choose γ.
+        γ for a rollout. Collective: every process calls it.
 
         Args:
-            shaped (`Callable`): the advantages of the rollout for any γ, which are those of all processes.
+            x (`torch.Tensor` of shape `(N,)`): scaled rewards of all processes, around the mean of each group.
             chunks (`list[Rollout]`): this process's part of the rollout.
             steps (`list[int]`): the trained timesteps.
             update (`int`): number of updates made before.
-
-        Returns:
-            [`~slas_trl.advantages.Advantages`]: those for the chosen γ.
         """
         if self.interval is not None:
             last = self.state.measured_at
@@ -145,22 +139,24 @@ class GammaControl(TrainerCallback):
             if due:
                 self._measure_fisher(chunks, steps)
             self.state = replace(self.state, checks_kl=due, measured_at=update if due else last)
-        gamma = gathered(self._choose(shaped, update))[0]
-        result = shaped(gamma)
-        self.state = replace(self.state, gamma=gamma, moment=reward_moment(result.scaled, gamma))
+        gamma = gathered(self._choose(x, update))[0]
+        self.state = replace(self.state, gamma=gamma)
+        return gamma
+
+    def note_rollout(self, x: torch.Tensor) -> None:
+        """Keep the moment of the scaled rewards `(N,)`, around the baseline that they are shaped by."""
+        self.state = replace(self.state, moment=reward_moment(x, self.state.gamma))
         if self.interval is not None:
             self.log("trust_region/moment", self.state.moment)
-        return result
 
-    def _choose(self, shaped: Callable[[float], Advantages], update: int) -> float:
+    def _choose(self, x: torch.Tensor, update: int) -> float:
         args, state = self.args, self.state
-        # Around the mean, also where the baseline is another one, which depends on γ.
-        bound = None if self.interval is None else self._bound(shaped(0.0).scaled)
+        bound = None if self.interval is None else self._bound(x)
         match args.gamma_schedule:
             case "linear" | "cosine":
                 return warmed_up(args.gamma, update, args.gamma_warmup_steps, args.gamma_schedule)
             case "ess":
-                return largest_gamma_of_share(shaped(0.0).scaled, args.min_effective_share, args.gamma_max)
+                return largest_gamma_of_share(x, args.min_effective_share, args.gamma_max)
             case "kl" if state.kls:
                 kl = sum(kl for _, kl in state.kls) / len(state.kls)
                 return kl_feedback(state.gamma, kl, args.allowed_kl, args.gamma_max)

@@ -3,26 +3,19 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, cast
 
-import numpy as np
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 
-from ..advantages import check_number
+from ..advantages import AdvantageOptions, Count, NotNegative, Positive, check_fields
 from ..schedulers.flow_sde import NOISE_SCHEDULES
 
 
 # Arguments of the pipeline's call that are the trainer's, or have a field of their own.
 RESERVED = {"prompt", "generator", "num_inference_steps", "num_images_per_prompt", "output_type", "return_dict"}
 MODES = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]  # of torch.compile
-
-# Numbers and their intervals, checked when they are read.
-Count = Annotated[int, "[1, inf)"]
-Positive = Annotated[float, "(0, inf)"]
-NotNegative = Annotated[float, "[0, inf)"]
 
 # Of the inherited ones; any other has to be finite.
 INHERITED = {
@@ -36,12 +29,13 @@ INHERITED = {
 
 
 @dataclass
-class SLASConfig(TrainingArguments):
+class SLASConfig(AdvantageOptions, TrainingArguments):
     r"""
     Configuration class for the [`SLASTrainer`].
 
-    Only the arguments that are specific to this trainer, or have another default, are described here; the others are
-    those of [`~transformers.TrainingArguments`]. A *micro-step* is one chunk of `per_device_train_batch_size` sampled
+    Only the arguments that are specific to this trainer, or have another default, are described here; those of the
+    advantages are described by [`~slas_trl.advantages.AdvantageOptions`], and the others by
+    [`~transformers.TrainingArguments`]. A *micro-step* is one chunk of `per_device_train_batch_size` sampled
     trajectories at one timestep; a *rollout* is `steps_per_generation` chunks on every process, sampled and scored
     before any update. The loss is the mean over all images of an update and over the trained timesteps: the learning
     rate means the same however a rollout is cut.
@@ -68,10 +62,6 @@ class SLASConfig(TrainingArguments):
         kl_reference (`str`, *optional*, defaults to `"initial"`):
             The reference of a run that goes on from an adapter: the policy with the adapter as it came, or the
             `"base"` model without it.
-        scale_rewards (`str`, *optional*, defaults to `"batch"`):
-            What centred rewards are divided by: the std of the `"batch"` (SLAS), of the `"group"` (GRPO), or `"none"`.
-        gamma (`float`, *optional*, defaults to `0.5`):
-            γ of A = sign(x)|x|^(1+γ) (Eq. 20). 0 leaves advantages linear.
         gamma_schedule (`str`, *optional*, defaults to `"constant"`):
             How γ changes from rollout to rollout: `"constant"`; `"linear"` or `"cosine"`, from 0 to `gamma` in
             `gamma_warmup_steps`; and, from 0 to `gamma_max`, `"trust_region"`, the largest whose moment is within the
@@ -89,20 +79,6 @@ class SLASConfig(TrainingArguments):
             default 20 with `"trust_region"`, and never with another schedule, which then logs the bounds as well.
         min_effective_share (`float`, *optional*, defaults to `0.25`):
             Share of the images that is to carry the update under `"ess"`.
-        advantage_clip (`float`, *optional*, defaults to `5.0`):
-            Bound on |x| before shaping, in standard deviations.
-        shape_order (`str`, *optional*, defaults to `"scale_then_shape"`):
-            Or `"shape_then_scale"`.
-        batch_std_of (`str`, *optional*, defaults to `"centered"`):
-            Std of the `"centered"` or of the `"raw"` rewards.
-        shaping_baseline (`str`, *optional*, defaults to `"mean"`):
-            Or `"zero_sum"`, with which the shaped advantages of every group sum to zero (Eq. 13).
-        min_group_std (`float`, *optional*, defaults to `0.0`):
-            Groups whose rewards have a smaller std get advantage 0.
-        reward_weights (`list[float]`, *optional*):
-            One weight for each reward; by default 1. A reward of weight 0 is logged and not trained on.
-        multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
-            Or `"normalize_then_sum"`, as DanceGRPO does.
         concurrent_rewards (`bool`, *optional*, defaults to `True`):
             Whether each reward scores in its own thread while the next chunk is sampled. The scores are the same.
         hacking_patience (`int`, *optional*, defaults to `3`):
@@ -197,15 +173,7 @@ class SLASConfig(TrainingArguments):
         },
     )
 
-    # Advantages
-    scale_rewards: str = field(
-        default="batch",
-        metadata={
-            "help": "Divide centred rewards by the std of the batch or the group.",
-            "choices": ["batch", "group", "none"],
-        },
-    )
-    gamma: NotNegative = field(default=0.5, metadata={"help": "A = sign(x)|x|^(1+gamma) of scaled rewards x."})
+    # How γ changes
     gamma_schedule: str = field(
         default="constant",
         metadata={
@@ -227,27 +195,6 @@ class SLASConfig(TrainingArguments):
     )
     min_effective_share: Annotated[float, "(0, 1]"] = field(
         default=0.25, metadata={"help": "Share of the images that is to carry the update under ess."}
-    )
-    advantage_clip: Positive | None = field(
-        default=5.0, metadata={"help": "Bound on scaled rewards before shaping, in standard deviations."}
-    )
-    shape_order: str = field(
-        default="scale_then_shape",
-        metadata={"help": "Order of scaling and shaping.", "choices": ["scale_then_shape", "shape_then_scale"]},
-    )
-    batch_std_of: str = field(
-        default="centered", metadata={"help": "Rewards the batch std is taken of.", "choices": ["centered", "raw"]}
-    )
-    shaping_baseline: str = field(
-        default="mean", metadata={"help": "Baseline of a group before shaping.", "choices": ["mean", "zero_sum"]}
-    )
-    min_group_std: NotNegative = field(default=0.0, metadata={"help": "Groups with a smaller std get advantage 0."})
-    reward_weights: Annotated[list[float], "(-inf, inf)"] | None = field(
-        default=None, metadata={"help": "One weight for each reward."}
-    )
-    multi_objective_aggregation: str = field(
-        default="sum_then_normalize",
-        metadata={"help": "How several rewards meet.", "choices": ["sum_then_normalize", "normalize_then_sum"]},
     )
     concurrent_rewards: bool = field(default=True, metadata={"help": "Score while the next chunk is sampled."})
     hacking_patience: Count = field(
@@ -362,7 +309,8 @@ class SLASConfig(TrainingArguments):
         places = {"prompt_dataset", "pipeline_kwargs", "model_init_kwargs", "_VALID_DICT_FIELDS"}
         optimizer = {"adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "max_steps", "num_train_epochs"}
         others = {"warmup_steps", "lr_scheduler_kwargs", "optim_args", "bf16", "fp16"}
-        names = (SLASConfig.__annotations__.keys() | optimizer | others) - places
+        own = SLASConfig.__annotations__.keys() | AdvantageOptions.__annotations__.keys()
+        names = (own | optimizer | others) - places
         return {name: value for name, value in self.to_dict().items() if name in names}
 
     @property
@@ -384,11 +332,9 @@ class SLASConfig(TrainingArguments):
             self.metric_for_best_model = "eval_reward"
         if one_update_per_pass:
             self.gradient_accumulation_steps = 1  # a number for TrainingArguments; the true one is computed below
-        self._check_intervals()
         super().__post_init__()
-        if isinstance(self.scale_rewards, bool):  # as TRL accepts it
-            self.scale_rewards = "group" if self.scale_rewards else "none"
-        self._check_choices()
+        check_fields(self, SLASConfig, INHERITED)
+        TrainingArguments.__post_init__(self)
         self._check_numbers()
         self._divide_the_rollout()
         if one_update_per_pass:
@@ -427,26 +373,6 @@ class SLASConfig(TrainingArguments):
                 f"({self.num_generations}). Use "
                 f"steps_per_generation={self.num_generations // math.gcd(chunk, self.num_generations)} or a multiple."
             )
-
-    def _check_choices(self) -> None:
-        for name, definition in self.__dataclass_fields__.items():
-            choices = definition.metadata.get("choices")
-            if choices and getattr(self, name) is not None and getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, but it is {getattr(self, name)!r}.")
-
-    def _check_intervals(self) -> None:
-        for name, hint in get_type_hints(SLASConfig, include_extras=True).items():
-            kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-            for kind in kinds:
-                interval = INHERITED.get(name, "(-inf, inf)") if kind in (int, float) else None
-                if get_origin(kind) is Annotated:
-                    kind, interval = get_args(kind)
-                value = getattr(self, name)
-                if isinstance(value, np.generic | np.ndarray):  # which JSON knows nothing of
-                    setattr(self, name, value := value.tolist())
-                for number in value if isinstance(value, list | tuple) else [value]:
-                    if interval is not None and not (number is None and type(None) in kinds):
-                        check_number(name, number, interval, whole=kind is int)
 
     def _check_numbers(self) -> None:
         if self.gamma_schedule in ("trust_region", "kl") and self.gamma > self.gamma_max:

@@ -7,7 +7,6 @@ The mathematics is in `advantages.py`, `objective.py`, `schedulers/` and `policy
 """
 
 import copy
-import functools
 import math
 import time
 from collections import defaultdict
@@ -330,20 +329,10 @@ class SLASTrainer(PublishingTrainer):
             usable = torch.cat([chunk.log_probs[:, steps].isfinite().all(1) for chunk in chunks]).cpu()
             scores = self._gather_scores(scoring, usable)
         rewards = scores.rewards  # (N, K) of all processes
-        shaped = functools.partial(
-            compute_advantages,
-            rewards,
-            args.num_generations,
-            scale_rewards=args.scale_rewards,
-            shape_order=args.shape_order,
-            batch_std_of=args.batch_std_of,
-            shaping_baseline=args.shaping_baseline,
-            advantage_clip=args.advantage_clip,
-            reward_weights=args.reward_weights,
-            multi_objective_aggregation=args.multi_objective_aggregation,
-            min_group_std=args.min_group_std,
-        )
-        result = self._gamma.shape(lambda gamma: shaped(gamma=gamma), chunks, steps, self.state.global_step)
+        x = compute_advantages(rewards, args.num_generations, args, gamma=0.0).scaled
+        gamma = self._gamma.choose(x, chunks, steps, self.state.global_step)
+        result = compute_advantages(rewards, args.num_generations, args, gamma)
+        self._gamma.note_rollout(result.scaled)
         mine = result.advantages[first : first + len(indices)].to(device)
         self._images_sampled += len(rewards)
         if args.log_completions and rollout_index % 10 == 0 and self.is_world_process_zero():

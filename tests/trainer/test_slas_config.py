@@ -1,5 +1,6 @@
 """What a configuration makes of its arguments, and what it refuses."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -7,6 +8,8 @@ import pytest
 from trl import TrlParser
 
 from slas_trl import SLASConfig
+from slas_trl.advantages import AdvantageOptions
+from slas_trl.trainer.card_facts import SETTINGS
 
 
 def config(**arguments) -> SLASConfig:
@@ -236,3 +239,14 @@ def test_every_field_has_a_help_text_that_can_be_printed():
     own = SLASConfig.__annotations__.keys() - {"_VALID_DICT_FIELDS"}
     assert all(f"--{name}" in help_text for name in own)
     assert all(SLASConfig.__dataclass_fields__[name].metadata["help"] for name in own)
+
+
+def test_an_option_of_advantages_is_written_once(tmp_path):
+    """It is an argument of the configuration and the command line, compared on resuming, and in the card."""
+    names = {option.name for option in fields(AdvantageOptions)}
+    settings = config().settings
+    assert names <= settings.keys() and names <= {*SETTINGS}
+    assert (
+        parsed(tmp_path, "use_cpu: true\n", "--batch_std_of=raw", "--shaping_baseline=zero_sum").batch_std_of == "raw"
+    )
+    assert SLASConfig(str(tmp_path)).output_dir == str(tmp_path)
