@@ -21,7 +21,7 @@ Super-Linear Advantage Shaping". Where it is silent, or we depart from it:
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from types import MappingProxyType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
@@ -141,15 +141,18 @@ def slas_advantages(rewards: Tensor | Sequence, num_generations: int, **options:
     Returns a float32 `torch.Tensor` of shape `(N,)` on the device of `rewards`. The arithmetic is float64, on the CPU.
     Raises `ValueError` (shapes, infinite rewards, unknown options, values out of range) or `TypeError` (other types).
     """
-    return compute_advantages(rewards, num_generations, AdvantageOptions(**options)).advantages
+    return compute_advantages(rewards, num_generations, **options).advantages
 
 
 def compute_advantages(
-    rewards: Tensor | Sequence, num_generations: int, options: AdvantageOptions, gamma: float | None = None
+    rewards: Tensor | Sequence, num_generations: int, options: AdvantageOptions | None = None, **changed: Any
 ) -> Advantages:
-    """[`slas_advantages`], together with the statistics to log; `gamma` is that of the options by default."""
-    gamma = options.gamma if gamma is None else gamma
-    scale_rewards, batch_std_of = options.scale_rewards, options.batch_std_of
+    """[`slas_advantages`], together with the statistics to log; `changed` are options in place of those in `options`."""
+    given = (
+        {} if options is None else {option.name: getattr(options, option.name) for option in fields(AdvantageOptions)}
+    )
+    options = AdvantageOptions(**given | changed)
+    scale_rewards, gamma, batch_std_of = options.scale_rewards, options.gamma, options.batch_std_of
     r, weights = _check_rewards(rewards, num_generations, options.reward_weights)  # (K, groups, G), (K, 1, 1)
 
     total = weighted_sum(r, weights)

@@ -1,11 +1,10 @@
 import math
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from slas_trl.advantages import AdvantageOptions, Advantages, compute_advantages, effective_share, slas_advantages
+from slas_trl.advantages import compute_advantages, effective_share, slas_advantages
 
 
 NAN = math.nan
@@ -19,10 +18,6 @@ def random_rewards(groups: int = 6, num_generations: int = 8, seed: int = 0) -> 
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(groups, num_generations + 2, generator=generator, dtype=torch.float64)
     return (normal[:, :1] + normal[:, 1:2].exp() * normal[:, 2:]).flatten()
-
-
-def computed(rewards: Any, num_generations: int, **options: Any) -> Advantages:
-    return compute_advantages(rewards, num_generations, AdvantageOptions(**options))
 
 
 def by_group(values: torch.Tensor, num_generations: int) -> torch.Tensor:
@@ -57,7 +52,7 @@ def test_the_papers_example_has_a_population_std():
 
 
 def test_statistics_of_the_papers_two_groups():
-    result = computed(WIDE + NARROW, num_generations=4, gamma=1)
+    result = compute_advantages(WIDE + NARROW, num_generations=4, gamma=1)
     assert result.batch_std == pytest.approx(7.945e-3, abs=1e-6)
     torch.testing.assert_close(result.group_std, torch.tensor([1.11803e-2, 1.11803e-3]), rtol=1e-4, atol=0)
     torch.testing.assert_close(result.rewards, torch.tensor(WIDE + NARROW))
@@ -72,7 +67,7 @@ def test_the_effective_share_falls_with_gamma(gamma, share):
     generator = torch.Generator().manual_seed(0)
     spread = 0.01 * torch.exp(0.52 * torch.randn(50, 32, 1, generator=generator))
     rollouts = 0.28 + spread * torch.randn(50, 32, 16, generator=generator)
-    shares = [computed(rewards.flatten(), 16, gamma=gamma).effective_share for rewards in rollouts]
+    shares = [compute_advantages(rewards.flatten(), 16, gamma=gamma).effective_share for rewards in rollouts]
     assert sum(shares) / len(shares) == pytest.approx(share, abs=0.02)
 
 
@@ -160,7 +155,7 @@ def test_without_scaling_the_reward_sets_the_scale_and_the_clip_follows():
     options = {"scale_rewards": "none", "gamma": 1, "advantage_clip": 1.5}
     expected = 100**2 * slas_advantages(rewards, 8, **options)
     torch.testing.assert_close(slas_advantages(100 * rewards, 8, **options), expected)
-    assert computed(rewards, 8, **options).clip_fraction > 0
+    assert compute_advantages(rewards, 8, **options).clip_fraction > 0
 
 
 @pytest.mark.parametrize("shaping_baseline", ["mean", "zero_sum"])
@@ -180,7 +175,7 @@ def test_a_better_image_of_the_same_prompt_has_the_larger_advantage(scale_reward
 
 
 def test_one_batch_std_is_the_pivot():
-    result = [computed(WIDE + NARROW, 4, gamma=gamma).advantages.abs() for gamma in (0, 0.5, 1)]
+    result = [compute_advantages(WIDE + NARROW, 4, gamma=gamma).advantages.abs() for gamma in (0, 0.5, 1)]
     above = result[0] > 1
     assert (result[2] > result[1])[above].all() and (result[1] > result[0])[above].all()
     assert (result[2] < result[1])[~above].all() and (result[1] < result[0])[~above].all()
@@ -244,7 +239,7 @@ def test_a_million_rewards_are_one_vectorised_computation(shaping_baseline):
 def test_a_constant_group_gets_exactly_0(scale_rewards, num_generations, value):
     for gamma in (0, 0.5):
         rewards = [value] * num_generations
-        result = computed(rewards, num_generations, scale_rewards=scale_rewards, gamma=gamma)
+        result = compute_advantages(rewards, num_generations, scale_rewards=scale_rewards, gamma=gamma)
         assert (result.advantages == 0).all() and result.frac_reward_zero_std == 1 and result.batch_std == 0
         assert result.frac_groups_filtered == 0
         # Also beside a group that has something to say.
@@ -255,7 +250,7 @@ def test_a_constant_group_gets_exactly_0(scale_rewards, num_generations, value):
 
 def test_differences_below_float32_resolution_are_none():
     one_bit = torch.nextafter(torch.tensor(1000.0), torch.tensor(2000.0)).item()
-    result = computed([1000.0, one_bit, 1.0, 1.001], 2)
+    result = compute_advantages([1000.0, one_bit, 1.0, 1.001], 2)
     assert result.advantages[:2].tolist() == [0, 0] and result.advantages[2:].abs().min() > 0
     assert result.frac_reward_zero_std == 0.5
 
@@ -263,7 +258,7 @@ def test_differences_below_float32_resolution_are_none():
 def test_cancelling_rewards_leave_no_difference():
     first = torch.tensor([100.1, 100.2, 100.3, 100.4])
     rewards = torch.stack([first, 3 * first], dim=1)
-    result = computed(rewards, 4, reward_weights=[3.0, -1.0])
+    result = compute_advantages(rewards, 4, reward_weights=[3.0, -1.0])
     assert result.rewards.any()  # 0, but for the rounding of the second reward
     assert (result.advantages == 0).all()
 
@@ -274,15 +269,15 @@ def test_small_gaps_are_not_eaten_by_an_eps():
 
 
 def test_low_variance_groups_can_be_filtered():
-    everything = computed(WIDE + NARROW, 4)
-    filtered = computed(WIDE + NARROW, 4, min_group_std=5e-3)
+    everything = compute_advantages(WIDE + NARROW, 4)
+    filtered = compute_advantages(WIDE + NARROW, 4, min_group_std=5e-3)
     assert filtered.frac_groups_filtered == 0.5 and everything.frac_groups_filtered == 0
     assert (filtered.advantages[4:] == 0).all() and (filtered.scaled[4:] == 0).all()
     assert filtered.advantages[:4].equal(everything.advantages[:4])
 
 
 def test_zero_std_groups_are_counted_apart_from_filtered_ones():
-    result = computed([1.0, 1.0, *NARROW[:2], 0.0, 1.0], 2, min_group_std=0.1)
+    result = compute_advantages([1.0, 1.0, *NARROW[:2], 0.0, 1.0], 2, min_group_std=0.1)
     assert result.frac_reward_zero_std == pytest.approx(1 / 3)
     assert result.frac_groups_filtered == pytest.approx(2 / 3)
 
@@ -295,18 +290,18 @@ OUTLIER = [1.0] + [0.0] * 15  # Δr = 15/16 and -1/16, std √15/16: x = 3.873 a
 
 @pytest.mark.parametrize("shape_order", ["scale_then_shape", "shape_then_scale"])
 def test_the_clip_is_before_shaping(shape_order):
-    result = computed(OUTLIER, 16, gamma=1, advantage_clip=2.0, shape_order=shape_order)
+    result = compute_advantages(OUTLIER, 16, gamma=1, advantage_clip=2.0, shape_order=shape_order)
     assert result.scaled[0].item() == pytest.approx(2) and result.clip_fraction == pytest.approx(1 / 16)
     assert (result.advantages[0] / result.advantages[1]).item() == pytest.approx(-(2**2) * 15)
 
 
 def test_the_default_clip_leaves_shaped_advantages_above_5_alone():
-    result = computed(OUTLIER, 16, gamma=1)
+    result = compute_advantages(OUTLIER, 16, gamma=1)
     assert result.advantages[0].item() == pytest.approx(15) and result.clip_fraction == 0
 
 
 def test_without_scaling_the_clip_is_in_batch_stds():
-    result = computed([100 * r for r in OUTLIER], 16, gamma=0, scale_rewards="none", advantage_clip=2.0)
+    result = compute_advantages([100 * r for r in OUTLIER], 16, gamma=0, scale_rewards="none", advantage_clip=2.0)
     assert result.advantages[0].item() == pytest.approx(2 * 100 * math.sqrt(15) / 16)
 
 
@@ -387,7 +382,7 @@ def test_a_row_without_score_gets_0_and_is_left_out_of_the_means(scale_rewards):
 @pytest.mark.parametrize("scale_rewards", SCALINGS)
 def test_a_group_with_fewer_than_two_scored_rows_gets_0(scale_rewards):
     rewards = [1.0, 3.0, 5.0, NAN, NAN, NAN]
-    result = computed(rewards, 2, scale_rewards=scale_rewards)
+    result = compute_advantages(rewards, 2, scale_rewards=scale_rewards)
     assert (result.advantages[2:] == 0).all()
     # Nor does it count in the std of the batch.
     torch.testing.assert_close(result.advantages[:2], slas_advantages(rewards[:2], 2, scale_rewards=scale_rewards))
@@ -399,7 +394,7 @@ def test_a_group_with_fewer_than_two_scored_rows_gets_0(scale_rewards):
 @pytest.mark.parametrize("shape_order", ["scale_then_shape", "shape_then_scale"])
 def test_no_score_at_all(scale_rewards, batch_std_of, shape_order):
     options = {"scale_rewards": scale_rewards, "batch_std_of": batch_std_of, "shape_order": shape_order}
-    result = computed([NAN] * 8, 4, **options)
+    result = compute_advantages([NAN] * 8, 4, **options)
     assert (result.advantages == 0).all() and result.effective_share == 0 and result.batch_std == 0
 
 
@@ -408,7 +403,7 @@ TWO_REWARDS = [[1.0, 10.0], [2.0, NAN], [3.0, 40.0], [NAN, NAN]]
 
 
 def test_missing_scores_of_several_rewards_summed_first():
-    result = computed(TWO_REWARDS, 4, scale_rewards="none", gamma=0, reward_weights=[2.0, 0.1])
+    result = compute_advantages(TWO_REWARDS, 4, scale_rewards="none", gamma=0, reward_weights=[2.0, 0.1])
     torch.testing.assert_close(result.rewards, torch.tensor([3.0, 6.5, 10.0, NAN]), equal_nan=True)
     torch.testing.assert_close(result.advantages, torch.tensor([-3.5, 0.0, 3.5, 0.0]))
 
@@ -427,7 +422,7 @@ def test_missing_scores_of_several_rewards_normalized_first():
 @pytest.mark.parametrize("level", [0.8, -1.0])
 def test_a_missing_score_of_one_of_two_rewards_is_neither_punished_nor_rewarded(aggregation, level):
     rewards = torch.tensor([[0.3, level]] * 3 + [[0.3, NAN]])
-    result = computed(rewards, 4, multi_objective_aggregation=aggregation)
+    result = compute_advantages(rewards, 4, multi_objective_aggregation=aggregation)
     assert result.advantages.tolist() == [0, 0, 0, 0]
     torch.testing.assert_close(result.rewards, torch.full((4,), 0.3 + level))
 
@@ -449,7 +444,7 @@ def test_one_missing_score_leaves_the_others_nearly_as_they_were(aggregation):
 @pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
 def test_a_reward_that_a_whole_group_lacks_is_left_out_of_that_group(aggregation):
     rewards = torch.tensor([[1.0, NAN], [3.0, NAN], [5.0, 2.0], [7.0, 2.0]])
-    result = computed(rewards, 2, gamma=0, multi_objective_aggregation=aggregation)
+    result = compute_advantages(rewards, 2, gamma=0, multi_objective_aggregation=aggregation)
     torch.testing.assert_close(result.advantages, torch.tensor([-1.0, 1.0, -1.0, 1.0]))
     torch.testing.assert_close(result.rewards, torch.tensor([1.0, 3.0, 7.0, 9.0]))
 
@@ -500,7 +495,7 @@ def test_a_common_factor_of_the_weights_is_no_change(aggregation, batch_std_of):
 def test_one_batch_std_is_the_pivot_of_several_rewards():
     rewards = torch.stack([random_rewards(seed=1), random_rewards(seed=2)], dim=1)
     options = {"multi_objective_aggregation": "normalize_then_sum", "advantage_clip": None}
-    scaled = computed(rewards, 8, reward_weights=[0.7, 1.4], **options).scaled
+    scaled = compute_advantages(rewards, 8, reward_weights=[0.7, 1.4], **options).scaled
     assert scaled.square().mean().item() == pytest.approx(1)
 
 
@@ -521,7 +516,7 @@ def test_a_reward_of_weight_0_does_not_count_as_a_score():
 def test_the_statistics_are_those_of_the_summed_rewards_in_both_orders():
     options = {"reward_weights": [0.5, 2.0], "min_group_std": 1.0}
     for aggregation in ("sum_then_normalize", "normalize_then_sum"):
-        result = computed(FOUR_ROWS, 2, multi_objective_aggregation=aggregation, **options)
+        result = compute_advantages(FOUR_ROWS, 2, multi_objective_aggregation=aggregation, **options)
         assert result.group_std.tolist() == [0.5, 1.5] and result.batch_std == pytest.approx(math.sqrt(1.25))
         assert result.frac_groups_filtered == 0.5 and (result.advantages[:2] == 0).all()
 

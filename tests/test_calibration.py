@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from slas_trl.advantages import AdvantageOptions, compute_advantages
+from slas_trl.advantages import compute_advantages
 from slas_trl.calibration import narrow_share, read_rewards, read_rollouts, reward_curves, share_by_std
 
 
@@ -21,7 +21,7 @@ class TestShareByStd:
     )
     def test_of_the_papers_example(self, scale_rewards, gamma, narrow):
         rewards = [0.360, 0.370, 0.380, 0.390, 0.366, 0.367, 0.368, 0.369]
-        result = compute_advantages(rewards, 4, AdvantageOptions(scale_rewards, gamma))
+        result = compute_advantages(rewards, 4, scale_rewards=scale_rewards, gamma=gamma)
         shares = share_by_std([result.group_std.tolist()], [result.group_abs_advantages.tolist()], HALVES)
         assert shares == pytest.approx([narrow, 1 - narrow], abs=5e-4)
 
@@ -31,7 +31,7 @@ class TestShareByStd:
         for _ in range(20):  # 12 groups each: deciles need several rollouts
             rewards = (rng.normal(size=(12, 16)) * rng.uniform(0.01, 1, size=(12, 1))).flatten()
             for scale in stds:
-                result = compute_advantages(rewards, 16, AdvantageOptions(scale, 0.0 if scale == "group" else 1.0))
+                result = compute_advantages(rewards, 16, scale_rewards=scale, gamma=0.0 if scale == "group" else 1.0)
                 stds[scale].append(result.group_std.tolist())
                 pushes[scale].append(result.group_abs_advantages.tolist())
         assert share_by_std(stds["group"], pushes["group"], DECILES) == pytest.approx(np.full(10, 0.1), abs=0.01)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slas_trl.advantages import AdvantageOptions, compute_advantages, effective_share
+from slas_trl.advantages import compute_advantages, effective_share
 from slas_trl.objective import gaussian_kl
 from slas_trl.policy import PipelineReplayer
 from slas_trl.schedulers.gaussian_step import StochasticScheduler
@@ -51,7 +51,7 @@ def test_the_moment_by_hand():
 
 
 def test_the_moment_is_that_of_the_advantages():
-    result = compute_advantages(torch.randn(64, generator=seeded(0)), 8, AdvantageOptions(gamma=0.7))
+    result = compute_advantages(torch.randn(64, generator=seeded(0)), 8, gamma=0.7)
     assert reward_moment(result.scaled, 0.7) == pytest.approx(result.advantages.square().mean().item(), rel=1e-5)
 
 
@@ -293,7 +293,7 @@ def test_theorem_4_bounds_the_kl_of_an_update(seed, gamma):
         old = policy(x)
         y = old.mean + old.std * torch.randn(old.mean.shape, generator=seeded(seed + 50), dtype=torch.float64)
     rewards = y.sum(1) + 0.3 * torch.randn(len(y), generator=seeded(seed + 99), dtype=torch.float64)
-    result = compute_advantages(rewards, 16, AdvantageOptions(gamma=gamma))
+    result = compute_advantages(rewards, 16, gamma=gamma)
 
     log_prob = StochasticScheduler.log_prob(policy(x).mean.double(), old.std, y)
     scores = [torch.autograd.grad(each, parameters, retain_graph=True) for each in log_prob]

@@ -17,7 +17,7 @@ import datasets
 import torch
 from datasets import Dataset
 
-from slas_trl.advantages import AdvantageOptions, compute_advantages
+from slas_trl.advantages import compute_advantages
 from slas_trl.trainer.calls import is_picture_column
 
 
@@ -32,7 +32,7 @@ def fingerprint(data: Dataset) -> str:
 def spread(scores: torch.Tensor) -> dict[str, float | None]:
     """Mean, std as training takes it, and share of distinct values of one prompt's scores `(G,)`; NaN is no score."""
     scored = scores[~scores.isnan()]
-    std = compute_advantages(scores, len(scores), AdvantageOptions()).group_std.item()
+    std = compute_advantages(scores, len(scores)).group_std.item()
     return {
         "mean": scored.mean().item() if len(scored) else None,
         "std": None if math.isnan(std) else std,

@@ -331,7 +331,7 @@ class SLASTrainer(PublishingTrainer):
         rewards = scores.rewards  # (N, K) of all processes
         x = compute_advantages(rewards, args.num_generations, args, gamma=0.0).scaled
         gamma = self._gamma.choose(x, chunks, steps, self.state.global_step)
-        result = compute_advantages(rewards, args.num_generations, args, gamma)
+        result = compute_advantages(rewards, args.num_generations, args, gamma=gamma)
         self._gamma.note_rollout(result.scaled)
         mine = result.advantages[first : first + len(indices)].to(device)
         self._images_sampled += len(rewards)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from transformers import TrainerCallback
 
-from slas_trl.advantages import AdvantageOptions, compute_advantages
+from slas_trl.advantages import compute_advantages
 from slas_trl.trainer import SLASConfig
 from tests.trainer.tiny_trainers import logged, redness, tiny_trainer, trained
 
@@ -44,7 +44,7 @@ def test_a_line_for_each_rollout_and_a_picture(tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3]
     rollouts = [rewards[i] + rewards[i + 1] for i in range(0, len(rewards), 2)]  # of two chunks each
     for line, scores, metrics in zip(lines, rollouts, logged(tmp_path), strict=True):
-        result = compute_advantages([2 * score for score in scores], 4, AdvantageOptions(gamma=1.0))
+        result = compute_advantages([2 * score for score in scores], 4, gamma=1.0)
         assert line["group_std"] == pytest.approx(result.group_std.tolist(), rel=1e-4)
         groups = result.advantages.view(2, 4).abs().sum(1).tolist()
         assert line["group_abs_advantage"] == pytest.approx(groups, rel=1e-4)
