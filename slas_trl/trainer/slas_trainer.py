@@ -234,11 +234,11 @@ class SLASTrainer(PublishingTrainer):
         self._gamma.reset()
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._images_sampled = 0
+        self._has_warned = False  # of advantages from which nothing is learned
         self._last_log: tuple[float, int] | None = None  # when, and after which update
         self._last_images = 0.0  # when images_per_second was logged
         self._unusable: list[str] = []  # images with NaN or infinity in the update under way
-        self._skipped = 0  # updates in a row
-        self._unscored = 0  # rollouts in a row
+        self._skipped = self._unscored = 0  # updates that were skipped, and rollouts without a score, in a row
 
     # Data
 
@@ -459,8 +459,10 @@ class SLASTrainer(PublishingTrainer):
             self._calibration.append(self.args, {"step": self.state.global_step + 1, **record})
         self._unscored = self._unscored + 1 if result.rewards.isnan().all() else 0
         if not self._unscored:
-            if problem := advantage_problem(result, self.args.min_group_std):
-                logger.warning_once(problem)
+            problem = advantage_problem(result, self.args.min_group_std)
+            if problem and not self._has_warned:
+                logger.warning(problem)
+                self._has_warned = True
             return
         what = f"No image of the rollout after update {self.state.global_step} got a score"
         logger.warning(f"{what}: nothing to learn.")

@@ -127,7 +127,7 @@ def test_a_reward_is_used_and_its_secrets_are_nowhere(tmp_path, monkeypatch, cap
     (tmp_path / "prompts.txt").write_text("a red circle")
     assert main(["prompts", "score", *argv, "--dataset_name", "prompts.txt", "--output", "scores.jsonl"]) == 0
     printed = "".join(capfd.readouterr())
-    assert "for own.py:own:api_key=***; results" in printed and "s3cret" not in printed
+    assert "for own.py:own; results" in printed and "s3cret" not in printed
     kept = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert b"api_key=***" in (tmp_path / "scores.jsonl").read_bytes()
     assert not any(b"s3cret" in path.read_bytes() for path in kept)
