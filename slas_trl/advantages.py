@@ -147,11 +147,10 @@ def slas_advantages(rewards: Tensor | Sequence, num_generations: int, **options:
 def compute_advantages(
     rewards: Tensor | Sequence, num_generations: int, options: AdvantageOptions | None = None, **changed: Any
 ) -> Advantages:
-    """[`slas_advantages`], together with the statistics to log; `changed` are options in place of those in `options`."""
-    given = (
-        {} if options is None else {option.name: getattr(options, option.name) for option in fields(AdvantageOptions)}
-    )
-    options = AdvantageOptions(**given | changed)
+    """[`slas_advantages`], together with the statistics to log; `changed` are options in place of `options`' own."""
+    if options is not None:
+        changed = {option.name: getattr(options, option.name) for option in fields(AdvantageOptions)} | changed
+    options = AdvantageOptions(**changed)
     scale_rewards, gamma, batch_std_of = options.scale_rewards, options.gamma, options.batch_std_of
     r, weights = _check_rewards(rewards, num_generations, options.reward_weights)  # (K, groups, G), (K, 1, 1)
 
