@@ -147,6 +147,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path, monkeypatch
     assert "'learning_rate': 0.002" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_after_an_interruption_the_same_command_goes_on(tmp_path, capsys):
     line = ["compare", "--arms", "linear", "--seeds", "1", *SMALL, "--max_steps", "6", "--output_dir", str(tmp_path)]
     process = subprocess.Popen(

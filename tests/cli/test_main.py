@@ -153,7 +153,6 @@ def slow(prompts, images, **columns):
     [
         ("imported", [signal.SIGTERM], 143, "slas-trl: ended by SIGTERM"),
         ("scored", [signal.SIGHUP] * 2, 129, "nothing to save"),
-        ("scored", [signal.SIGINT] * 2, 130, ""),
         ("scored", [signal.SIGINT] * 5, 130, ""),
         ("run/metrics.jsonl", [signal.SIGTERM], 143, "--resume_from_checkpoint"),
     ],

@@ -270,6 +270,7 @@ def test_offline(tmp_path, transformers_clip, open_clip_folder):
         assert f"copy the folder models--{repository.replace('/', '--')} of its cache" in said[name]
 
 
+@pytest.mark.slow
 def test_without_the_optional_packages(transformers_clip, tmp_path):
     """The same scores without torchvision; and without open_clip, the command that installs it."""
     (tmp_path / "open_clip_config.json").write_text("{}", encoding="utf-8")

@@ -80,6 +80,7 @@ def test_wandb_shows_pictures(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trackio") is None, reason="trackio is not installed")
+@pytest.mark.slow
 def test_trackio_shows_pictures_and_their_prompts(tmp_path):
     """In a process of its own: trackio takes its folder from the environment when it is imported."""
     script = f"""
