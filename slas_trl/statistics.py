@@ -66,8 +66,8 @@ def mean_over_prompts(values: Sequence[float] | np.ndarray) -> Estimate:
 
 def mean_over_categories(categories: Sequence[Estimate]) -> Estimate:
     """
-    Mean of C means that counts each equally, as GenEval does (https://huggingface.co/papers/2310.11513), whatever their
-    numbers of prompts: se = √(Σ se²) / C, with the degrees of freedom of Welch and Satterthwaite.
+    Mean of C means that counts each equally, as GenEval does (https://huggingface.co/papers/2310.11513), whatever
+    their numbers of prompts: se = √(Σ se²) / C, with the degrees of freedom of Welch and Satterthwaite.
     """
     variances = np.array([category.se**2 for category in categories])
     total, prompts = float(variances.sum()), [category.prompts for category in categories]
