@@ -48,7 +48,7 @@ def main() -> None:
             peft_config=adapter.peft_config(),
         )
         seconds: list[float] = []
-        sample = trainer._sample_rollout
+        sample = trainer.sample_rollout
 
         def timed(indices: list[int], rollout_index: int) -> Any:
             config.concurrent_rewards = rollout_index % 2 == 1
@@ -57,7 +57,7 @@ def main() -> None:
             seconds.append(time.perf_counter() - start)
             return rollout
 
-        trainer._sample_rollout = timed  # type: ignore[method-assign]
+        trainer.sample_rollout = timed  # type: ignore[method-assign]
         trainer.train()
     alone, together = np.array(seconds).reshape(-1, 2)[1:].T
     ratios = together / alone

@@ -76,7 +76,7 @@ def main() -> None:
             train_dataset=shapes_prompts("train"),
             peft_config=adapter.peft_config(),
         )
-        watch = Stopwatch(trainer._gamma)
+        watch = Stopwatch(trainer.gamma)
         trainer.add_callback(watch)
         trainer.train()
     whole, gamma = np.array(watch.whole), np.array(watch.gamma)

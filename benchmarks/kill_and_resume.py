@@ -70,9 +70,9 @@ def train(folder: Path, notes: Path, updates: int) -> None:
     from slas_trl.trainer.checkpoints import last_whole_checkpoint
 
     class Noting(SLASTrainer):
-        def _sample_rollout(self, *args, **kwargs):
+        def sample_rollout(self, *args, **kwargs):
             note("sampling", self.state.global_step)
-            return super()._sample_rollout(*args, **kwargs)
+            return super().sample_rollout(*args, **kwargs)
 
         def compute_loss(self, *args, **kwargs):
             note("update", self.state.global_step)

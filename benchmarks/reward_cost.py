@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 from slas_trl import rewards
-from slas_trl.rewards.image_reward import to_pixels
+from slas_trl.rewards.blip import to_pixels
 
 
 Score = Callable[[list[str], list[Image.Image]], Any]

@@ -6,8 +6,8 @@ Fine-tune an image-editing pipeline: the picture to edit is a column of the data
         --pipeline_kwargs '{"true_cfg_scale": 4.0, "negative_prompt": " "}'
 
 `edits.jsonl` has a line for each edit, with a path that is relative to it:
-{"prompt": "make it more colourful", "image": "photos/1.png"}. The two rewards, without a model of their own, ask for
-vivid colours and for what is in the picture to stay where it is; your own take the same arguments. Any option of
+{"prompt": "make it more colorful", "image": "photos/1.png"}. The two rewards, without a model of their own, ask for
+vivid colors and for what is in the picture to stay where it is; your own take the same arguments. Any option of
 `slas-trl train` may follow; what is not given is set by SETTINGS.
 """
 
@@ -54,7 +54,7 @@ def layout(prompts: list[str], images: list[Image], image: list[Image], **column
 
 def _grid(image: Image) -> np.ndarray:
     grid = np.asarray(image.convert("L").resize((16, 16)), dtype=np.float64).ravel()
-    return grid + 1e-6 * np.arange(grid.size)  # a picture of one grey has a correlation too
+    return grid + 1e-6 * np.arange(grid.size)  # a picture of one gray has a correlation too
 
 
 def main(argv: Sequence[str] | None = None) -> None:

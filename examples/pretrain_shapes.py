@@ -1,5 +1,5 @@
 """
-Pretrain the embedded text-to-image pipeline and its contrastive reward, from nothing, on pictures of coloured shapes.
+Pretrain the embedded text-to-image pipeline and its contrastive reward, from nothing, on pictures of colored shapes.
 
     python examples/pretrain_shapes.py --output_dir shapes_pretraining
     torchrun --nproc_per_node 2 examples/pretrain_shapes.py --output_dir shapes_pretraining --stage denoiser

@@ -10,7 +10,7 @@ rarely content. The advantages A are made of r alone. Shown is their alignment w
     cos(A, Δt) = ΣA Δt / √(ΣA² ΣΔt²),    Δt = t - mean of its group,
 
 which is what a unit of A gains in t, to first order and if the gradients of all images are alike. The optimizer
-normalises the size of an update, so the direction is what counts. Intervals are 95% of a bootstrap over prompts.
+normalizes the size of an update, so the direction is what counts. Intervals are 95% of a bootstrap over prompts.
 
 The rewards can be trained on, too: `slas-trl compare --reward_funcs examples.reward_regimes:unresolved_half ...`.
 """
@@ -35,7 +35,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "group std": {"scale_rewards": "group", "gamma": 0.0},
     **{f"batch std, γ {g:g}": {"scale_rewards": "batch", "gamma": g} for g in (0.0, 0.25, 0.5, 1.0)},
 }
-LARGE = 0.15  # share of the pixels that a picture with large shapes colours
+LARGE = 0.15  # share of the pixels that a picture with large shapes colors
 SPREAD = 0.28  # std of the verifier's graded score within a group of the base
 
 
@@ -114,7 +114,7 @@ REGIMES: list[tuple[str, Reward, Reward]] = [
     *((f"rare success, noise {s:g}", lambda p, x, s=s: rare_success_noisy(p, x, s), rare_success)
       for s in (0.0, 0.1, 0.2, 0.3)),
     ("learned `shapes_clip`", shapes_clip, shapes_verifier),
-    ("strict verifier + 0.3 × coloured area",
+    ("strict verifier + 0.3 × colored area",
      lambda p, x: _scores(shapes_verifier_strict, p, x) + 0.3 * _scores(shapes_coloured_area, p, x),
      shapes_verifier_strict),
 ]  # fmt: skip

@@ -72,7 +72,7 @@ def draw(captions: list[Caption], rng: np.random.Generator) -> np.ndarray:
     diameter = rng.uniform(low, high)
     center = _place(captions, number, diameter, rng)
 
-    # Grey gradient: a level by the ground, and a slope in a random direction.
+    # Gray gradient: a level by the ground, and a slope in a random direction.
     level = np.array([{"dark": 0.22, "light": 0.78, None: 0.5}[c.ground] for c in captions])
     spread = np.array([0.45 if c.ground is None else 0.14 for c in captions])
     level = level + spread * rng.uniform(-1, 1, size=n)
@@ -97,7 +97,7 @@ def draw(captions: list[Caption], rng: np.random.Generator) -> np.ndarray:
 
 
 def _place(captions, number, diameter, rng) -> np.ndarray:
-    """Centres `(N, 4, 2)` such that nothing overlaps or leaves the picture, and the relation holds; by rejection."""
+    """Centers `(N, 4, 2)` such that nothing overlaps or leaves the picture, and the relation holds; by rejection."""
     n = len(captions)
     used = np.arange(MAX_THINGS)[None, :] < number[:, None]
     relation = np.array([RELATIONS.index(c.relation) if c.relation else -1 for c in captions])
@@ -123,7 +123,7 @@ def _place(captions, number, diameter, rng) -> np.ndarray:
 
 
 def _hue_to_rgb(hue: np.ndarray) -> np.ndarray:
-    """Fully saturated colours: degrees `(...)` to RGB `(..., 3)` in [0, 1]."""
+    """Fully saturated colors: degrees `(...)` to RGB `(..., 3)` in [0, 1]."""
     k = (np.array([5.0, 3.0, 1.0]) + hue[..., None] / 60.0) % 6
     return 1 - np.clip(np.minimum(k, 4 - k), 0, 1)
 

@@ -1,7 +1,7 @@
 """
 Super-Linear Advantage Shaping: the rewards of groups of images in, one advantage per image out.
 
-    centre   Δr = r - mean_group(r)             Eq. 9
+    center   Δr = r - mean_group(r)             Eq. 9
     scale    x  = Δr / s                        s = std of the group (Eq. 1) or of the batch (text after Eq. 20)
     shape    A  = sign(x) * abs(x)^(1 + γ)      Eq. 20, Theorem 3
 
@@ -9,8 +9,8 @@ Super-Linear Advantage Shaping: the rewards of groups of images in, one advantag
 `"batch", gamma>0` is SLAS. Equations are those of "Power Reinforcement Post-Training of Text-to-Image Models with
 Super-Linear Advantage Shaping". Where it is silent, or we depart from it:
 
-- Order: to scale first or shape first, it does not say; the two differ by one scalar per batch. We scale first, so
-  that differences above one batch std are amplified and those below it damped. It gives no γ either; 0.5 is ours.
+- Order: the paper does not say whether to scale or to shape first; the two differ by one scalar per batch. We scale
+  first, so that differences above one batch std are amplified and those below it damped. It gives no γ; 0.5 is ours.
 - Batch std: that of the centred Δr, so without the variance between prompts that TRL's and Flow-GRPO's contains.
   Every std has ddof 0, as in the paper's ±1.342 example; TRL, DanceGRPO and Lemma 1 have ddof 1.
 - No additive eps: it would eat gaps of 5e-3. A group whose std is below float32 resolution of its rewards gets 0.
@@ -35,6 +35,11 @@ from torch import Tensor
 Count = Annotated[int, "[1, inf)"]
 Positive = Annotated[float, "(0, inf)"]
 NotNegative = Annotated[float, "[0, inf)"]
+
+
+def option(default: Any, help: str, choices: Sequence[str] = ()) -> Any:
+    """A field of a dataclass, with what the command line says of it."""
+    return field(default=default, metadata={"help": help} | ({"choices": [*choices]} if choices else {}))
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,15 +74,13 @@ class AdvantageOptions:
             (or `False`).
         gamma (`float`, *optional*, defaults to `0.5`):
             γ of A = sign(x)|x|^(1+γ) (Eq. 20). 0 leaves advantages linear.
-        shape_order (`str`, *optional*, defaults to `"scale_then_shape"`):
-            `"shape_then_scale"` keeps the RMS of γ = 0 (1 for summed rewards, centered std). No effect for `"none"`.
         batch_std_of (`str`, *optional*, defaults to `"centered"`):
             Batch std of the `"centered"` rewards, or of the `"raw"` ones as in TRL.
         shaping_baseline (`str`, *optional*, defaults to `"mean"`):
             What is shaped around: the group's `"mean"` or, so that its shaped advantages sum to 0 before clipping, the
             root of Eq. 13, `"zero_sum"`. The std is about the mean in both cases.
         advantage_clip (`float`, *optional*, defaults to `5.0`):
-            Bound on |x| before shaping in either order, in std units (the batch's for `"none"`). `None` is no bound.
+            Bound on |x| before shaping, in std units (the batch's for `"none"`). `None` is no bound.
         min_group_std (`float`, *optional*, defaults to `0.0`):
             Groups whose summed rewards have a std below this, in units of the reward, get 0.
         reward_weights (`list[float]` of length K, *optional*):
@@ -88,34 +91,17 @@ class AdvantageOptions:
             shaped.
     """
 
-    scale_rewards: str = field(
-        default="batch",
-        metadata={
-            "help": "Divide centred rewards by the std of the batch or the group.",
-            "choices": ["batch", "group", "none"],
-        },
+    scale_rewards: str = option(
+        "batch", "Divide centred rewards by the std of the batch or the group.", choices=["batch", "group", "none"]
     )
-    gamma: NotNegative = field(default=0.5, metadata={"help": "A = sign(x)|x|^(1+gamma) of scaled rewards x."})
-    shape_order: str = field(
-        default="scale_then_shape",
-        metadata={"help": "Order of scaling and shaping.", "choices": ["scale_then_shape", "shape_then_scale"]},
-    )
-    batch_std_of: str = field(
-        default="centered", metadata={"help": "Rewards the batch std is taken of.", "choices": ["centered", "raw"]}
-    )
-    shaping_baseline: str = field(
-        default="mean", metadata={"help": "Baseline of a group before shaping.", "choices": ["mean", "zero_sum"]}
-    )
-    advantage_clip: Positive | None = field(
-        default=5.0, metadata={"help": "Bound on scaled rewards before shaping, in standard deviations."}
-    )
-    min_group_std: NotNegative = field(default=0.0, metadata={"help": "Groups with a smaller std get advantage 0."})
-    reward_weights: Annotated[list[float], "(-inf, inf)"] | None = field(
-        default=None, metadata={"help": "One weight for each reward."}
-    )
-    multi_objective_aggregation: str = field(
-        default="sum_then_normalize",
-        metadata={"help": "How several rewards meet.", "choices": ["sum_then_normalize", "normalize_then_sum"]},
+    gamma: NotNegative = option(0.5, "A = sign(x)|x|^(1+gamma) of scaled rewards x.")
+    batch_std_of: str = option("centered", "Rewards the batch std is taken of.", choices=["centered", "raw"])
+    shaping_baseline: str = option("mean", "Baseline of a group before shaping.", choices=["mean", "zero_sum"])
+    advantage_clip: Positive | None = option(5.0, "Bound on scaled rewards before shaping, in standard deviations.")
+    min_group_std: NotNegative = option(0.0, "Groups with a smaller std get advantage 0.")
+    reward_weights: Annotated[list[float], "(-inf, inf)"] | None = option(None, "One weight for each reward.")
+    multi_objective_aggregation: str = option(
+        "sum_then_normalize", "How several rewards meet.", choices=["sum_then_normalize", "normalize_then_sum"]
     )
 
     def __post_init__(self):
@@ -166,7 +152,7 @@ def compute_advantages(
             summed = x.masked_fill(~scored, math.nan)
             x = _center_and_scale(summed, parts.abs().sum(dim=0), scale_rewards, batch_std_of)[0]
     baseline = _zero_sum_baseline(x, scored, gamma) if options.shaping_baseline == "zero_sum" and gamma > 0 else 0.0
-    unshaped, x = x, (x - baseline) * scored
+    x = (x - baseline) * scored
 
     # Clip in std units. Unscaled, x is in units of the reward, and so has to be the bound.
     unit = batch_std.item() if scale_rewards == "none" else 1.0
@@ -175,12 +161,6 @@ def compute_advantages(
     x = x.clamp(-bound, bound)
 
     advantages = x * x.abs().pow(gamma)  # sign(x) |x|^(1 + γ), Eq. 20
-
-    # Scaling after shaping gives back the mean square of the unshaped x: 1, with the std of the centred rewards.
-    if options.shape_order == "shape_then_scale" and scale_rewards != "none":
-        dim = (-1,) if scale_rewards == "group" else (-2, -1)
-        power = advantages.square().sum(dim, keepdim=True)
-        advantages = advantages * (unshaped.square().sum(dim, keepdim=True) / power).sqrt().nan_to_num()
 
     # Section 4.2, Imp1. Filtered groups still count in the batch std: the others' advantages do not depend on them.
     filtered = group_std < options.min_group_std

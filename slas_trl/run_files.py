@@ -33,10 +33,21 @@ def adapter_file(name: str, names: list[str]) -> str:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines; half a line, which a killed run has left, is passed over."""
     records = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8").split("\n"):  # some prompts hold other ends of lines
         with suppress(json.JSONDecodeError):
             records.append(json.loads(text))
     return records
+
+
+def read_steps(path: str | Path) -> list[dict[str, Any]]:
+    """
+    A record for each "step" of a file of JSON lines, in order. A run that was killed and resumed has logged some steps
+    twice: the last value of each key counts.
+    """
+    records: dict[int, dict[str, Any]] = {}
+    for line in read_lines(Path(path)):
+        records.setdefault(line["step"], {}).update(line)
+    return [records[step] for step in sorted(records)]
 
 
 def write_lines(path: Path, records: Iterable[Any]) -> None:

@@ -61,7 +61,7 @@ def mean_over_prompts(values: Sequence[float] | np.ndarray) -> Estimate:
     if len(known) < 2:
         return Estimate(float(known.mean()) if len(known) else math.nan, math.nan, math.nan, len(known))
     se = float(known.std(ddof=1)) / math.sqrt(len(known))
-    return Estimate(float(known.mean()), se, _quantile(len(known) - 1) * se, len(known))
+    return Estimate(float(known.mean()), se, t_quantile(len(known) - 1) * se, len(known))
 
 
 def mean_over_categories(categories: Sequence[Estimate]) -> Estimate:
@@ -75,7 +75,7 @@ def mean_over_categories(categories: Sequence[Estimate]) -> Estimate:
     if not total > 0:  # no difference between prompts, or too few of them (NaN)
         return Estimate(mean, se, se, sum(prompts))
     freedom = total**2 / float((variances**2 / (np.array(prompts) - 1)).sum())
-    return Estimate(mean, se, _quantile(freedom) * se, sum(prompts))
+    return Estimate(mean, se, t_quantile(freedom) * se, sum(prompts))
 
 
 def mean_over_seeds_and_prompts(values: np.ndarray) -> Estimate:
@@ -102,12 +102,12 @@ def mean_over_seeds_and_prompts(values: np.ndarray) -> Estimate:
         return Estimate(float(mean), 0.0, 0.0, p)
     freedom = total**2 / sum(square**2 / n for square, n in zip((seeds, prompts, rest), freedoms, strict=True))
     se = math.sqrt(total / (s * p))
-    return Estimate(float(mean), se, _quantile(max(1.0, freedom)) * se, p)
+    return Estimate(float(mean), se, t_quantile(max(1.0, freedom)) * se, p)
 
 
-def _quantile(freedom: float) -> float:
-    """Standard errors on each side of the mean in a 95% interval, by Student's t."""
-    return float(stdtrit(freedom, 0.975))
+def t_quantile(freedom: float, level: float = 0.025) -> float:
+    """Standard errors that a mean exceeds by chance with probability `level`; by default half a 95% interval."""
+    return float(stdtrit(freedom, 1 - level))
 
 
 def evenly_spaced(available: int, wanted: int) -> list[int]:

@@ -327,12 +327,6 @@ def _moved(parameters: Sequence[Tensor], vector: Vector, distance: float) -> Ite
 # Schedules of γ
 
 
-def warmed_up(gamma: float, update: int, warmup_steps: int, schedule: str) -> float:
-    """γ after `update` updates, on its way from 0 to `gamma` in `warmup_steps`: `"linear"`, or half a `"cosine"`."""
-    progress = min(1.0, update / warmup_steps)
-    return gamma * (progress if schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2)
-
-
 def kl_feedback(gamma: float, kl: float, kl_threshold: float, gamma_max: float) -> float:
     """
     The next γ, given the measured KL of the last updates.

@@ -22,16 +22,16 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import yaml
 
 
 BINARY = (".safetensors", ".bin", ".pt", ".pth", ".png", ".jpg")
 
-# Paths end at "?"; a revision or branch is one percent-encoded part. "repo" is "models/user/name".
-REPO = r"/api/(?P<repo>(?:models|datasets|spaces)/[^/]+/[^/]+)"
-PLAIN = r"/(?P<plain>(?:datasets/|spaces/)?[^/]+/[^/]+)"
+# Paths end at "?"; a revision or branch is one percent-encoded part.
+REPO = r"/api/models/(?P<repo>[^/]+/[^/]+)"
+PLAIN = r"/(?P<repo>[^/]+/[^/]+)"
 ROUTES = {
     "whoami": ("GET", r"/api/whoami-v2"),
     "create": ("POST", r"/api/repos/create"),
@@ -39,14 +39,12 @@ ROUTES = {
     "validate": ("POST", r"/api/validate-yaml"),
     "preupload": ("POST", REPO + r"/preupload/(?P<rev>[^/]+)"),
     "batch": ("POST", PLAIN + r"\.git/info/lfs/objects/batch"),
-    "put": ("PUT", r"/_lfs/(?P<repo>[^/]+/[^/]+/[^/]+)/(?P<oid>\w+)"),
-    "verify": ("POST", r"/_lfs/(?P<repo>[^/]+/[^/]+/[^/]+)/(?P<oid>\w+)/verify"),
+    "put": ("PUT", r"/_lfs/(?P<repo>[^/]+/[^/]+)/(?P<oid>\w+)"),
+    "verify": ("POST", r"/_lfs/(?P<repo>[^/]+/[^/]+)/(?P<oid>\w+)/verify"),
     "commit": ("POST", REPO + r"/commit/(?P<rev>[^/]+)"),
     "branch": ("POST", REPO + r"/branch/(?P<rev>[^/]+)"),
-    "refs": ("GET", REPO + r"/refs"),
     "commits": ("GET", REPO + r"/commits/(?P<rev>[^/]+)"),
-    "tree": ("GET", REPO + r"/tree/(?P<rev>[^/]+)(?:/(?P<path>.+))?"),
-    "paths": ("POST", REPO + r"/paths-info/(?P<rev>[^/]+)"),
+    "tree": ("GET", REPO + r"/tree/(?P<rev>[^/]+)"),
     "info": ("GET", REPO + r"(?:/revision/(?P<rev>[^/]+))?"),
     "resolve": ("GET|HEAD", PLAIN + r"/resolve/(?P<rev>[^/]+)/(?P<path>.+)"),
 }
@@ -140,22 +138,18 @@ class Handler(BaseHTTPRequestHandler):
     def handle_any(self) -> None:
         """Every method: finds the route, meets its fault, checks the token, and answers."""
         path = urlsplit(self.path).path
-        self.query = parse_qs(urlsplit(self.path).query)
         route, parts = "", {}
         for name, (methods, pattern) in ROUTES.items():
             found = re.fullmatch(pattern, path)
             if found and self.command in methods.split("|"):
                 route, parts = name, {key: unquote(value) for key, value in found.groupdict().items() if value}
                 break
-        if "plain" in parts:
-            plain = parts.pop("plain")
-            parts["repo"] = plain if plain.count("/") == 2 else f"models/{plain}"
         try:
             if path.startswith("/_control/"):
                 asked = path.removeprefix("/_control/")
                 return self.answer(200, self.server.control(asked, json.loads(self.body() or b"{}")))
             fault = self.server.meet(route, {"method": self.command, "path": self.path, "route": route})
-            self.close_connection = fault.get("kind") in ("drop", "lose")
+            self.close_connection = fault.get("kind") == "drop"
             if fault.get("kind") == "drop":
                 self.rfile.read(int(self.headers.get("Content-Length") or 0) // 2)
                 return
@@ -167,7 +161,7 @@ class Handler(BaseHTTPRequestHandler):
             with self.server.store.lock:
                 self.authorize(route, parts.get("repo"))
                 result = getattr(self, f"on_{route}")(**parts)
-            if result is not None and fault.get("kind") != "lose":
+            if result is not None:
                 self.answer(200, result)
         except Refusal as refusal:
             self.answer(refusal.status, {"error": refusal.message}, **refusal.headers)
@@ -218,19 +212,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def named(self) -> tuple[str, dict]:
         given = json.loads(self.content)
-        return f"{given.get('type') or 'model'}s/{given.get('organization') or 'user'}/{given['name']}", given
+        return f"{given.get('organization') or 'user'}/{given['name']}", given
 
     def on_create(self) -> dict | None:
         name, given = self.named()
-        kind, owner, _ = name.split("/")
+        owner, url = name.split("/")[0], f"{self.server.url}/{name}"
         if owner not in ("user", "org"):
-            raise Refusal(403, f"You don't have the rights to create a {kind[:-1]} under the namespace {owner!r}")
-        url = f"{self.server.url}/{name.removeprefix('models/')}"
+            raise Refusal(403, f"You don't have the rights to create a model under the namespace {owner!r}")
         try:
             self.server.store.create(name, given.get("visibility") == "private" or given.get("private", False))
         except Refusal as refusal:
             return self.answer(refusal.status, {"error": refusal.message, "url": url}, **refusal.headers)
-        return {"url": url, "name": name.removeprefix(f"{kind}/"), "id": hashlib.sha1(name.encode()).hexdigest()[:24]}
+        return {"url": url, "name": name, "id": hashlib.sha1(name.encode()).hexdigest()[:24]}
 
     def on_delete(self) -> dict:
         if self.server.store.repos.pop(self.named()[0], None) is None:
@@ -294,32 +287,30 @@ class Handler(BaseHTTPRequestHandler):
             path = value.get("path", "").rstrip("/")
             if key == "header":
                 header = value
-                if header.get("parentCommit", head := store.repos[repo]["branches"][rev]) != head:
-                    raise Refusal(412, "A commit has happened since. Please refresh and try again.")
             elif key == "file":
                 files[path] = store.entry(store.put(base64.b64decode(value["content"])), lfs=False)
             elif key == "lfsFile":
                 if value["oid"] not in store.repos[repo]["objects"]:
                     raise Refusal(400, f"Object {value['oid']} of {path} was not uploaded")
                 files[path] = store.entry(value["oid"], lfs=True)
-            elif key in ("deletedFile", "deletedFolder"):
-                gone = {name for name in files if name == path or name.startswith(path + "/")}
-                gone = gone & {path} if key == "deletedFile" else gone - {path}
-                if not gone:
-                    raise Refusal(404, f"A {key[7:].lower()} with this name doesn't exist", "EntryNotFound")
-                files = {name: entry for name, entry in files.items() if name not in gone}
+            elif key == "deletedFile":
+                if files.pop(path, None) is None:
+                    raise Refusal(404, "A file with this name doesn't exist", "EntryNotFound")
             else:
                 raise Refusal(400, f"This server does not know {key}")
         oid = store.commit(repo, rev, header["summary"], header.get("description", ""), files)
-        url = f"{self.server.url}/{repo.removeprefix('models/')}/commit/{oid}"
-        return {"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""}
+        return {
+            "success": True,
+            "commitOid": oid,
+            "commitUrl": f"{self.server.url}/{repo}/commit/{oid}",
+            "hookOutput": "",
+        }
 
     def on_branch(self, repo: str, rev: str) -> dict:
         branches = self.server.store.repos[repo]["branches"]
         if rev in branches:
             raise Refusal(409, f"Reference already exists: {rev}")
-        start = json.loads(self.content or b"{}").get("startingPoint", "main")
-        branches[rev], _ = self.server.store.revision(repo, start)
+        branches[rev] = branches["main"]
         self.server.store.save()
         return {}
 
@@ -333,39 +324,20 @@ class Handler(BaseHTTPRequestHandler):
             card = front_matter(store.content(files["README.md"]).decode()) if "README.md" in files else None
         except ValueError:
             card = None
-        name, card = repo.split("/", 1)[1], card or {}
-        info = {"id": name, "modelId": name, "author": name.split("/")[0], "sha": oid, "cardData": card}
+        card = card or {}
+        info = {"id": repo, "modelId": repo, "author": repo.split("/")[0], "sha": oid, "cardData": card}
         info |= {"private": store.repos[repo]["private"], "gated": False, "disabled": False}
         info |= {"tags": card.get("tags") or [], "siblings": [{"rfilename": path} for path in sorted(files)]}
         return info | {key: card[key] for key in ("library_name", "pipeline_tag") if key in card}
 
-    def entries(self, repo: str, rev: str) -> dict[str, dict]:
-        """All files and folders, as "tree" and "paths" tell of them."""
-        told: dict[str, dict] = {}
+    def on_tree(self, repo: str, rev: str) -> list:
+        """All files; nobody here asks for the folders."""
+        found = []
         for path, entry in sorted(self.server.store.revision(repo, rev)[1]["files"].items()):
-            for folder in list(Path(path).parents)[:-1]:
-                told[str(folder)] = {"type": "directory", "path": str(folder), "oid": git_oid(b""), "size": 0}
-            told[path] = {"type": "file", "path": path, "oid": entry["oid"], "size": entry["size"]}
+            found.append({"type": "file", "path": path, "oid": entry["oid"], "size": entry["size"]})
             if entry["lfs"]:
-                told[path]["lfs"] = {"oid": entry["sha256"], "size": entry["size"], "pointerSize": 130}
-        return told
-
-    def on_tree(self, repo: str, rev: str, path: str = "") -> list:
-        told, inside = self.entries(repo, rev), f"{path}/" if path else ""
-        deep = self.query.get("recursive") == ["true"]
-        found = [told[name] for name in told if name.startswith(inside) and (deep or "/" not in name[len(inside) :])]
-        if path and not found:
-            raise Refusal(404, f"{path} does not exist on {rev!r}", "EntryNotFound")
+                found[-1]["lfs"] = {"oid": entry["sha256"], "size": entry["size"], "pointerSize": 130}
         return found
-
-    def on_paths(self, repo: str, rev: str) -> list:
-        told = self.entries(repo, rev)
-        return [told[path] for path in parse_qs(self.content.decode()).get("paths", []) if path in told]
-
-    def on_refs(self, repo: str) -> dict:
-        branches = self.server.store.repos[repo]["branches"].items()
-        told = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": oid} for name, oid in branches]
-        return {"branches": told, "converts": [], "tags": [], "pullRequests": []}
 
     def on_commits(self, repo: str, rev: str) -> list:
         told, oid = [], self.server.store.revision(repo, rev)[0]
@@ -418,11 +390,7 @@ class Server(ThreadingHTTPServer):
         with self.changed:
             self.log.append(request)
             fault = self.faults.get(route)
-            if fault is None or fault["times"] == 0:
-                return {}
-            counted = "after" if fault["after"] else "times"
-            fault[counted] -= 1
-            if counted == "after":
+            if fault is None:
                 return {}
             if fault["kind"] == "hold":
                 request["held"] = True

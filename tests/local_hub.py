@@ -6,15 +6,11 @@
         ...
 
 or `{**os.environ, **hub.environ}` for a process. The two kinds of `uploads` make huggingface_hub go different ways:
-    lfs      Xet is off. `upload_folder` is one `create_commit`.
-    regular  Xet is on, as users have it, and finds nothing to do. `upload_folder` is a pipeline of threads, which
-             commits in parts of 250 files.
+    lfs      Xet is off.
+    regular  Xet is on, as users have it, and finds nothing to do.
 
-Which failures are quick: huggingface_hub 2.4 repeats the requests "preupload", "batch", "put", "verify", "tree", and
-"commit" of the pipeline, 5 times, after 1, 2, 4, 8 and 8 seconds, if they end with 408, 429, 500, 502, 503 or 504, or
-without an answer (refused, dropped, timed out). With any other status, such as 501 or 507, they fail at once.
-"whoami", "create", "validate", "branch", "info", "refs", "paths" and "commit" of `create_commit` are asked once.
-`in_process` does not wait between attempts; a process of its own does.
+huggingface_hub 2.4 repeats "preupload", "batch", "put", "verify" and "tree" 5 times, for up to 23 seconds, after 408,
+429, 500, 502, 503, 504, or no answer; another status, such as 507, fails at once. `in_process` does not wait between.
 """
 
 import contextlib
@@ -106,25 +102,21 @@ class HubServer:
 
     # What it does wrong.
 
-    def fail(self, route: str, status: int = 507, after: int = 0, times: int = -1) -> None:
-        """From now on requests of a route fail with a status: `times` of them (-1: all), the first `after` aside."""
-        self.fault(route, kind="status", status=status, after=after, times=times)
+    def fail(self, route: str, status: int = 507) -> None:
+        """From now on requests of a route fail with a status."""
+        self.fault(route, kind="status", status=status)
 
-    def drop(self, route: str, after: int = 0, times: int = -1) -> None:
+    def drop(self, route: str) -> None:
         """As `fail`, but the connection is closed when half of the request is read."""
-        self.fault(route, kind="drop", after=after, times=times)
+        self.fault(route, kind="drop")
 
-    def lose(self, route: str, after: int = 0, times: int = -1) -> None:
-        """As `fail`, but the request is carried out and its answer is lost."""
-        self.fault(route, kind="lose", after=after, times=times)
-
-    def hold(self, route: str, after: int = 0, times: int = -1) -> None:
+    def hold(self, route: str) -> None:
         """Requests of a route wait until `heal`."""
-        self.fault(route, kind="hold", after=after, times=times)
+        self.fault(route, kind="hold")
 
-    def heal(self, route: str | None = None) -> None:
-        """Ends the fault of a route, or all of them. What was held goes on."""
-        self.ask("/_control/faults", dict.fromkeys([route] if route else ROUTES))
+    def heal(self) -> None:
+        """Ends all faults. What was held goes on."""
+        self.ask("/_control/faults", dict.fromkeys(ROUTES))
 
     def fault(self, route: str, **fault: object) -> None:
         assert route in ROUTES, f"{route} is none of {', '.join(ROUTES)}"

@@ -1,18 +1,16 @@
 """Appendix E: moments, bounds on γ, the Fisher matrix's largest eigenvalue, and the schedules of γ."""
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
 from slas_trl.advantages import compute_advantages, effective_share
 from slas_trl.objective import gaussian_kl
 from slas_trl.policy import PipelineReplayer
 from slas_trl.schedulers.gaussian_step import StochasticScheduler
-from slas_trl.trainer import lora as adapters
+from slas_trl.trainer import adapters
 from slas_trl.trust_region import (
     SUB_GAUSSIAN_CONSTANT,
     FisherProduct,
@@ -27,9 +25,9 @@ from slas_trl.trust_region import (
     power_iteration,
     reward_moment,
     sub_gaussian_norm,
-    warmed_up,
 )
 from tests.tiny_pipelines import PIPELINES
+from tests.tiny_policies import GaussianPolicy, dense_fisher
 from tests.trainer.tiny_trainers import lora
 
 
@@ -40,17 +38,10 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-# Theorem 4
-
-
-def test_the_moment_by_hand():
+def test_the_moment_by_hand_and_of_advantages():
     x = torch.tensor([-2.0, 1.0, 0.5, 0.0])
     assert reward_moment(x, 0.0) == pytest.approx((4 + 1 + 0.25) / 4)
     assert reward_moment(x, 0.5) == pytest.approx((8 + 1 + 0.125) / 4)
-    assert reward_moment(x, 1.0) == pytest.approx((16 + 1 + 0.0625) / 4)
-
-
-def test_the_moment_is_that_of_the_advantages():
     result = compute_advantages(torch.randn(64, generator=seeded(0)), 8, gamma=0.7)
     assert reward_moment(result.scaled, 0.7) == pytest.approx(result.advantages.square().mean().item(), rel=1e-5)
 
@@ -58,15 +49,12 @@ def test_the_moment_is_that_of_the_advantages():
 def test_the_budget_by_hand():
     assert kl_budget(0.02, learning_rate=0.1, lambda_max=4.0, g_max=0.5) == pytest.approx(0.04 / (0.01 * 4 * 0.5))
     assert kl_budget(0.02, 0.0, 4.0, 0.5) == math.inf
+    for name, *values in (("kl_threshold", 0.0, 0.1, 1, 1), ("lambda_max", 1, 0.1, math.nan, 1)):
+        with pytest.raises(ValueError, match=name):
+            kl_budget(*values)
 
 
-@pytest.mark.parametrize("values", [(0.0, 0.1, 1, 1), (1, -0.1, 1, 1), (1, 0.1, math.nan, 1), (1, 0.1, 1, -1)])
-def test_values_out_of_range_are_named(values):
-    with pytest.raises(ValueError, match="must be >"):
-        kl_budget(*values)
-
-
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_the_largest_gamma_is_that_of_a_grid(seed):
     rng = np.random.default_rng(seed)
     x = torch.tensor(rng.standard_t(4, 64) * rng.choice([0.2, 0.7, 1.0, 2.0]))
@@ -91,18 +79,10 @@ def test_the_moment_may_fall_before_it_rises():
     assert reward_moment(x, nearest) <= min(reward_moment(x, gamma) for gamma in np.linspace(0, 5, 101)) * (1 + 1e-6)
 
 
-def test_without_any_difference_every_gamma_will_do():
-    assert largest_gamma(torch.zeros(8), 1e-9, 1.0) == 1.0
-    assert largest_gamma_of_share(torch.zeros(8), 0.25, 1.0) == 1.0
-
-
 def test_a_budget_that_is_met_or_missed_throughout():
     x = torch.tensor([1.0, 2.0, -3.0])
-    assert largest_gamma(x, 1e6, 1.0) == 1.0
-    assert largest_gamma(x, 1e-6, 1.0) == 0.0
-
-
-# Corollaries
+    assert (largest_gamma(x, 1e6, 1.0), largest_gamma(x, 1e-6, 1.0)) == (1.0, 0.0)
+    assert largest_gamma(torch.zeros(8), 1e-9, 1.0) == largest_gamma_of_share(torch.zeros(8), 0.25, 1.0) == 1.0
 
 
 def agrees(found: GammaRange, admissible: np.ndarray) -> bool:
@@ -112,22 +92,25 @@ def agrees(found: GammaRange, admissible: np.ndarray) -> bool:
     return bool((inside == admissible)[~border].all())
 
 
-@pytest.mark.parametrize("r_max", [0.0, 0.1, 0.7, 0.999, 1.0, 1.001, 1.5, 5.0])
+@pytest.mark.parametrize("r_max", [0.0, 0.7, 0.999, 1.0, 1.001, 5.0])
 def test_corollary_1_is_brute_force(r_max):
     for budget in [1e-9, 0.01, 0.5, 0.97, 1.0, 1.03, 2.0, 50.0, 1e9]:
         assert agrees(gamma_bound_bounded(budget, r_max), r_max ** (2 * (1 + GRID)) <= budget), budget
 
 
-def test_corollary_1_turns_round_below_one():
+def test_the_corollaries_by_hand():
     above, below = gamma_bound_bounded(100.0, 5.0), gamma_bound_bounded(0.01, 0.2)
-    bound = math.log(100) / (2 * math.log(5)) - 1  # Eq. 91
+    bound = math.log(100) / (2 * math.log(5)) - 1  # Eq. 91, which turns round below one
     assert (above.low, above.high) == pytest.approx((0.0, bound))
     assert (below.low, below.high) == (pytest.approx(bound), math.inf)
     assert gamma_bound_bounded(1.0, 1.0) == GammaRange(0.0, math.inf)
     assert gamma_bound_bounded(0.99, 1.0).empty and 0.0 not in gamma_bound_bounded(0.99, 1.0)
+    # (1 + γ) (log(1 + γ) + log(2 C² K²)) at γ = 1, C = 1, K = 2
+    budget = math.exp(2 * (math.log(2) + math.log(8)))
+    assert gamma_bound_sub_gaussian(budget, norm=2.0, constant=1.0).high == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("c", [0.0, 1e-6, 0.02, 0.1, 0.25, 1 / math.e, 0.4, 1.2, 3.0, 50.0])
+@pytest.mark.parametrize("c", [0.0, 1e-6, 0.1, 0.25, 1 / math.e, 0.4, 3.0, 50.0])
 def test_corollary_2_is_brute_force(c):
     """u log(c u) falls before it rises where c < 1/e: then γ may have a lower bound, or there may be none at all."""
     norm = (c / 2) ** 0.5 / SUB_GAUSSIAN_CONSTANT
@@ -143,16 +126,9 @@ def test_corollary_2_is_brute_force(c):
         assert kinds == {"none", "all from 0", "from above 0"}
 
 
-def test_corollary_2_by_hand():
-    # (1 + γ) (log(1 + γ) + log(2 C² K²)) at γ = 1, C = 1, K = 2
-    budget = math.exp(2 * (math.log(2) + math.log(8)))
-    assert gamma_bound_sub_gaussian(budget, norm=2.0, constant=1.0).high == pytest.approx(1.0)
-
-
 DISTRIBUTIONS = {
     "normal": lambda rng: rng.normal(size=400),
     "binary": lambda rng: np.where(rng.random(400) < 0.1, 3.0, -1 / 3),
-    "uniform": lambda rng: rng.uniform(-2, 2, 400),
     "one": lambda rng: np.eye(400)[0] * 20,
     "laplace": lambda rng: rng.laplace(size=400),
 }
@@ -176,10 +152,7 @@ def test_the_norm_of_a_constant():
     assert sub_gaussian_norm(torch.zeros(4)) == 0.0
 
 
-# The largest eigenvalue
-
-
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_power_iteration_is_the_dense_eigenvalue(seed):
     half = torch.randn(20, 12, generator=seeded(seed), dtype=torch.float64)
     matrix = half @ half.T
@@ -198,44 +171,6 @@ def test_power_iteration_ends():
     assert (found.value, found.products, len(count)) == (pytest.approx(2.0), 4, 4)
     assert power_iteration(lambda v: [0 * v[0]], [torch.ones(3)]).value == 0.0
     assert math.isnan(power_iteration(lambda v: [math.nan * v[0]], [torch.ones(3)]).value)
-
-
-@dataclass
-class GaussianOutput:
-    mean: Tensor
-    std: Tensor
-
-
-class GaussianPolicy(nn.Module):
-    """y ~ N(f(x), std²) over three elements, the log-probability their mean, as in the library."""
-
-    def __init__(self, seed: int, std: float = 0.5):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-        for parameter in self.parameters():
-            parameter.data = 0.7 * torch.randn(parameter.shape, generator=seeded(seed), dtype=torch.float64)
-        self.std = torch.tensor(std, dtype=torch.float64)
-
-    def __call__(self, x: Tensor) -> GaussianOutput:
-        return GaussianOutput(self.layers(x), self.std)
-
-
-def dense_fisher(outputs: list[GaussianOutput], parameters: list[Tensor]) -> Tensor:
-    """E[Jᵀ J / σ²]."""
-    total = torch.zeros(())
-    for output in outputs:
-        elements = (output.mean / output.std).flatten()
-        rows = torch.autograd.grad(
-            elements,
-            parameters,
-            torch.eye(len(elements), dtype=elements.dtype),
-            is_grads_batched=True,  # all rows of J at once
-            materialize_grads=True,
-            allow_unused=True,
-        )
-        jacobian = torch.cat([part.flatten(1) for part in rows], 1).double()
-        total = total + jacobian.T @ jacobian / len(jacobian) / len(outputs)
-    return total
 
 
 def test_products_are_those_of_the_dense_matrix():
@@ -280,11 +215,8 @@ def test_of_a_pipeline_through_the_replayer(family, checkpointed):
     assert all(torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
 
 
-# The bound on a real update
-
-
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_theorem_4_bounds_the_kl_of_an_update(seed, gamma):
     policy = GaussianPolicy(seed)
     parameters = list(policy.parameters())
@@ -319,40 +251,11 @@ def test_theorem_4_bounds_the_kl_of_an_update(seed, gamma):
     )
 
 
-# Lemma 2
-
-
-def group_std_bias(num_generations: int) -> float:
-    """The relative bias of the std (ddof 1) of a group of G normal rewards, √(2/(G-1)) Γ(G/2) / Γ((G-1)/2) - 1."""
-    half = num_generations / 2
-    return math.sqrt(2 / (num_generations - 1)) * math.exp(math.lgamma(half) - math.lgamma(half - 0.5)) - 1
-
-
-def test_lemma_2():
-    assert group_std_bias(8) == pytest.approx(-0.035, abs=5e-4)
-    assert group_std_bias(16) == pytest.approx(-0.017, abs=5e-4)
-    assert group_std_bias(2) == pytest.approx(math.sqrt(2 / math.pi) - 1)
-    groups = torch.randn(200_000, 8, generator=seeded(0))
-    assert groups.std(dim=1).mean().item() - 1 == pytest.approx(group_std_bias(8), abs=2e-3)
-
-
-# Schedules
-
-
-def test_warm_up():
-    assert [warmed_up(0.5, update, 4, "linear") for update in (0, 1, 2, 4, 9)] == [0.0, 0.125, 0.25, 0.5, 0.5]
-    cosine = [warmed_up(0.5, update, 4, "cosine") for update in (0, 1, 2, 4, 9)]
-    assert cosine == pytest.approx([0.0, 0.5 * (1 - math.sqrt(0.5)) / 2, 0.25, 0.5, 0.5])
-
-
 def test_feedback_on_the_kl():
-    assert kl_feedback(0.5, kl=1e-4, kl_threshold=1e-4, gamma_max=1.0) == 0.5
-    assert kl_feedback(0.5, kl=1.25e-4, kl_threshold=1e-4, gamma_max=1.0) == pytest.approx(0.4)
-    assert kl_feedback(0.5, kl=1.0, kl_threshold=1e-4, gamma_max=1.0) == 0.25
-    assert kl_feedback(0.5, kl=5e-5, kl_threshold=1e-4, gamma_max=1.0) == pytest.approx(0.5 + 0.1 * math.log(2))
-    assert kl_feedback(0.5, kl=0.0, kl_threshold=1e-4, gamma_max=1.0) == pytest.approx(0.6)
-    assert kl_feedback(0.99, kl=0.0, kl_threshold=1e-4, gamma_max=1.0) == 1.0
-    assert kl_feedback(0.0, kl=5e-5, kl_threshold=1e-4, gamma_max=1.0) > 0.0
+    cases = {(0.5, 1e-4): 0.5, (0.5, 1.25e-4): 0.4, (0.5, 1.0): 0.25, (0.5, 0.0): 0.6, (0.99, 0.0): 1.0}
+    cases |= {(gamma, 5e-5): gamma + 0.1 * math.log(2) for gamma in (0.0, 0.5)}
+    for (gamma, kl), expected in cases.items():
+        assert kl_feedback(gamma, kl, kl_threshold=1e-4, gamma_max=1.0) == pytest.approx(expected)
 
 
 def test_feedback_finds_the_gamma_of_the_threshold():
@@ -365,7 +268,7 @@ def test_feedback_finds_the_gamma_of_the_threshold():
     assert gamma == pytest.approx(0.8, abs=0.01)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.35, 0.5, 0.99])
 def test_the_largest_gamma_of_a_share_is_that_of_a_grid(seed, share):
     x = torch.randn(96, generator=seeded(seed))

@@ -1,53 +1,57 @@
 """
-`slas-trl train` in several processes: accelerate's own launcher, by TRL's option `--accelerate_config` and
-accelerate's own ones. Those are split off, and everything else is the script's.
+A script in this process, or in several by accelerate's own launcher, for `slas-trl train`: TRL's option
+`--accelerate_config` and accelerate's own ones are split off, and everything else is the script's.
 
-Errors come back through files: the processes that were started write theirs down, see [`slas_trl.cli.worker`], and one
-of them is reported, rather than the traces of all.
+    python -m slas_trl.cli.launch MODULE [ARGUMENT ...]     # what each of several processes runs
 """
 
-import json
+import argparse
+import io
 import logging
 import os
 import signal
 import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+
+# Errors that a user can do something about, reported in one message. Any other is a bug, and shows its traceback.
+BAD_INPUT = (ValueError, TypeError, OSError, ImportError)
 CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
-
 # Those of `accelerate launch` that a command line varies; the rest belongs into the YAML file that it names.
 NUMBERS = ("num_processes", "num_machines", "machine_rank", "main_process_port")
 OPTIONS = ("accelerate_config", *NUMBERS, "main_process_ip", "gpu_ids")
+SHUTDOWN_GRACE_SECONDS = 3600  # interrupted processes finish their update, and write a checkpoint
 
-# Seconds in which interrupted processes may end by themselves: they finish their update, and write a checkpoint.
-PATIENCE = 3600
+
+def call_script(module: str, argv: list[str]) -> int:
+    """Import a script and call its `main`, and return the exit status, which is 0 where that returns none."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a character that the terminal lacks is no reason to end a run
+            stream.reconfigure(errors="replace")
+    import_module("slas_trl.cli.quiet")
+    sys.path.append(os.getcwd())  # so that "my_rewards:brightness" finds my_rewards.py there
+    return import_module(module).main(argv) or 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message}.")
 
 
 def split_options(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """
-    Take the launcher's options, as `--name value` or `--name=value`, out of a command line.
-
-    Returns them by name, and the rest. Raises `ValueError` for one without a value, or with a word for a number.
-    """
-    options: dict[str, str] = {}
-    rest: list[str] = []
-    words = iter(argv)
-    for word in words:
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in OPTIONS:
-            rest.append(word)
-            continue
-        value = value if equals else next(words, "")
-        if not value or value.startswith("--"):
-            raise ValueError(f"--{name} needs a value after it.")
-        if name in NUMBERS and not value.isdecimal():
-            raise ValueError(f"--{name} must be a whole number, got {value!r}.")
-        options[name] = value
-    return options, rest
+    """The launcher's options in a command line by name, and the rest. Raises `ValueError` for one without a value."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    for name in OPTIONS:
+        parser.add_argument(f"--{name}", type=int if name in NUMBERS else str)
+    given, rest = parser.parse_known_args(argv)
+    return {name: str(value) for name, value in vars(given).items() if value is not None}, rest
 
 
 def find_config(name: str) -> Path:
@@ -65,15 +69,14 @@ def find_config(name: str) -> Path:
 
 def launch(module: str, options: dict[str, str], argv: Sequence[str]) -> int:
     """
-    Run a script in the processes that `options` ask for, one for each accelerator by default.
+    Run a script in the processes that `options` of [`split_options`] ask for, one for each accelerator by default.
 
-    Args:
-        module (`str`): Its module, such as `"slas_trl.scripts.train"`, which has a function `main(argv)`.
-        options (`dict[str, str]`): What [`split_options`] took out of the command line.
-        argv (`Sequence[str]`): Command line of the script.
+    Returns:
+        `int`: the exit status: 0, or that of the process which failed first, after its message on stderr.
 
-    Returns the exit status: 0, or that of the process which failed first, after its message on stderr. Raises
-    `ValueError` for options that do not go together, and `KeyboardInterrupt` after Ctrl-C, once all processes ended.
+    Raises:
+        `ValueError`: for options that do not go together.
+        `KeyboardInterrupt`: after Ctrl-C, once all processes ended.
     """
     import torch
     import yaml
@@ -94,30 +97,26 @@ def launch(module: str, options: dict[str, str], argv: Sequence[str]) -> int:
     words = ["--config_file", str(path), "--num_processes", str(processes), "--module"]
     if machines == 1 and "main_process_port" not in settings:
         words += ["--main_process_port", "0"]  # any that is free
-    for name in OPTIONS:
-        if name in options and name not in ("accelerate_config", "num_processes"):
-            words += [f"--{name}", options[name]]
+    for name in options.keys() - {"accelerate_config", "num_processes"}:
+        words += [f"--{name}", options[name]]
     if config["distributed_type"] == "NO":
         _become([*words, module, *argv])
-    return _start(words, module, argv)
+    return _start([*words, __name__, module, *argv], module.rpartition(".")[2])
 
 
 def _check(settings: dict[str, Any], machines: int, processes: int, name: str) -> None:
-    """What accelerate takes in silence, or ends in a hang."""
-    if processes < 1 or machines < 1:
-        raise ValueError(f"There must be at least one process and one machine, got {processes} and {machines}.")
+    """Combinations that accelerate accepts silently, or that end in a hang."""
+    if processes < 1 or machines < 1 or processes % machines:
+        raise ValueError(f"num_processes ({processes}) must be a positive multiple of num_machines ({machines}).")
     if processes > 1 and settings["distributed_type"] == "NO":
         raise ValueError(
             f"{name} is for one process, but num_processes is {processes}; --accelerate_config multi_gpu is for more."
         )
-    if processes % machines:
-        raise ValueError(f"num_processes ({processes}) must be a multiple of num_machines ({machines}).")
-    if machines > 1:
-        for needed, what in (("machine_rank", "0, 1, ..., on each another"), ("main_process_ip", "that of rank 0")):
-            if needed not in settings:
-                raise ValueError(f"With {machines} machines, each needs --{needed} ({what}).")
-        if int(settings["machine_rank"]) >= machines:
-            raise ValueError(f"machine_rank ({settings['machine_rank']}) must be below num_machines ({machines}).")
+    for needed in ("machine_rank", "main_process_ip") if machines > 1 else ():
+        if needed not in settings:
+            raise ValueError(f"With {machines} machines, each needs --{needed} (0, 1, ...; the address of rank 0).")
+    if machines > 1 and int(settings["machine_rank"]) >= machines:
+        raise ValueError(f"machine_rank ({settings['machine_rank']}) must be below num_machines ({machines}).")
 
 
 def _become(words: list[str]) -> None:
@@ -130,7 +129,7 @@ def _become(words: list[str]) -> None:
     os.execve(line[0], line, environ)
 
 
-def _start(words: list[str], module: str, argv: Sequence[str]) -> int:
+def _start(words: list[str], command: str) -> int:
     """Start the processes, wait for them, and return the exit status."""
     import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -138,15 +137,14 @@ def _start(words: list[str], module: str, argv: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    command = module.rpartition(".")[2]
-    # They tell of every process that ended, and of every signal that is passed on; what matters is told below.
+    # They log every process that ended, and every signal that is passed on; the one that matters is reported below.
     for part in ("agent.server.api", "multiprocessing.api"):
         logging.getLogger(f"torch.distributed.elastic.{part}").disabled = True
-    environ = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(PATIENCE)}
+    environ = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_GRACE_SECONDS)}
     if not torch.accelerator.is_available():
         environ["ACCELERATE_USE_CPU"] = "true"  # without it, each process would train by itself
-    with tempfile.TemporaryDirectory(prefix="slas-trl-") as folder, patch_environment(**environ):
-        args = launch_command_parser().parse_args([*words, "slas_trl.cli.worker", folder, module, *argv])
+    with patch_environment(**environ):
+        args = launch_command_parser().parse_args(words)
         hung_up = "" if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else ",SIGHUP"  # ignored, it stays so
         args.signals_to_handle = f"SIGTERM,SIGINT,SIGQUIT{hung_up}"
         try:
@@ -157,7 +155,7 @@ def _start(words: list[str], module: str, argv: Sequence[str]) -> int:
                 raise KeyboardInterrupt from end
             return _ended(command, end.sigval)
         except ChildFailedError as error:
-            return _report(command, Path(folder), {rank: each.exitcode for rank, each in error.failures.items()})
+            return _report(command, error.failures)
     return 0
 
 
@@ -166,27 +164,42 @@ def _ended(command: str, number: int) -> int:
     return 128 + number
 
 
-def _report(command: str, folder: Path, ended: dict[int, int]) -> int:
+def _report(command: str, failures: "Mapping[int, ProcessFailure]") -> int:
     """Print the error that the others follow from, and return the exit status that belongs to it."""
-    errors = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
     # SIGTERM is what the launcher ends the others by.
-    ended = {rank: code for rank, code in ended.items() if code != -signal.SIGTERM} or ended
-    rank, code = min(ended.items(), key=lambda item: item[1])  # killed, that is negative, before lost connections
-    if not errors or code < 0 and not any(error["status"] == 2 for error in errors):
-        if code == 130:
-            raise KeyboardInterrupt
-        if code in (129, 143):  # SIGHUP or SIGTERM reached one of them, which told the others
-            return _ended(command, code - 128)
+    by_itself = {rank: each for rank, each in failures.items() if each.exitcode != -signal.SIGTERM} or failures
+    # Bad input, or a kill, before what it led to in the others, such as a lost connection.
+    order = {rank: (each.exitcode != 2, each.exitcode > 0, each.timestamp) for rank, each in by_itself.items()}
+    rank = min(order, key=order.__getitem__)
+    code = by_itself[rank].exitcode
+    recorded: Any = by_itself[rank].message  # a dictionary where `record` has left one
+    if code == 130:
+        raise KeyboardInterrupt
+    if code in (129, 143):  # SIGHUP or SIGTERM reached one of them, which told the others
+        return _ended(command, code - 128)
+    if not isinstance(recorded, dict):
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         print(f"slas-trl {command}: error: process {rank} {how}.", file=sys.stderr)
         return 128 - code if code < 0 else code
-    # Bad input before what it led to in the others, such as a lost connection.
-    first = min(errors, key=lambda error: (error["status"] != 2, error["time"]))
-    if first["status"] != 2 or os.environ.get("SLAS_TRL_DEBUG") == "1":
-        print(first["traceback"], file=sys.stderr)
-    message = f"slas-trl {command}: error: {first['message']}"
-    if len(errors) < 2 or any(error["message"] != first["message"] for error in errors):
-        message += f" (process {first['rank']})"
-    hint = "\n(SLAS_TRL_DEBUG=1 shows where.)" if first["status"] == 2 else ""
-    print(f"{message}{hint}", file=sys.stderr)
-    return first["status"]
+    if code != 2 or os.environ.get("SLAS_TRL_DEBUG") == "1":
+        print(recorded["extraInfo"]["py_callstack"], file=sys.stderr)
+    kind, _, text = recorded["message"].partition(": ")
+    hint = "\n(SLAS_TRL_DEBUG=1 shows where.)" if code == 2 else ""
+    print(f"slas-trl {command}: error: {text or kind} (process {rank}){hint}", file=sys.stderr)
+    return code
+
+
+def _work(module: str, argv: list[str]) -> int:
+    """Run the script as one of several processes, and leave its error for the launcher. Returns the exit status."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    try:
+        return record(call_script)(module, argv) or 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        return 2 if isinstance(error, BAD_INPUT) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(_work(sys.argv[1], sys.argv[2:]))

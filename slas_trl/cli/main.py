@@ -5,32 +5,27 @@ Nothing heavy is imported here: `slas-trl --help` answers at once, and each scri
 """
 
 import argparse
-import io
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 
-from slas_trl import __version__
-from slas_trl.cli.launch import launch, split_options
+from .. import __version__
+from .launch import BAD_INPUT, call_script, launch, split_options
 
 
 COMMANDS = {
     "train": "fine-tune a text-to-image pipeline; without arguments, the embedded one",
-    "doctor": "check that a training could start: takes the options of train, trains and writes nothing",
+    "doctor": "check that a training could start: takes the options of train, keeps nothing",
     "compare": "train several kinds of advantages with the same noise, and compare them",
-    "prompts": "score prompts by how much their rewards differ, and keep those worth training on",
+    "prompts": "score prompts by how much the rewards of their images differ",
     "serve-reward": "serve a reward over HTTP, to trainings on this or other machines",
     "generate": "make pictures with a pipeline, with or without a trained adapter",
     "push": "put a run on the Hub: its adapter, model card and pictures",
     "env": "print versions and devices, for a bug report",
 }
 
-# Errors that a person can do something about: shown as one message. Any other is a bug, and shows itself.
-BAD_INPUT = (ValueError, TypeError, OSError, ImportError)
-
-_told: list[int] = []  # signals that this process should end by
+_received: list[int] = []  # signals that this process should end by
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (`Sequence[str]`, *optional*):
             Command line without the program's name. `None` is the process's own, which then handles signals, too.
 
-    Returns the exit status: 0, 1 where `doctor` finds that training could not start, 2 for bad input (one message on
-    stderr, with the traceback too if the environment has `SLAS_TRL_DEBUG=1`), 130 for Ctrl-C, or that of a process
-    which was launched and failed otherwise.
+    Returns:
+        `int`: the exit status: 0; 2 for bad input, after one message on stderr; 130 for Ctrl-C; or the script's own,
+            or that of a process which was launched and failed.
     """
     if argv is None and os.name != "nt":
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -52,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return main(sys.argv[1:])
         finally:
-            if _told:  # whatever threads are left, such as a reward's
+            if _received:  # whatever threads are left, such as a reward's
                 sys.stdout.flush()
-                os._exit(128 + _told[0])
+                os._exit(128 + _received[0])
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="slas-trl",
@@ -76,9 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _end(number: int, frame: object) -> None:
     """The first signal unwinds what is under way, a second one ends it at once."""
-    if _told:
+    if _received:
         os._exit(128 + number)
-    _told.append(number)
+    _received.append(number)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     os.write(2, f"slas-trl: ended by {signal.Signals(number).name}.\n".encode())
@@ -102,15 +97,6 @@ def run_script(command: str, argv: list[str]) -> int:
         message = str(error) or type(error).__name__
         print(f"slas-trl {command}: error: {message}\n(SLAS_TRL_DEBUG=1 shows where.)", file=sys.stderr)
         return 2
-
-
-def call_script(module: str, argv: list[str]) -> int:
-    """Import a script and call its `main`, and return the exit status, which is 0 where that returns none."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a character that the terminal lacks is no reason to end a run
-            stream.reconfigure(errors="replace")
-    import_module("slas_trl.cli.advice")
-    return import_module(module).main(argv) or 0
 
 
 if __name__ == "__main__":

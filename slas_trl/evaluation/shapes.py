@@ -1,27 +1,23 @@
 """
 How well a pipeline draws the shapes world: sample held-out prompts, verify, and say how sure the figures are.
 
-    value of a prompt      m_p = mean over its images
-    category               mean of its k prompts' m_p;   se = std(m_p, ddof 1) / sqrt(k)
-    overall                mean of the C categories;      se = sqrt(sum of their se^2) / C
+    value of a prompt      mean over its images
+    category               mean over its prompts
+    overall                mean of the categories, which count equally, as in GenEval
 
-Images of one prompt are alike, so prompts, not images, are what is independent: the standard error is the
-cluster-robust one, for prompts like these rather than for these prompts alone. Overall counts categories equally, as
-GenEval does (https://huggingface.co/papers/2310.11513). Intervals are Student's t with k - 1 degrees of freedom, and
-those of Welch-Satterthwaite for the overall mean; symmetric, so near 0 and 1 they may reach beyond.
+Intervals are those of [`~slas_trl.statistics`].
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from scipy import stats
 
-from slas_trl.shapes import world
-from slas_trl.shapes.verifier import verify
+from ..shapes import world
+from ..shapes.verifier import verify
+from ..statistics import Estimate, mean_over_categories, mean_over_prompts, text_table
 
 
 if TYPE_CHECKING:
@@ -30,39 +26,7 @@ if TYPE_CHECKING:
 SCORES = ("graded", "lenient", "strict")
 OVERALL = "overall"
 _OURS = ("prompt", "generator", "num_images_per_prompt", "output_type", "return_dict")
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """
-    A mean over prompts, and how sure it is.
-
-    Attributes:
-        mean (`float`): in [0, 1], or a difference of two such means.
-        se (`float`): standard error; NaN with a single prompt.
-        half_width (`float`): of the 95% interval around the mean; NaN with a single prompt.
-        prompts (`int`): number of prompts.
-    """
-
-    mean: float
-    se: float
-    half_width: float
-    prompts: int
-
-    @property
-    def low(self) -> float:
-        """Lower end of the 95% interval."""
-        return self.mean - self.half_width
-
-    @property
-    def high(self) -> float:
-        """Upper end of the 95% interval."""
-        return self.mean + self.half_width
-
-    def to_dict(self) -> dict[str, float | int | None]:
-        """Numbers only, with `None` for what is not known."""
-        numbers = {name: getattr(self, name) for name in ("mean", "se", "low", "high", "prompts")}
-        return {name: None if math.isnan(number) else number for name, number in numbers.items()}
+Estimates = dict[str, dict[str, Estimate]]  # by category and "overall", of each score
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +44,7 @@ class ShapesReport:
     prompts: tuple[str, ...]
     scores: dict[str, np.ndarray]
     seed: int
+    spec: ClassVar[str] = ".3f"  # of estimates in tables
 
     @property
     def images_per_prompt(self) -> int:
@@ -87,20 +52,31 @@ class ShapesReport:
         return self.scores["graded"].shape[1]
 
     @property
-    def estimates(self) -> dict[str, dict[str, Estimate]]:
+    def estimates(self) -> Estimates:
         """By category, and for `"overall"`: the estimate of each score, `estimates["colors"]["strict"].mean`."""
-        return _estimates(self.prompts, {name: values.mean(1) for name, values in self.scores.items()})
+        category_of = np.array([world.parse_caption(prompt).category for prompt in self.prompts])
+        values, result = {name: scores.mean(1) for name, scores in self.scores.items()}, {}
+        for category in world.CATEGORIES:
+            if (where := category_of == category).any():
+                result[category] = {name: mean_over_prompts(v[where]) for name, v in values.items()}
+        result[OVERALL] = {name: mean_over_categories([each[name] for each in result.values()]) for name in values}
+        return result
 
     def table(self) -> str:
         """Means with the half widths of their 95% intervals; Markdown, aligned for the terminal."""
-        return _table(self.estimates)
+        rows = [
+            [category, str(scores["graded"].prompts), *(f"{scores[name]:{self.spec}}" for name in SCORES)]
+            for category, scores in self.estimates.items()
+        ]
+        return text_table([["category", "prompts", *SCORES], *rows])
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, for JSON: the estimates, and what [`from_dict`] needs."""
+        """All of it, for JSON: the estimates, and the fields that [`from_dict`] reads."""
+        numbers = {c: {name: e.to_dict() for name, e in scores.items()} for c, scores in self.estimates.items()}
         return {
             "seed": self.seed,
             "images_per_prompt": self.images_per_prompt,
-            "estimates": _as_numbers(self.estimates),
+            "estimates": numbers,
             "prompts": list(self.prompts),
             "scores": {name: values.tolist() for name, values in self.scores.items()},
         }
@@ -112,31 +88,10 @@ class ShapesReport:
         return cls(tuple(data["prompts"]), scores, data["seed"])
 
 
-@dataclass(frozen=True, eq=False)
-class ShapesDifference:
-    """
-    What changed from one report to another, prompt by prompt.
+class ShapesDifference(ShapesReport):
+    """The change from one report to another: `scores` are after - before, means over a prompt's images, `(P, 1)`."""
 
-    Attributes:
-        prompts (`tuple[str, ...]`): P prompts.
-        differences (`dict[str, np.ndarray]`): of each score, after - before, mean over a prompt's images, `(P,)`.
-    """
-
-    prompts: tuple[str, ...]
-    differences: dict[str, np.ndarray]
-
-    @property
-    def estimates(self) -> dict[str, dict[str, Estimate]]:
-        """By category, and for `"overall"`: the estimate of each score's difference."""
-        return _estimates(self.prompts, self.differences)
-
-    def table(self) -> str:
-        """Mean differences with the half widths of their 95% intervals; Markdown, aligned for the terminal."""
-        return _table(self.estimates, sign="+")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The estimates, for JSON."""
-        return {"estimates": _as_numbers(self.estimates)}
+    spec = "+.3f"
 
 
 def evaluate_shapes(
@@ -165,8 +120,8 @@ def evaluate_shapes(
         [`ShapesReport`]: per category and overall, the mean of the graded, lenient and strict score.
 
     Raises:
-        `ValueError`: for a prompt that is not of this world or comes twice, for no prompts, for numbers below 1, and
-            for arguments in `call` that are set here.
+        `ValueError`: for prompts of another world, none or equal ones, numbers below 1, and arguments that are set
+            here.
     """
     prompts = [c.text for c in world.captions_of("test")] if prompts is None else list(prompts)
     for prompt in prompts:
@@ -177,9 +132,7 @@ def evaluate_shapes(
             "images of a prompt, raise images_per_prompt."
         )
     if images_per_prompt < 1 or batch_size < 1:
-        raise ValueError(
-            f"Expected at least 1, got images_per_prompt={images_per_prompt} and batch_size={batch_size}."
-        )
+        raise ValueError(f"Expected at least 1, got {images_per_prompt=} and {batch_size=}.")
     if clash := [name for name in _OURS if name in call]:
         raise ValueError(f"The evaluation itself sets {', '.join(clash)} of the pipeline's call. Leave that out.")
     sampler: Any = pipe  # every pipeline's call has its own arguments
@@ -197,116 +150,36 @@ def evaluate_shapes(
 
 def paired_difference(before: ShapesReport, after: ShapesReport) -> ShapesDifference:
     """
-    What changed from one pipeline to another that was evaluated on the same prompts with the same seeds.
-
-    Differences are taken prompt by prompt. What makes a prompt hard for both falls out of the standard error, which is
-    therefore smaller than those of the two reports suggest.
-
-    Args:
-        before ([`ShapesReport`]): what to compare with.
-        after ([`ShapesReport`]): minuend.
-
-    Returns:
-        [`ShapesDifference`]: after - before.
+    The change, prompt by prompt, between two pipelines that were evaluated on the same prompts with the same seeds.
+    What makes a prompt hard for both falls out of the standard error, which is smaller than those of the two reports
+    suggest.
 
     Raises:
         `ValueError`: when prompts, seeds or numbers of images differ.
     """
-    for what, a, b in (
-        ("prompts", before.prompts, after.prompts),
-        ("seed", before.seed, after.seed),
-        ("images_per_prompt", before.images_per_prompt, after.images_per_prompt),
-    ):
-        if a != b:
-            shown = "" if what == "prompts" else f": {a} and {b}"
+    for name in ("prompts", "seed", "images_per_prompt"):
+        if getattr(before, name) != getattr(after, name):
             raise ValueError(
-                f"Only reports on equal {what} can be paired, but these two differ{shown}. Evaluate one of them again "
-                f"with the other's {what}."
+                f"Only reports on equal {name} can be paired, but these two differ. Evaluate one of them again with "
+                f"the other's {name}."
             )
-    differences = {name: after.scores[name].mean(1) - before.scores[name].mean(1) for name in SCORES}
-    return ShapesDifference(before.prompts, differences)
+    was, now = ({name: scores.mean(1, keepdims=True) for name, scores in r.scores.items()} for r in (before, after))
+    return ShapesDifference(before.prompts, {name: now[name] - was[name] for name in SCORES}, before.seed)
 
 
 def compare(before: ShapesReport, after: ShapesReport) -> str:
     """
-    A table of two reports and their paired difference: the graded score, and the strict one in brackets, by category.
-
-    Args:
-        before ([`ShapesReport`]): what to compare with.
-        after ([`ShapesReport`]): on the same prompts, with the same seeds.
-
-    Returns:
-        `str`: Markdown, aligned for the terminal. What follows ± is the half width of a 95% interval.
-
-    Raises:
-        `ValueError`: when the reports cannot be paired, see [`paired_difference`].
+    A table of two reports and their paired difference: the graded score, and the strict one in brackets, by category;
+    Markdown, aligned for the terminal. ± is the half width of a 95% interval. Raises as [`paired_difference`].
     """
-    columns = [(before.estimates, ""), (after.estimates, ""), (paired_difference(before, after).estimates, "+")]
-    rows = [["category", "before", "after", "change"]]
-    for category in columns[0][0]:
-        cells = [
-            f"{_written(estimates[category]['graded'], sign)} ({_written(estimates[category]['strict'], sign)})"
-            for estimates, sign in columns
-        ]
-        rows.append([category, *cells])
-    return _markdown(rows)
+    reports = before, after, paired_difference(before, after)
+    columns = [
+        [f"{of['graded']:{report.spec}} ({of['strict']:{report.spec}})" for of in report.estimates.values()]
+        for report in reports
+    ]
+    return text_table([["category", "before", "after", "change"], *zip(before.estimates, *columns, strict=True)])
 
 
 def _seed_of(seed: int, place: int, number: int) -> int:
     """A well mixed 63-bit seed."""
     return int(np.random.SeedSequence((seed, place, number)).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _estimates(prompts: Sequence[str], values: Mapping[str, np.ndarray]) -> dict[str, dict[str, Estimate]]:
-    """Estimates of each score, from one value per prompt `(P,)`, by category in the world's order and overall."""
-    category_of = np.array([world.parse_caption(prompt).category for prompt in prompts])
-    rows = {name: np.flatnonzero(category_of == name) for name in world.CATEGORIES}
-    result: dict[str, dict[str, Estimate]] = {
-        category: {name: _of_category(v[where]) for name, v in values.items()}
-        for category, where in rows.items()
-        if len(where)
-    }
-    result[OVERALL] = {name: _of_all([by_score[name] for by_score in result.values()]) for name in values}
-    return result
-
-
-def _of_category(values: np.ndarray) -> Estimate:
-    k = len(values)
-    if k < 2:
-        return Estimate(float(values.mean()), math.nan, math.nan, k)
-    se = float(values.std(ddof=1)) / math.sqrt(k)
-    return Estimate(float(values.mean()), se, float(stats.t.ppf(0.975, k - 1)) * se, k)
-
-
-def _of_all(categories: Sequence[Estimate]) -> Estimate:
-    variances = np.array([category.se**2 for category in categories])
-    total, prompts = float(variances.sum()), [category.prompts for category in categories]
-    mean, se = float(np.mean([category.mean for category in categories])), math.sqrt(total) / len(categories)
-    if not total > 0:  # no difference between prompts, or too few of them (NaN)
-        return Estimate(mean, se, se, sum(prompts))
-    # Welch-Satterthwaite: as few degrees of freedom as the categories that contribute most have.
-    freedom = total**2 / float((variances**2 / (np.array(prompts) - 1)).sum())
-    return Estimate(mean, se, float(stats.t.ppf(0.975, freedom)) * se, sum(prompts))
-
-
-def _as_numbers(estimates: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[str, dict[str, Any]]]:
-    return {category: {name: e.to_dict() for name, e in scores.items()} for category, scores in estimates.items()}
-
-
-def _table(estimates: Mapping[str, Mapping[str, Estimate]], sign: str = "") -> str:
-    rows = [["category", "prompts", *SCORES]]
-    for category, scores in estimates.items():
-        rows.append([category, str(scores["graded"].prompts), *(_written(scores[name], sign) for name in SCORES)])
-    return _markdown(rows)
-
-
-def _written(estimate: Estimate, sign: str) -> str:
-    width = "" if math.isnan(estimate.half_width) else f" ± {estimate.half_width:.3f}"
-    return f"{estimate.mean:{sign}.3f}{width}"
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)

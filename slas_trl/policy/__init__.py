@@ -1,8 +1,8 @@
 """Any diffusers pipeline as a stochastic policy: record one call, execute it again for the gradient of one step."""
 
-from .doctor import RatioReport, check_pipeline, find_dropout, measure_ratio
+from .checks import RatioReport, check_pipeline, find_dropout
 from .pictures import call_pipeline
-from .replayer import PipelineReplayer
+from .replayer import PipelineReplayer, measure_ratio
 from .rollout import ReplayError, Rollout, Step, StepOutput
 
 

@@ -1,7 +1,7 @@
 """The gate between a pipeline and whoever gets its pictures: rewards, files and trackers."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -40,9 +40,22 @@ def call_pipeline(pipe: Any, call: dict[str, Any]) -> tuple[Any, list[str | None
 
 
 @contextmanager
-def _noting_finite(decoder: Any, decoded: list[torch.Tensor]) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Within, `owner.name` is `value`, past `__setattr__`: models and pipelines register what is assigned to them."""
+    namespace, missing = vars(owner), object()
+    before = namespace.get(name, missing)
+    namespace[name] = value
+    try:
+        yield
+    finally:
+        namespace[name] = before
+        if before is missing:
+            del namespace[name]
+
+
+def _noting_finite(decoder: Any, decoded: list[torch.Tensor]) -> AbstractContextManager[None]:
     """Within, `decoded` gets for each call of `decoder.decode` whether its samples are finite, `(B,)`."""
-    decode, before = decoder.decode, vars(decoder).get("decode")
+    decode = decoder.decode
 
     def noting(*args: Any, **kwargs: Any) -> Any:
         result = decode(*args, **kwargs)
@@ -50,10 +63,4 @@ def _noting_finite(decoder: Any, decoded: list[torch.Tensor]) -> Iterator[None]:
         decoded.append(pixels.isfinite().flatten(1).all(1))
         return result
 
-    vars(decoder)["decode"] = noting
-    try:
-        yield
-    finally:
-        vars(decoder).pop("decode")
-        if before is not None:
-            vars(decoder)["decode"] = before
+    return replaced(decoder, "decode", noting)

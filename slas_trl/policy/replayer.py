@@ -2,14 +2,14 @@
 A diffusers pipeline is its own policy: sampling is one recorded `__call__`, training executes the same call again.
 
 Sampling runs the pipeline unmodified, with a stochastic scheduler and a proxy in place of the denoiser. Training on
-step n runs it again with the same arguments: the denoiser is really called, with gradients, at step n alone; earlier
-steps and frozen components (text encoders, VAE) answer from the record; at step n the pipeline's own prediction,
-guidance and all, gives the log-probability of the recorded x_{t-1}, and the call ends there. So nothing has to be
-known about the pipeline.
+step n runs it again with the same arguments: the denoiser is called, with gradients, at step n alone; the outputs of
+earlier steps and of frozen components (text encoders, VAE) come from the record; at step n the pipeline's own
+prediction, guidance and all, gives the log-probability of the recorded x_{t-1}, and the call ends there. So nothing
+has to be known about the pipeline.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,22 +21,22 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..schedulers import StochasticScheduler, stochastic_scheduler
-from .doctor import check_pipeline, denoisers_of
-from .pictures import call_pipeline
+from .checks import RatioReport, check_pipeline, denoisers_of
+from .pictures import call_pipeline, replaced
 from .rollout import ReplayError, Rollout, StepOutput
-from .sessions import Finished, RandomSources, Recording, Refilling, Replaying, Session, copied
+from .sessions import CHANGED, Finished, RandomSources, Recording, Refilling, Replaying, Session, copied
 
 
 ATTENTION = (Attention, AttentionModuleMixin)
 
-# Methods whose results do not depend on the denoiser; memorised whole, so that tokenizers and encoders can be away.
+# Methods whose results do not depend on the denoiser. Recorded whole: tokenizers and encoders are not needed again.
 FROZEN_METHODS = ("encode_prompt", "encode_image", "_encode_vae_image", "prepare_image_latents")
 
 
 class DenoiserProxy:
     """
-    Stands where the pipeline expects its denoiser: attributes come from the plain module, calls go to the session,
-    which calls `forward` (the same module, or its DDP, FSDP or compiled form).
+    Takes the denoiser's place in the pipeline: attributes come from the plain module, calls go to the session, which
+    calls `forward` (the same module, or its DDP, FSDP or compiled form).
     """
 
     def __init__(self, module: nn.Module, forward: Callable, session: Session):
@@ -105,9 +105,9 @@ class PipelineReplayer:
 
         Args:
             noise_generator (`torch.Generator` or a list of them, *optional*):
-                Source of the steps' noise, one for all images or one for each, apart from the pipeline's `generator`,
-                which draws the initial latents. With one for each, an image does not depend on the others in its
-                call. By default derived from the state of the (first) `generator`, else from torch's global generator.
+                Source of the steps' noise, one for all images or one for each; the pipeline's `generator` draws the
+                initial latents. With one for each, an image does not depend on the others in its call. By default
+                derived from the state of the (first) `generator`, or else from torch's global generator.
             **call: arguments of the pipeline's `__call__`.
 
         Returns:
@@ -116,7 +116,7 @@ class PipelineReplayer:
         Raises:
             `ValueError`: when the pipeline does not take one step for each image and denoising step.
         """
-        call = copied(call)  # as given, whatever the pipeline and the caller do to it
+        call = copied(call)  # the pipeline and the caller may write into it
         generators = _as_list(call.get("generator"))
         random = RandomSources(generators, self.device)
         recording = Recording(_noise_source(noise_generator, generators), random)
@@ -147,10 +147,10 @@ class PipelineReplayer:
 
     def replay(self, rollout: Rollout, step: int, models: Mapping[str, Callable] | None = None) -> StepOutput:
         """
-        The policy of one recorded step at the present weights.
+        The policy of one recorded step at the current weights.
 
-        To the last bit it is that of sampling only if the same parameters require gradients as did then: torch chooses
-        between matrix products by that, with gradients enabled or not.
+        It equals that of sampling to the last bit only if the same parameters require gradients: torch chooses its
+        kernels for matrix products by that, with gradients enabled or not.
 
         Args:
             rollout ([`Rollout`]): from [`~PipelineReplayer.sample`].
@@ -176,8 +176,7 @@ class PipelineReplayer:
         self._execute(rollout, call, replaying, {**self.models, **models})
         if replaying.result is None:
             raise ReplayError(
-                f"The pipeline returned before step {step}; {len(rollout.steps)} steps were recorded. Its __call__ "
-                "depends on something that changed since sampling."
+                f"The pipeline returned before step {step}; {len(rollout.steps)} steps were recorded. {CHANGED}"
             )
         return replaying.result
 
@@ -191,8 +190,8 @@ class PipelineReplayer:
         instead: str | None = None,
     ) -> StepOutput:
         """
-        The same step under the reference policy, without gradients: without `adapter` (by default, without any), with
-        the adapter `instead` in its place, or by the denoisers in `models` (frozen copies, for full fine-tuning).
+        The same step under the reference policy, without gradients: without `adapter` (by default, without any), or
+        with the adapter `instead` in its place, or by the denoisers in `models` (frozen copies, for full fine-tuning).
         """
         if models is not None:
             return self.replay(rollout, step, models)
@@ -209,7 +208,7 @@ class PipelineReplayer:
         adapted = [layer for layer in modules if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters]
         if not adapted:
             raise ValueError("The denoiser has no adapter to disable; pass `models` with a frozen copy of it.")
-        # Not by the methods for it, which also set requires_grad, frozen adapters' too.
+        # Not by peft's methods for it, which set requires_grad too, of frozen adapters as well.
         active = [list(layer.active_adapters) for layer in adapted]
         others = [] if instead is None else [instead]
         for layer, names in zip(adapted, active, strict=True):
@@ -223,8 +222,8 @@ class PipelineReplayer:
     @torch.no_grad()
     def restore(self, state: dict[str, Any], call: dict[str, Any]) -> Rollout:
         """
-        A rollout from its [`~Rollout.state`] and the arguments of the call that sampled it, of which generators are
-        only counted: their states are in `state`. The frozen components are called once more.
+        A rollout from its [`~Rollout.state`] and the arguments of the call that sampled it. The states of generators
+        come from `state`, not from `call`. The frozen components are called once more.
         """
         rollout = Rollout.from_state(state, call)
         call, random = self._again(rollout)
@@ -232,7 +231,7 @@ class PipelineReplayer:
         return rollout
 
     def _again(self, rollout: Rollout) -> tuple[dict[str, Any], RandomSources]:
-        """The arguments of the call that sampled `rollout`, with generators of their own, and what it draws from."""
+        """The arguments of the call that sampled `rollout`, with new generators, and its sources of random numbers."""
         call = copied(rollout.call)
         given = call.get("generator")
         generators = [torch.Generator(generator.device) for generator in _as_list(given)]
@@ -243,10 +242,10 @@ class PipelineReplayer:
     def _execute(
         self, rollout: Rollout, call: dict[str, Any], session: Replaying, models: Mapping[str, Callable]
     ) -> None:
-        """Call the pipeline as it was called for `rollout`, until the session has had enough."""
+        """Call the pipeline as it was called for `rollout`, until the session ends the call."""
         window, self.scheduler.window = self.scheduler.window, rollout.window
         try:
-            # The outer contexts give the caller's grad mode and random numbers back, whatever the pipeline does.
+            # The outer contexts restore the caller's grad mode and random numbers.
             with (
                 torch.set_grad_enabled(torch.is_grad_enabled()),
                 torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
@@ -261,24 +260,24 @@ class PipelineReplayer:
 
     @contextmanager
     def _installed(self, session: Session, models: Mapping[str, Callable]) -> Iterator[None]:
-        """The pipeline with our scheduler, proxies and memorised components; restored on the way out."""
+        """The pipeline with our scheduler, proxies and recorded components; restored on the way out."""
         pipe, cls = self.pipe, type(self.pipe)
         depth = 0
 
-        def memorised(name: str, function: Callable) -> Callable:
+        def recorded(name: str, function: Callable) -> Callable:
             def call(*args: Any, **kwargs: Any) -> Any:
                 nonlocal depth
-                if depth:  # inside another memorised call, which keeps the whole result
+                if depth:  # inside another recorded call, whose whole result is kept
                     return function(*args, **kwargs)
                 depth += 1
                 try:
-                    return session.frozen(name, lambda: function(*args, **kwargs))
+                    return session.call_frozen(name, lambda: function(*args, **kwargs))
                 finally:
                     depth -= 1
 
             return call
 
-        device, denoisers = self.device, denoisers_of(pipe)
+        device, denoisers, components = self.device, denoisers_of(pipe), pipe.components
         attributes: dict[str, Any] = {
             "scheduler": self.scheduler,
             "_progress_bar_config": {**pipe.__dict__.get("_progress_bar_config", {}), "disable": True},
@@ -287,26 +286,21 @@ class PipelineReplayer:
             attributes[name] = DenoiserProxy(module, models[name], session)
         for name in FROZEN_METHODS:
             if name in dir(cls):
-                attributes[name] = memorised(name, getattr(pipe, name))
-        methods: list[tuple[dict[str, Any], str, Callable]] = []
-        for name, component in pipe.components.items():
-            if isinstance(component, nn.Module) and name not in denoisers:
-                method = "encode" if isinstance(component, AutoencoderMixin) else "forward"
-                methods.append((component.__dict__, method, memorised(f"{name}.{method}", getattr(component, method))))
-
-        # Straight into __dict__: nn.Module and DiffusionPipeline would register what is assigned to them. All of the
-        # pipeline's is put back, for a call leaves its guidance scale and the like behind.
-        pipe_before = dict(pipe.__dict__)
-        methods_before = [(namespace, name, namespace.get(name)) for namespace, name, _ in methods]
-        # Some kinds of guidance exchange these, and put them back only at the end of the call.
+                attributes[name] = recorded(name, getattr(pipe, name))
+        # All of the pipeline's attributes are restored: a call leaves its guidance scale and the like behind.
+        pipe_before, frozen = dict(pipe.__dict__), ExitStack()
+        # Some kinds of guidance replace attention processors, and restore them only at the end of the call.
         layers = [layer for module in denoisers.values() for layer in module.modules()]
         processors = [(layer, layer.processor) for layer in layers if isinstance(layer, ATTENTION)]
         self.scheduler.controller = session
         try:
             pipe.__dict__.update(attributes)
-            for namespace, name, method in methods:
-                namespace[name] = method
-            # Encoders may be elsewhere, even on "meta"; the pipeline works where the denoiser is.
+            for name, component in components.items():
+                if isinstance(component, nn.Module) and name not in denoisers:
+                    method = "encode" if isinstance(component, AutoencoderMixin) else "forward"
+                    proxy = recorded(f"{name}.{method}", getattr(component, method))
+                    frozen.enter_context(replaced(component, method, proxy))
+            # The pipeline works on the denoiser's device: encoders may be on another, even on "meta".
             located = {"device": property(lambda _: device), "_execution_device": property(lambda _: device)}
             pipe.__class__ = type(cls.__name__, (cls,), {**located, "__module__": cls.__module__})
             yield
@@ -318,11 +312,23 @@ class PipelineReplayer:
             for layer, processor in processors:
                 if layer.processor is not processor:
                     layer.set_processor(processor)
-            for namespace, name, method in methods_before:
-                if method is None:
-                    namespace.pop(name, None)
-                else:
-                    namespace[name] = method
+            frozen.close()
+
+
+def measure_ratio(replayer: PipelineReplayer, rollout: Rollout, steps: Sequence[int] | None = None) -> RatioReport:
+    """
+    Replay the given steps (by default all trainable ones) and compare with the recorded log-probabilities.
+
+    Gradients stay as the caller has them, since kernels may differ with and without them. Samples whose recorded
+    log-probability is NaN are left out, unless all are.
+    """
+    deviations = {}
+    for step in rollout.trainable_steps if steps is None else steps:
+        recorded = rollout.log_probs[:, step]
+        deviation = (torch.exp(replayer.replay(rollout, step).log_prob.detach() - recorded) - 1).abs()
+        finite = deviation[recorded.isfinite()]
+        deviations[step] = (finite if len(finite) else deviation).max().item()
+    return RatioReport(deviations)
 
 
 def _as_list(generator: torch.Generator | Sequence[torch.Generator] | None) -> list[torch.Generator]:
@@ -337,7 +343,7 @@ def _noise_source(
     """The given generator(s), or else one that follows from the first of `generators` without advancing it."""
     if noise_generator is not None:
         return noise_generator if isinstance(noise_generator, torch.Generator) else list(noise_generator)
-    # Of a copy: the pipeline's own must draw the same initial latents as in a plain call.
+    # A copy: the pipeline's generator must draw the same initial latents as in a plain call.
     source = torch.Generator(generators[0].device).set_state(generators[0].get_state()) if generators else None
     seed = torch.randint(2**62, (), generator=source, device=source.device if source else "cpu")
     return torch.Generator().manual_seed(int(seed))

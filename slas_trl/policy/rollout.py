@@ -13,22 +13,22 @@ class ReplayError(ValueError):
 
 @dataclass
 class Step:
-    """One denoising step: x_t is `sample`, x_{t-1} `prev_sample`, both `(B, ...)` in the pipeline's latent dtype."""
+    """One recorded denoising step."""
 
     index: int  # position in the scheduler's timesteps
-    sample: torch.Tensor
-    prev_sample: torch.Tensor
-    std: float  # 0 for a deterministic step
+    sample: torch.Tensor  # x_t, (B, ...) in the pipeline's latent dtype
+    prev_sample: torch.Tensor  # x_{t-1}, of the same shape and dtype
+    std: float  # of the noise that was added; 0 for a deterministic step
     outputs: list[Any]  # what the denoiser returned, in call order (two calls with some kinds of guidance)
 
 
 @dataclass
-class Answer:
-    """What a frozen component returned, and how it left the sources of random numbers."""
+class FrozenOutput:
+    """What a frozen component returned while sampling, so that it need not run during a replay."""
 
-    name: str
+    name: str  # "encode_prompt", "vae.encode", "text_encoder.forward", ...
     result: Any
-    random_states: list[torch.Tensor]
+    random_states: list[torch.Tensor]  # uint8: the sources of random numbers, as the component left them
 
 
 @dataclass
@@ -48,12 +48,15 @@ class Rollout:
 
     Attributes:
         images: the first field of the pipeline's output: B `PIL.Image.Image` unless `output_type` says otherwise.
-        problems (`list[str | None]`): for each of them why it cannot be judged, if it cannot.
         log_probs (`torch.Tensor`): `(B, T)`, float32, mean over non-batch elements; NaN at deterministic steps.
         trainable_steps (`tuple[int, ...]`): positions in `steps` that have a density.
         steps (`list[Step]`): the T recorded steps.
-        memo (`list[Answer]`): what frozen components returned, in call order.
-        random_states (`list[torch.Tensor]`): of the call's generators and of torch's global ones, as sampling began.
+        call (`dict[str, Any]`): arguments of the pipeline's `__call__`, as they were given.
+        random_states (`list[torch.Tensor]`):
+            uint8 states of the call's generators, then of torch's global ones, from before the call.
+        window (`range`, *optional*): schedule indices of the stochastic steps; `None` for all.
+        memo (`list[FrozenOutput]`): what frozen components returned, in call order.
+        problems (`list[str | None]`): for each of the B images why it cannot be scored, or `None`.
     """
 
     images: Any
@@ -63,7 +66,7 @@ class Rollout:
     call: dict[str, Any]
     random_states: list[torch.Tensor]
     window: range | None = None
-    memo: list[Answer] = field(default_factory=list)
+    memo: list[FrozenOutput] = field(default_factory=list)
     problems: list[str | None] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -71,22 +74,14 @@ class Rollout:
 
     def state(self) -> dict[str, Any]:
         """
-        What cannot be computed again without the weights that sampled, as tensors and plain values, for `torch.save`;
-        [`PipelineReplayer.restore`] does the rest. Images are left out.
+        All that needs the weights that sampled, as tensors and plain values for `torch.save`.
+        [`PipelineReplayer.restore`] computes the rest; images are left out.
         """
         steps = []
         for step in self.steps:
             leaves, structure = pytree.tree_flatten(step.outputs)
-            steps.append(
-                {
-                    "index": step.index,
-                    "sample": step.sample,
-                    "prev_sample": step.prev_sample,
-                    "std": step.std,
-                    "leaves": leaves,
-                    "structure": pytree.treespec_dumps(structure),
-                }
-            )
+            tensors = {name: value for name, value in vars(step).items() if name != "outputs"}
+            steps.append({**tensors, "leaves": leaves, "structure": pytree.treespec_dumps(structure)})
         return {
             "log_probs": self.log_probs,
             "trainable_steps": self.trainable_steps,
@@ -98,16 +93,10 @@ class Rollout:
     @classmethod
     def from_state(cls, state: dict[str, Any], call: dict[str, Any]) -> "Rollout":
         """The rollout with an empty memo; see [`PipelineReplayer.restore`]."""
-        steps = [
-            Step(
-                step["index"],
-                step["sample"],
-                step["prev_sample"],
-                step["std"],
-                pytree.tree_unflatten(step["leaves"], pytree.treespec_loads(step["structure"])),
-            )
-            for step in state["steps"]
-        ]
+        steps = []
+        for step in state["steps"]:
+            outputs = pytree.tree_unflatten(step["leaves"], pytree.treespec_loads(step["structure"]))
+            steps.append(Step(step["index"], step["sample"], step["prev_sample"], step["std"], outputs))
         return cls(
             images=None,
             log_probs=state["log_probs"],

@@ -1,6 +1,6 @@
 """
-What happens inside one pipeline call: a [`Recording`] writes everything down, a [`Replaying`] answers from the record
-and really runs the denoiser at a single step.
+A session decides what happens inside one pipeline call: a [`Recording`] keeps everything, a [`Replaying`] returns what
+was recorded, and runs the denoiser at a single step alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch.utils import _pytree as pytree
 
 from ..schedulers import StochasticScheduler
-from .rollout import Answer, ReplayError, Rollout, Step, StepOutput
+from .rollout import FrozenOutput, ReplayError, Rollout, Step, StepOutput
+
+
+CHANGED = "Its __call__ depends on something that changed since sampling."
 
 
 class Finished(Exception):
@@ -19,17 +22,28 @@ class Finished(Exception):
 
 
 class Session(Protocol):
-    def denoise(self, forward: Callable, args: tuple, kwargs: dict) -> Any: ...
+    """
+    What [`PipelineReplayer`] installs in a pipeline for one call: the three places where the pipeline asks for
+    something that is computed while sampling and, but for one step, read from the record during a replay.
+    """
 
-    def frozen(self, name: str, function: Callable[[], Any]) -> Any: ...
+    def denoise(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        """Called in place of a denoiser, with its arguments; returns the denoiser's output."""
+        ...
+
+    def call_frozen(self, name: str, function: Callable[[], Any]) -> Any:
+        """Called in place of an encoder or another frozen `function`; returns its result."""
+        ...
 
     def step(
         self, scheduler: StochasticScheduler, model_output: torch.Tensor, sample: torch.Tensor, index: int
-    ) -> torch.Tensor: ...
+    ) -> torch.Tensor:
+        """Called in place of `scheduler.step`, with prediction and x_t, `(B, ...)`; returns x_{t-1}, `(B, ...)`."""
+        ...
 
 
 class RandomSources:
-    """What a pipeline call draws from: the generators that it is given, and torch's global ones."""
+    """Sources of a pipeline call's random numbers: the generators that it is given, and torch's global ones."""
 
     def __init__(self, generators: Sequence[torch.Generator], device: torch.device):
         self.generators, self.device = generators, device
@@ -49,8 +63,8 @@ class RandomSources:
 
 def copied(value: Any) -> Any:
     """
-    Containers and tensors anew, the rest as it is: pipelines write into their arguments, and into what the denoiser
-    and the frozen components return.
+    Copies of containers and tensors, the rest as it is: pipelines write into their arguments, and into what the
+    denoiser and the frozen components return.
     """
     return pytree.tree_map_only(torch.Tensor, torch.clone, value)
 
@@ -74,6 +88,12 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
+def _remembered(memo: list[FrozenOutput], random: RandomSources, name: str, function: Callable[[], Any]) -> Any:
+    result = function()
+    memo.append(FrozenOutput(name, result, random.states()))
+    return copied(result)
+
+
 class Recording:
     """Samples x_{t-1} from the step's Gaussian, and keeps what the replay needs."""
 
@@ -81,7 +101,7 @@ class Recording:
         self.noise_generator, self.random = noise_generator, random
         self.steps: list[Step] = []
         self.log_probs: list[torch.Tensor] = []
-        self.memo: list[Answer] = []
+        self.memo: list[FrozenOutput] = []
         self._outputs: list[Any] = []
 
     def denoise(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
@@ -89,10 +109,8 @@ class Recording:
         self._outputs.append(copied(output))
         return output
 
-    def frozen(self, name: str, function: Callable[[], Any]) -> Any:
-        result = function()
-        self.memo.append(Answer(name, result, self.random.states()))
-        return copied(result)
+    def call_frozen(self, name: str, function: Callable[[], Any]) -> Any:
+        return _remembered(self.memo, self.random, name, function)
 
     def step(
         self, scheduler: StochasticScheduler, model_output: torch.Tensor, sample: torch.Tensor, index: int
@@ -126,21 +144,21 @@ class Recording:
 
 
 class Replaying:
-    """Executes a recorded call up to step `target`, and there computes the policy at the present weights."""
+    """Executes a recorded call again up to step `target`, and computes the policy there at the current weights."""
 
     def __init__(self, rollout: Rollout, target: int, grad: bool, random: RandomSources):
         self.rollout, self.target, self.grad, self.random = rollout, target, grad, random
         self.result: StepOutput | None = None
         self._step = 0  # scheduler steps so far
         self._calls = 0  # denoiser calls since the last one
-        self._answers = 0  # frozen calls answered
+        self._frozen_calls = 0  # in order of the memo
 
     def denoise(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
         recorded = self.rollout.steps[self._step].outputs
         if self._calls >= len(recorded):
             raise ReplayError(
                 f"At step {self._step} the pipeline called the denoiser more often than the {len(recorded)} time(s) "
-                "recorded. Its __call__ depends on something that changed since sampling."
+                f"recorded. {CHANGED}"
             )
         self._calls += 1
         if self._step < self.target:
@@ -149,17 +167,14 @@ class Replaying:
         torch.set_grad_enabled(self.grad)
         return run_denoiser(forward, args, kwargs, self.random.device.type)
 
-    def frozen(self, name: str, function: Callable[[], Any]) -> Any:
-        expected = [answer.name for answer in self.rollout.memo[self._answers : self._answers + 1]]
+    def call_frozen(self, name: str, function: Callable[[], Any]) -> Any:
+        expected = [output.name for output in self.rollout.memo[self._frozen_calls : self._frozen_calls + 1]]
         if expected != [name]:
-            raise ReplayError(
-                f"The pipeline called {name!r} where sampling called {expected or 'nothing'}. Its __call__ depends on "
-                "something that changed since sampling."
-            )
-        answer = self.rollout.memo[self._answers]
-        self._answers += 1
-        self.random.restore(answer.random_states)  # what the component would have drawn, it draws no more
-        return copied(answer.result)
+            raise ReplayError(f"The pipeline called {name!r} where sampling called {expected or 'nothing'}. {CHANGED}")
+        output = self.rollout.memo[self._frozen_calls]
+        self._frozen_calls += 1
+        self.random.restore(output.random_states)  # as if the component had drawn its random numbers
+        return copied(output.result)
 
     def step(
         self, scheduler: StochasticScheduler, model_output: torch.Tensor, sample: torch.Tensor, index: int
@@ -180,11 +195,8 @@ class Replaying:
             )
         if not _same(sample, record.sample):
             difference = (sample.float() - record.sample.float()).abs().max().item()
-            cause = (
-                "The initial latents are not reproducible from `generator`"
-                if self.target == 0
-                else "The pipeline changes the latents outside of scheduler.step, and not reproducibly"
-            )
+            between = "The pipeline changes the latents outside of scheduler.step, and not reproducibly"
+            cause = between if self.target else "The initial latents are not reproducible from `generator`"
             raise ReplayError(
                 f"At step {self.target} the latents differ from the recorded ones by up to {difference:.3g}. {cause}: "
                 "every random number must come from `generator` or from torch's global generator."
@@ -196,15 +208,13 @@ class Replaying:
 
 
 class Refilling(Replaying):
-    """Answers every step from the record and calls the frozen components anew, to fill the memo of a saved rollout."""
+    """Fills the memo of a saved rollout: calls the frozen components again, and takes every step from the record."""
 
     def __init__(self, rollout: Rollout, random: RandomSources):
         super().__init__(rollout, target=len(rollout.steps), grad=False, random=random)
 
-    def frozen(self, name: str, function: Callable[[], Any]) -> Any:
-        result = function()
-        self.rollout.memo.append(Answer(name, result, self.random.states()))
-        return copied(result)
+    def call_frozen(self, name: str, function: Callable[[], Any]) -> Any:
+        return _remembered(self.rollout.memo, self.random, name, function)
 
     def step(
         self, scheduler: StochasticScheduler, model_output: torch.Tensor, sample: torch.Tensor, index: int

@@ -4,48 +4,31 @@ Rewards: plain callables of prompts and images.
     def reward(prompts: list[str], images: list[PIL.Image.Image], **columns) -> list[float | None]
 
 `columns` are the other columns of the data set, and whatever else the trainer passes; `None` means "no score". A
-dictionary of such lists has named components, each of which is logged.
+dictionary of such lists has named components, each of which is logged. A reward must not write into its arguments.
 
-`clip_score` and its like are such callables, with their default options; `ClipScore(model=...)` has others.
+`clip_score` and its like are such callables, with their default options; `ClipScore(model=...)` has others. No file
+here has the name of a reward, which importing the file would replace by the file.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 
-# Where each is. Its libraries are imported when it is asked for, and not because of another one.
-_HOMES = {
-    "Aesthetic": "aesthetic",
-    "ClipScore": "clip_score",
-    "HPSv2": "hpsv2",
-    "ImageReward": "image_reward",
-    "OCR": "ocr",
-    "ObjectDetector": "object_detector",
-    "PickScore": "pick_score",
-    "ProcessReward": "process",
-    "RemoteReward": "remote",
-    "UnifiedReward": "vlm_judge",
-    "VLMJudge": "vlm_judge",
-    "aesthetic": "aesthetic",
-    "brightness": "pixels",
-    "clip_score": "clip_score",
-    "hpsv2": "hpsv2",
-    "image_reward": "image_reward",
-    "incompressibility": "pixels",
-    "jpeg_compressibility": "pixels",
-    "object_detector": "object_detector",
-    "ocr": "ocr",
-    "pick_score": "pick_score",
-    "remote": "remote",
-    "shapes_clip": "shapes",
-    "shapes_coloured_area": "shapes",
-    "shapes_verifier": "shapes",
-    "shapes_verifier_strict": "shapes",
-    "unified_reward": "vlm_judge",
-    "vlm_judge": "vlm_judge",
+# The file of each. Its libraries are imported when it is asked for, not because of another one.
+_FILES = {
+    "aesthetics": ("Aesthetic", "aesthetic"),
+    "blip": ("ImageReward", "image_reward"),
+    "clip_rewards": ("ClipScore", "PickScore", "clip_score", "pick_score"),
+    "detector": ("ObjectDetector", "object_detector"),
+    "hps": ("HPSv2", "hpsv2"),
+    "judge": ("UnifiedReward", "VLMJudge", "unified_reward", "vlm_judge"),
+    "pixels": ("brightness", "incompressibility", "jpeg_compressibility"),
+    "process": ("ProcessReward",),
+    "quoted_text": ("OCR", "ocr"),
+    "remote_reward": ("RemoteReward", "remote"),
+    "shapes": ("shapes_clip", "shapes_coloured_area", "shapes_verifier", "shapes_verifier_strict"),
 }
+_HOMES = {name: file for file, names in _FILES.items() for name in names}
 __all__ = sorted(_HOMES)  # type: ignore[reportUnsupportedDunderAll]
 
 NAMES = [name for name in __all__ if name.islower()]  # those that `reward_funcs` takes as strings
@@ -59,14 +42,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Rewards(ModuleType):
-    """Importing the file ocr.py sets the attribute `ocr` of its package, which is the reward and not the file."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _HOMES or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Rewards

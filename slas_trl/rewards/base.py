@@ -5,10 +5,10 @@ call and shared.
 
 import functools
 import importlib
-import textwrap
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,10 +16,13 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from PIL.Image import Image
 from safetensors.torch import load_file
 
 
+# (prompts, images, **columns) -> a score for each image, or None; or a dictionary of such lists; sync or async
+RewardFunc = Callable[..., Any]
 Function = TypeVar("Function", bound=Callable)
 Item = TypeVar("Item")
 
@@ -29,14 +32,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 @dataclass(frozen=True, kw_only=True)
 class Reward(ABC):
     """
-    A reward with options. It is called like a function, and a copy with other options is
-    `dataclasses.replace(reward, option=value)`, or "reward:option=value" by name.
+    A reward with options: a callable whose copy with other options is `dataclasses.replace(reward, option=value)`.
 
     Args:
         name (`str`, *optional*): The name in the logs; by default that of the reward.
+
+    Attributes:
+        measures, blind_to (`str`):
+            What the reward measures, and what it cannot see, for the model card: a policy that is trained on it alone
+            gives that up. Any callable may have these two.
+        sees_videos (`bool`): Whether it is given all frames of a video in a list, rather than the middle one.
     """
 
     default_name: ClassVar[str]
+    measures: ClassVar[str | None] = None
+    blind_to: ClassVar[str | None] = None
+    sees_videos: ClassVar[bool] = False
     name: str | None = None
 
     @property
@@ -47,11 +58,34 @@ class Reward(ABC):
     def __call__(self, prompts: list[str], images: list[Image], **columns: Any) -> Any:
         """Scores of these images, see [`~slas_trl.rewards`]."""
 
+    def _check_least(self, least: int, *options: str) -> None:
+        for option in options:
+            if (value := getattr(self, option)) is not None and value < least:
+                raise ValueError(f"{option} of {self.__name__} must be at least {least}, but it is {value}.")
+
+
+def describe(measures: str, blind_to: str) -> Callable[[Function], Function]:
+    """The attributes of [`Reward`] for a function."""
+
+    def add(function: Function) -> Function:
+        function.__dict__.update(measures=measures, blind_to=blind_to, sees_videos=False)
+        return function
+
+    return add
+
+
+def unwrapped(reward: RewardFunc) -> RewardFunc:
+    """The reward itself, where its options are those of a `functools.partial`."""
+    while isinstance(reward, functools.partial):
+        reward = reward.func
+    return reward
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelReward(Reward):
     """
-    A reward with a model, which is loaded at the first call, and shared by rewards with the same one.
+    A reward with a model, which is loaded at the first call, and shared by rewards with the same one. The first call
+    raises `FileNotFoundError` or `ImportError` for what is missing, and `ValueError` for weights of another model.
 
     Args:
         device (`str`, *optional*): Where the model runs; by default the current GPU, or the CPU where there is none.
@@ -69,16 +103,19 @@ class ModelReward(Reward):
         try:
             torch.device(self.device or "cpu")
         except RuntimeError as error:
-            raise ValueError(
-                f"device of {self.__name__} must be one of PyTorch's, such as cpu, cuda or cuda:1, but it is "
-                f"{self.device!r}."
-            ) from error
+            raise ValueError(f"device of {self.__name__}, {self.device!r}, is none of PyTorch's.") from error
         if self.dtype not in DTYPES:
-            raise ValueError(
-                f"dtype of {self.__name__} must be float32, bfloat16 or float16, but it is {self.dtype!r}."
-            )
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size of {self.__name__} must be at least 1, but it is {self.batch_size}.")
+            raise ValueError(f"dtype of {self.__name__} must be one of {', '.join(DTYPES)}, but it is {self.dtype!r}.")
+        self._check_least(1, "batch_size")
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], images: list[Image], **columns: Any) -> Any:
+        check_pairs(prompts, images)
+        return self._scores(prompts, images) if images else []
+
+    def _scores(self, prompts: list[str], images: list[Image]) -> list[float]:
+        """Of at least one image."""
+        raise NotImplementedError
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -100,9 +137,7 @@ class RewardUnavailableError(RuntimeError):
 def check_pairs(prompts: Sequence[str], images: Sequence[Image]) -> None:
     """Raises `ValueError` for numbers of prompts and images that differ."""
     if len(prompts) != len(images):
-        raise ValueError(
-            f"Each image needs its prompt, but there are {len(prompts)} prompts and {len(images)} images."
-        )
+        raise ValueError(f"Each image needs a prompt, but there are {len(prompts)} prompts and {len(images)} images.")
 
 
 def in_batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
@@ -112,129 +147,56 @@ def in_batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
 
 
 def load_once(function: Function) -> Function:
-    """
-    `functools.cache` for what loads a model: threads that ask for the same one at once get one, loaded once. A keyword
-    argument `needed_by` is for messages, and does not make it another one.
-    """
-    lock, loaded = threading.Lock(), {}
+    """`functools.cache` for what loads a model: threads that ask for the same one at once get one, loaded once."""
+    lock, cached = threading.Lock(), functools.cache(function)
 
     @functools.wraps(function)
     def locked(*args: Any, **kwargs: Any) -> Any:
-        key = args, tuple(sorted(item for item in kwargs.items() if item[0] != "needed_by"))
         with lock:
-            if key not in loaded:
-                loaded[key] = function(*args, **kwargs)
-            return loaded[key]
+            return cached(*args, **kwargs)
 
     return locked  # type: ignore[return-value]
 
 
-def require(module: str, extra: str, needed_by: str) -> ModuleType:
-    """
-    Import an optional package.
-
-    Raises:
-        `ImportError`: when it is missing, with the command that installs it.
-    """
+def require(module: str, extra: str) -> ModuleType:
+    """An optional package. Raises `ImportError` with the command that installs it, when it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"{needed_by} needs the package {module.split('.')[0]} ({error}). Install it with: "
-            f'pip install "slas-trl[{extra}]"'
+            f'The package {module.split(".")[0]} is needed ({error}). Install it with: pip install "slas-trl[{extra}]"'
         ) from error
 
 
-def hub_file(repo_id: str, filename: str, needed_by: str, option: str | None = None) -> Path:
-    """
-    A file of a repository on the Hub, from the cache or downloaded; or the same file in a local folder `repo_id`.
-
-    Args:
-        repo_id (`str`): Repository, or a folder.
-        filename (`str`): Its path in there.
-        needed_by (`str`): The reward's name, for the message.
-        option (`str`, *optional*): The option of the reward that takes a path instead.
-
-    Raises:
-        `FileNotFoundError`: when it cannot be had, with where it is and where to put it.
-    """
-    if Path(repo_id).is_dir():
-        if (path := Path(repo_id) / filename).is_file():
-            return path
-        raise FileNotFoundError(f"{needed_by} needs the file {filename}, which is not in the folder {repo_id}.")
+@contextmanager
+def from_hub(place: str, file: str = "") -> Iterator[None]:
+    """Around the loading of a place: raises `FileNotFoundError` with the command that fetches what is not there."""
     try:
-        return Path(hf_hub_download(repo_id, filename))
-    except Exception as error:  # offline, no such repository, gated, a full disk
-        raise FileNotFoundError(missing_checkpoint(needed_by, repo_id, error, filename, option)) from error
+        yield
+    except (OSError, EntryNotFoundError, HFValidationError) as error:
+        advice = "Check the path."
+        if not Path(place).exists() and place.count("/") == 1:
+            advice = f"Run `hf download {place}{file and f' {file}'}`, or give the path of a copy as an option."
+        what = f"{file} of {place}" if file else place
+        raise FileNotFoundError(f"Cannot load {what}: {str(error)[:300]} {advice}") from error
 
 
-def missing_checkpoint(
-    needed_by: str, repo_id: str, error: Exception, filename: str | None = None, option: str | None = None
-) -> str:
-    """Says which file of which repository is missing, and where to put it."""
-    what = f"the file {filename} of" if filename else "the files of"
-    if is_path(repo_id):
-        return f"{needed_by} needs {what} {repo_id}, which is no file or folder that can be used: {brief(error)}"
-    download = f"hf download {repo_id}" + (f" {filename}" if filename else "")
-    by_path = f', or give its path ("{needed_by}:{option}=PATH")' if option else ""
-    return (
-        f"{needed_by} needs {what} https://huggingface.co/{repo_id}, which could not be fetched: "
-        f"{brief(error)} Where there is a network, run `{download}`, and copy the folder "
-        f"models--{repo_id.replace('/', '--')} of its cache into that of this machine (HF_HUB_CACHE, by default "
-        f"~/.cache/huggingface/hub){by_path}."
-    )
-
-
-def is_path(repo_id: str) -> bool:
-    """Whether it means something on the disk, there or not, rather than "owner/name" on the Hub."""
-    return Path(repo_id).exists() or repo_id.count("/") > 1 or repo_id.startswith((".", "/", "~"))
-
-
-def brief(error: Exception) -> str:
-    """Its message on one line, and not too long."""
-    return textwrap.shorten(str(error), 300, placeholder=" …")
+def hub_file(place: str, file: str) -> Path:
+    """A file of a repository on the Hub, cached or downloaded; or of a folder; or `place` if that is a file."""
+    path = Path(place)
+    if path.is_file():
+        return path
+    with from_hub(place, file):
+        if not path.is_dir():
+            return Path(hf_hub_download(place, file))
+        if not (path / file).is_file():
+            raise FileNotFoundError("it is not in this folder.")
+    return path / file
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """
-    Tensors of a safetensors file, or of one of PyTorch's, of which nothing else is unpickled.
-
-    Raises:
-        `ValueError`: for a file that holds more than tensors, or something else.
-    """
+    """Tensors of a safetensors file or of PyTorch's. Raises `ValueError` for a file that holds anything else."""
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # pickle's errors are of many kinds
-        raise ValueError(
-            f"{path} cannot be loaded as weights ({brief(error)}). Expected tensors alone, in "
-            "PyTorch's format or safetensors; other objects are not loaded, since that can run any code. If the file "
-            "is cut off, download it again."
-        ) from error
-
-
-def pretrained(loader: Any, repo_id: str, needed_by: str, option: str, **kwargs: Any) -> Any:
-    """
-    `loader.from_pretrained` of a repository on the Hub or a local folder.
-
-    Raises:
-        `FileNotFoundError`: when it cannot be had, with where it is and where to put it.
-    """
-    try:
-        return loader.from_pretrained(repo_id, **kwargs)
-    except OSError as error:
-        raise FileNotFoundError(missing_checkpoint(needed_by, repo_id, error, option=option)) from error
-
-
-def fetch_all(*fetches: Callable[[], Any]) -> list[Any]:
-    """What each of them returns. Several missing files are told of at once, rather than one after each download."""
-    found, missing = [], []
-    for fetch in fetches:
-        try:
-            found.append(fetch())
-        except FileNotFoundError as error:
-            missing.append(error)
-    if missing:
-        raise FileNotFoundError("\n".join(map(str, missing))) from missing[0]
-    return found
+        raise ValueError(f"{path} cannot be loaded as weights, tensors alone: {str(error)[:300]}") from error

@@ -1,11 +1,11 @@
 """
 What GenEval (https://huggingface.co/papers/2310.11513) asks of a picture, and whether the objects that were detected
-in it fulfil that: which objects, how many, of which colour, and where. Nothing here looks at pixels.
+in it fulfil that: which objects, how many, of which color, and where. Nothing here looks at pixels.
 """
 
-import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -17,23 +17,15 @@ COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown",
 RELATIONS = ("left of", "right of", "above", "below")
 
 _KEYS = ("class", "count", "color", "position")  # of an entry of include; the first two of one of exclude
-_MARGIN = 0.1  # of the sizes of both objects: their centres may differ by so much before one is beside the other
+_MARGIN = 0.1  # of the sizes of both objects: their centers may differ by so much before one is beside the other
 _MAX_OBJECTS = 16  # of a class; weaker detections are dropped
 
 # What GenEval, COCO, VOC and Open Images call the same things; the first is GenEval's name.
 _SYNONYMS = (
-    ("airplane", "aeroplane"),
-    ("bicycle", "bike"),
-    ("cell phone", "cellphone", "mobile phone"),
-    ("computer keyboard", "keyboard"),
-    ("computer mouse", "mouse"),
-    ("couch", "sofa"),
-    ("dining table", "diningtable"),
-    ("donut", "doughnut"),
-    ("hair drier", "hair dryer"),
-    ("motorcycle", "motorbike"),
-    ("potted plant", "pottedplant"),
-    ("tv", "television", "tv monitor", "tvmonitor"),
+    *(("airplane", "aeroplane"), ("bicycle", "bike"), ("cell phone", "cellphone", "mobile phone"), ("couch", "sofa")),
+    *(("computer keyboard", "keyboard"), ("computer mouse", "mouse"), ("dining table", "diningtable")),
+    *(("donut", "doughnut"), ("hair drier", "hair dryer"), ("motorcycle", "motorbike")),
+    *(("potted plant", "pottedplant"), ("tv", "television", "tv monitor", "tvmonitor")),
     ("tv remote", "remote", "remote control"),
 )
 _NAMES = {other: names[0] for names in _SYNONYMS for other in names}
@@ -41,7 +33,7 @@ _NAMES = {other: names[0] for names in _SYNONYMS for other in names}
 
 @dataclass(frozen=True)
 class Demand:
-    """One entry of `include`: `count` objects, of a colour, and somewhere relative to those of an earlier entry."""
+    """One entry of `include`: `count` objects, of a color, and somewhere relative to those of an earlier entry."""
 
     name: str
     count: int = 1
@@ -81,11 +73,8 @@ def canonical(name: str) -> str:
 
 def read_specification(row: Mapping[str, Any] | str | None) -> Specification | None:
     """
-    A row of GenEval's metadata, or the same as JSON, with whatever else it has beside "include", "exclude" and "tag".
-    Values that are `None` are as if they were not there: tables fill gaps with it.
-
-    Raises:
-        `ValueError`: for what cannot be checked.
+    A row of GenEval's metadata, or its JSON; `None` in it is a gap of a table. Raises `ValueError` for what cannot be
+    checked.
     """
     row = json.loads(row) if isinstance(row, str) and row.strip() else row
     if not row:
@@ -109,39 +98,27 @@ def _demand(entry: Mapping[str, Any], index: int, row: Any) -> Demand:
         raise ValueError(f"The color {color!r} of {row!r} is not one of {', '.join(COLORS)}.")
     if entry.get("position") is None:
         return Demand(name, count, color)
-    try:
-        relation, target = entry["position"]
-        target = int(target)
-    except (TypeError, ValueError):
-        relation, target = None, -1
+    relation, target = None, -1
+    with suppress(TypeError, ValueError, LookupError):
+        relation, target = entry["position"][0], int(entry["position"][1])
     if relation not in RELATIONS or not 0 <= target < index:
-        raise ValueError(
-            f"The position {entry['position']!r} of entry {index} of {row!r} must be a pair of one of "
-            f"{', '.join(RELATIONS)} and the index of an earlier entry of include."
-        )
+        expected = f"one of {', '.join(RELATIONS)} and the index of an earlier entry of include"
+        raise ValueError(f"The position {entry['position']!r} of {row!r} must be a pair of {expected}.")
     return Demand(name, count, color, relation, target)
 
 
 def _name(entry: Any, row: Any, known: Sequence[str] = _KEYS) -> str:
     name = entry.get("class") if isinstance(entry, Mapping) else None
-    if not isinstance(name, str) or not name.strip():
-        raise ValueError(
-            f"{entry!r} of {row!r} has no class; expected an entry such as "
-            '{"class": "dog", "count": 2, "color": "red", "position": ["left of", 0]}, all but the class optional.'
-        )
-    # Passed over, it would be a demand that each picture fulfils. In tables, a key of one row is None in the others.
-    for key in (key for key, value in entry.items() if key not in known and value is not None):
-        near = difflib.get_close_matches(str(key), known, n=1)
-        raise ValueError(
-            f"{entry!r} of {row!r} has an unknown key {key!r}{f'; did you mean {near[0]!r}?' if near else '.'} "
-            f"Known are {', '.join(known)}."
-        )
+    # An unknown key would be a demand that each picture fulfills. In tables, a key of one row is None in the others.
+    unknown = [key for key, value in entry.items() if key not in known and value is not None] if name else []
+    if not isinstance(name, str) or not name.strip() or unknown:
+        raise ValueError(f"{entry!r} of {row!r} has no class or unknown keys {unknown}; known are {', '.join(known)}.")
     return name
 
 
 def _count(entry: Mapping[str, Any], row: Any) -> int:
     count = 1 if entry.get("count") is None else entry["count"]
-    if isinstance(count, bool) or count != int(count) or count < 1:
+    if count != int(count) or count < 1:
         raise ValueError(f"The count of {entry!r} of {row!r} must be a whole number from 1 on.")
     return int(count)
 
@@ -172,22 +149,20 @@ def judge(
     Args:
         wanted (`Specification`): what was asked for.
         detections (`Sequence[Detection]`): what was found, in any order.
-        colors_of (`Callable`): the colours of objects of one class, one of `COLORS` for each.
+        colors_of (`Callable`): the colors of objects of one class, one of `COLORS` for each.
         threshold (`float`, *optional*, defaults to `0.3`): detections up to this confidence do not count...
         counting_threshold (`float`, *optional*, defaults to `0.9`): ... nor up to this one, if numbers are asked for.
 
     Returns:
         `(float, bool)`: the share of the demands that are met, and GenEval's verdict.
 
-        For GenEval there must be at least `count` objects of each entry of `include`, the `count` most confident of
-        them must all have the colour, and be on that side of all those of the other entry, which must be right itself;
-        and there must be fewer objects than each entry of `exclude` has.
+        For GenEval the `count` most confident objects of each entry of `include` must all have the color, and be on
+        that side of all those of the other entry, which must be right itself; and there must be fewer objects than
+        each entry of `exclude` has.
 
-        The share is the mean over what is asked for, where a number `n` for `count` gives `1 - |n - count| / count`,
-        and at least 0, so that too many are as bad as too few, as in
-        [Flow-GRPO](https://huggingface.co/papers/2505.05470); a colour gives the share of objects that have it; a
-        position 1 or 0; and so does an entry of `exclude` for a class that is not included. It is 1 if, and only if,
-        GenEval's verdict holds and the numbers are exact.
+        The share is the mean over what is asked for, as in [Flow-GRPO](https://huggingface.co/papers/2505.05470):
+        `max(0, 1 - |n - count| / count)` of `n` objects, so that too many are as bad as too few; the share of objects
+        with the color; 1 or 0 for a position, and for an entry of `exclude` whose class is not included.
     """
     limit = counting_threshold if wanted.counting else threshold
     found: dict[str, list[Detection]] = {}
@@ -209,12 +184,8 @@ def judge(
             shares.append(of_color / demand.count)
             good = good and of_color == demand.count
         if demand.relation:
-            targets = groups[demand.target]
-            good = (
-                good
-                and targets is not None
-                and all(demand.relation in relations(one.box, other.box) for one in group for other in targets)
-            )
+            pairs = [(one.box, other.box) for one in group for other in groups[demand.target] or ()]
+            good = good and bool(pairs) and all(demand.relation in relations(*pair) for pair in pairs)
             shares.append(float(good))
         groups.append(group if good else None)
         right = right and good

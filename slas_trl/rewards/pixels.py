@@ -9,45 +9,33 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from slas_trl.images import to_rgb
+from ..images import to_rgb
+from .base import describe
 
 
 _QUALITY = 95  # that of DDPO, https://huggingface.co/papers/2305.13301
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
+_REST = "everything else, the prompt included"
 
 
+@describe("how little there is to see in a picture, by its size as JPEG", _REST)
 def jpeg_compressibility(prompts: list[str], images: list[Image.Image], **columns: Any) -> list[float | None]:
     """
-    Minus the size of a picture as JPEG, which is higher the less there is to see: DDPO's reward.
-
-    Args:
-        prompts (`list[str]`): ignored.
-        images (`list[PIL.Image.Image]`): of any size, but compare those of one size only.
-        columns: ignored.
-
-    Returns:
-        `list[float]`: below 0, in kB (1000 bytes), at quality 95.
+    Minus the size of a picture as JPEG at quality 95, in kB (1000 bytes): DDPO's reward. It is higher the less there
+    is to see. Compare pictures of one size only.
     """
     return [-_kilobytes(image) for image in images]
 
 
+@describe("how much detail or noise a picture has, by its size as JPEG", _REST)
 def incompressibility(prompts: list[str], images: list[Image.Image], **columns: Any) -> list[float | None]:
     """DDPO's other reward: the same size without the minus, which is higher the more detail or noise there is."""
     return [_kilobytes(image) for image in images]
 
 
+@describe("how bright a picture is", _REST)
 def brightness(prompts: list[str], images: list[Image.Image], **columns: Any) -> list[float | None]:
-    """
-    Mean luminance of a picture.
-
-    Args:
-        prompts (`list[str]`): ignored.
-        images (`list[PIL.Image.Image]`): of any size.
-        columns: ignored.
-
-    Returns:
-        `list[float]`: from 0 (black) to 1 (white).
-    """
+    """Mean luminance of a picture, from 0 (black) to 1 (white)."""
     return [float(np.asarray(to_rgb(image)).mean((0, 1)) @ _LUMA) / 255 for image in images]
 
 

@@ -2,33 +2,34 @@
 
 import difflib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
+from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from trl import TrlParser
 
-from slas_trl import rewards
-from slas_trl.advantages import check_number
-from slas_trl.cli.launch import OPTIONS as LAUNCH_OPTIONS
-from slas_trl.rewards.by_name import SEVERAL, masked
-from slas_trl.shapes import WEIGHTS
-from slas_trl.trainer import SLASConfig
+from .. import rewards
+from ..advantages import check_number
+from ..cli.launch import OPTIONS as LAUNCH_OPTIONS
+from ..loading import EMBEDDED, load_with_adapter
+from ..rewards.resolve import SEVERAL, masked
+from ..shapes import WEIGHTS
+from ..trainer import SLASConfig
+from ..trainer.slas_config import refuse_removed
 
 
-# What `slas-trl train` does with the embedded pipeline, unless told otherwise. A YAML file and the command line, in
-# this order, override each of them; no other model is touched by them.
-SHAPES_SETTINGS: dict[str, object] = yaml.safe_load((WEIGHTS.parent / "train.yaml").read_text(encoding="utf-8"))
-
-
-# Settings of the embedded pipeline that give way when another way of saying the same is chosen.
+# Defaults of the embedded pipeline; no other model is touched by them.
+SHAPES_SETTINGS: dict[str, Any] = yaml.safe_load((WEIGHTS.parent / "train.yaml").read_text(encoding="utf-8"))
+# Those that give way when another way of saying the same is chosen.
 REPLACES = {
     "generation_batch_size": ("steps_per_generation",),
     "num_train_epochs": ("max_steps",),
     "num_inference_steps": ("sde_window_size", "sde_window_start"),
+    "reward_funcs": ("reward_weights",),
 }
 
 
@@ -38,58 +39,70 @@ class SLASScriptArguments:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Folder or Hub id of a diffusers pipeline. None is the embedded pipeline."},
+        metadata={"help": "Folder, file or Hub id of a pipeline. None, or 'shapes', is the embedded one."},
     )
     adapter: str | None = field(
-        default=None,
-        metadata={"help": "Folder or Hub id (also user/adapter@branch) of a LoRA adapter to go on from."},
+        default=None, metadata={"help": "Folder or Hub id (also user/adapter@branch) of a LoRA adapter to go on from."}
     )
     reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={"help": "Names in slas_trl.rewards, package.module:function or file.py:function. May be several."},
+        default=None, metadata={"help": "Names in slas_trl.rewards, package.module:function or file.py:function."}
     )
     eval_reward_funcs: list[str] | None = field(
         default=None, metadata={"help": "Held-out rewards: scored in evaluation, never trained on."}
     )
     dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Prompts: a file (txt, jsonl, csv, tsv, parquet), 'shapes', or a Hub id."},
+        default=None, metadata={"help": "Prompts: a file (txt, jsonl, csv, tsv, parquet), 'shapes', or a Hub id."}
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on, where there is one."})
     eval_dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Prompts to evaluate on, where they are not a split of dataset_name."},
+        default=None, metadata={"help": "Prompts to evaluate on, where they are not a split of dataset_name."}
     )
     report_prompts: int | None = field(
         default=None,
-        metadata={
-            "help": "Number of prompts sampled before and after training for the report. None is all held-out ones "
-            "of the embedded pipeline and 16 of any other's; 0 leaves this part out."
-        },
+        metadata={"help": "Prompts of the report (the embedded pipeline's held-out ones, or 16). 0 leaves it out."},
     )
     report_images_per_prompt: int = field(default=4, metadata={"help": "Pictures of each prompt of the report."})
 
     def __post_init__(self):
+        if self.model_name_or_path == EMBEDDED:
+            self.model_name_or_path = None
         if isinstance(self.reward_funcs, str | dict):  # `reward_funcs: clip_score` in YAML
             self.reward_funcs = [cast(str, self.reward_funcs)]
         if isinstance(self.eval_reward_funcs, str | dict):
             self.eval_reward_funcs = [cast(str, self.eval_reward_funcs)]
         # Before all else that may be wrong: without the reward, the rest of a configuration is of no use.
         for name in [*(self.reward_funcs or []), *(self.eval_reward_funcs or [])]:
-            if not isinstance(name, str):
-                raise ValueError(
-                    f"a reward must be a name, but YAML read {masked(repr(name))}: in 'hpsv2: version=v2.0', leave "
-                    "out the space after the colon, or put all of it in quotes."
-                )
-            if not {":", "."} & set(name) and name not in rewards.NAMES:
-                several = f" If these are several: {SEVERAL}" if "," in name else ""
-                raise ValueError(
-                    f"there is no reward {masked(name)!r}: expected one of {', '.join(rewards.NAMES)}, or "
-                    f"package.module:function or file.py:function for one of your own.{several}"
-                )
+            _check_reward(name)
         check_number("report_prompts", self.report_prompts or 0, "[0, inf)")
         check_number("report_images_per_prompt", self.report_images_per_prompt, "[1, inf)")
+
+    def named_rewards(self) -> list[str]:
+        """`reward_funcs`. Raises `ValueError` without any."""
+        if self.reward_funcs is None:
+            raise ValueError(
+                "--reward_funcs is missing: name one or more of slas_trl.rewards, or package.module:function."
+            )
+        return self.reward_funcs
+
+    def load_pipeline(self, config: SLASConfig) -> DiffusionPipeline:
+        """The pipeline, with the adapter to go on from. Raises `ValueError` if they are not there or do not fit."""
+        kwargs = cast(dict, config.model_init_kwargs)
+        return load_with_adapter(self.model_name_or_path, self.adapter, kwargs, config.hub_token)
+
+
+def _check_reward(name: Any) -> None:
+    if not isinstance(name, str):
+        raise ValueError(
+            f"a reward must be a name, but YAML read {masked(repr(name))}: in 'hpsv2: version=v2.0', leave out the "
+            "space after the colon, or put all of it in quotes."
+        )
+    if not {":", "."} & set(name) and name not in rewards.NAMES:
+        several = f" If these are several: {SEVERAL}" if "," in name else ""
+        raise ValueError(
+            f"there is no reward {masked(name)!r}: expected one of {', '.join(rewards.NAMES)}, or "
+            f"package.module:function or file.py:function for one of your own.{several}"
+        )
 
 
 @dataclass
@@ -99,7 +112,7 @@ class LoraArguments:
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter rather than all weights."})
     lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA scale, divided by the rank."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Has to be 0: see the error otherwise."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Has to be 0: it would change the policy."})
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Layers to adapt. None is the attention projections."}
     )
@@ -108,11 +121,6 @@ class LoraArguments:
     def __post_init__(self):
         check_number("lora_r", self.lora_r, "[1, inf)")
         check_number("lora_alpha", self.lora_alpha, "(0, inf)")  # at 0 the adapter would do nothing
-        if self.lora_dropout != 0:
-            raise ValueError(
-                f"lora_dropout must be 0, got {self.lora_dropout}: with dropout, the probabilities recorded while "
-                "sampling are not those of the policy that is trained. Leave it out."
-            )
         if isinstance(self.lora_target_modules, str):
             self.lora_target_modules = [self.lora_target_modules]
 
@@ -120,10 +128,8 @@ class LoraArguments:
         """The adapter's configuration, or `None` for full fine-tuning."""
         if not self.use_peft:
             return None
-        targets, rank_stabilized = self.lora_target_modules, self.use_rslora
-        return LoraConfig(
-            r=self.lora_r, lora_alpha=self.lora_alpha, target_modules=targets, use_rslora=rank_stabilized
-        )
+        given = {f.name.removeprefix("lora_"): getattr(self, f.name) for f in fields(self) if f.name != "use_peft"}
+        return LoraConfig(**{{"alpha": "lora_alpha", "dropout": "lora_dropout"}.get(k, k): given[k] for k in given})
 
 
 DATACLASSES = (SLASScriptArguments, LoraArguments, SLASConfig)
@@ -137,7 +143,10 @@ class _Parser(TrlParser):
 
 
 def parse(
-    argv: Sequence[str], prog: str = "slas-trl train", one_process: bool = False
+    argv: Sequence[str],
+    prog: str = "slas-trl train",
+    one_process: bool = False,
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[SLASScriptArguments, LoraArguments, SLASConfig]:
     """
     Settings from the command line, over those of the YAML file after `--config`, over the defaults.
@@ -145,10 +154,16 @@ def parse(
     Args:
         argv (`Sequence[str]`): Command line without the program's name.
         prog (`str`, *optional*, defaults to `"slas-trl train"`): The program's name.
-        one_process (`bool`, *optional*, defaults to `False`): Whether to read a file for several as one of them does.
+        one_process (`bool`, *optional*, defaults to `False`):
+            Whether the command is for one process, which reads a file for several as one of them does.
+        settings (`Mapping[str, Any]`, *optional*): In place of a YAML file, see [`take_config`].
 
-    Returns one instance of each of `DATACLASSES`. Raises `ValueError` for an unknown field, naming the nearest known
-    one, and for values that do not fit; `FileNotFoundError` if there is no such YAML file.
+    Returns:
+        One instance of each of `DATACLASSES`.
+
+    Raises:
+        `ValueError`: for an unknown field, naming the nearest known one, and for values that do not fit.
+        `FileNotFoundError`: when there is no such YAML file.
     """
     parser = _Parser(
         list(DATACLASSES),
@@ -159,58 +174,71 @@ def parse(
         + ", as in `accelerate launch`.",
         allow_abbrev=False,
     )
-    # TrlParser does not know "--config=FILE".
-    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    values: dict[str, object] = {}
-    rest = list(argv)
-    if "--config" in argv:
-        place = argv.index("--config")
-        if place + 1 == len(argv):
-            raise ValueError("--config needs the name of a YAML file after it.")
-        values = read_yaml(argv[place + 1])
-        rest = [*argv[:place], *argv[place + 2 :]]
-        _refuse_unknown(values.keys() - {"env"}, f"field in {argv[place + 1]}", prefix="")
+    rest, values = take_config(argv) if settings is None else (list(argv), dict(settings))
+    flags = flags_of(rest)
+    refuse_removed(flags)
     given, unknown = parser.parse_known_args(rest)
     if unknown:
-        options = [word[2:].split("=")[0].replace("-", "_") for word in unknown if word.startswith("--")]
-        _refuse_unknown(options, "option", prefix="--")
+        _refuse_unknown(flags_of(unknown), "option", prefix="--")
         raise ValueError(f"unexpected {' '.join(unknown)!r}: every value follows the --name of a field.")
-
-    chosen = values.keys() | {word[2:].split("=")[0].replace("-", "_") for word in rest if word.startswith("--")}
+    chosen = values.keys() | flags.keys()
     adapter, of_a_new_one = given.adapter or values.get("adapter"), {f.name for f in fields(LoraArguments)}
     if adapter is not None and (clash := sorted(chosen & of_a_new_one)):
         raise ValueError(
             f"{', '.join(clash)} would be of a new adapter, but {adapter} has a configuration of its own; leave "
             f"{'it' if len(clash) == 1 else 'them'} out."
         )
-    if given.model_name_or_path is None and values.get("model_name_or_path") is None:
-        settings = {k: v for k, v in SHAPES_SETTINGS.items() if adapter is None or k not in of_a_new_one}
-        if given.reward_funcs is not None or "reward_funcs" in values:
-            del settings["reward_weights"]  # those of other rewards
-        for name, replaced in REPLACES.items():
-            if name in chosen:
-                settings = {key: value for key, value in settings.items() if key not in replaced}
-        parser.set_defaults_with_config(**settings)
-    if one_process and {"generation_batch_size", "steps_per_generation"} <= values.keys():
-        # The first is of all processes together, of which there would be more.
-        os.environ.update(cast(dict, values.pop("env", {})))
-        del values["generation_batch_size"]
-        parser.set_defaults_with_config(**values)
-        argv = rest
-    script, lora, config = parser.parse_args_and_config(argv)
-    return cast(SLASScriptArguments, script), cast(LoraArguments, lora), cast(SLASConfig, config)
+    if (given.model_name_or_path or values.get("model_name_or_path")) in (None, EMBEDDED):
+        gone = {name for other in chosen & REPLACES.keys() for name in REPLACES[other]}
+        gone |= of_a_new_one if adapter is not None else set()
+        parser.set_defaults_with_config(**{k: v for k, v in SHAPES_SETTINGS.items() if k not in gone})
+    if one_process and "steps_per_generation" in values:  # the other is of all processes together, of which it knows
+        values.pop("generation_batch_size", None)
+    os.environ.update({name: str(value) for name, value in (values.pop("env", None) or {}).items()})
+    parser.set_defaults_with_config(**values)
+    script, lora, config = cast(Any, parser.parse_args_into_dataclasses(rest))
+    if one_process and config.world_size > 1:
+        raise ValueError(f"{prog} runs in one process, but there are {config.world_size}. Start it alone.")
+    return script, lora, config
 
 
-def read_yaml(path: str) -> dict[str, Any]:
+def take_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """
+    The command line without `--config FILE`, and what is in that file.
+
+    Raises:
+        `ValueError`, `FileNotFoundError`: when the file is not there, or not one of known fields.
+    """
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" not in words:
+        return words, {}
+    place = words.index("--config")
+    if place + 1 == len(words):
+        raise ValueError("--config needs the name of a YAML file after it.")
+    path = words[place + 1]
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}, which --config names.")
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
-        raise ValueError(f"{path} must hold 'field: value' lines, got {type(config).__name__}.")
-    return config
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"{path} must hold 'field: value' lines, got {type(values).__name__}.")
+    refuse_removed(values)
+    _refuse_unknown(values.keys() - {"env"}, f"field in {path}", prefix="")
+    return [*words[:place], *words[place + 2 :]], values
+
+
+def flags_of(argv: Sequence[str]) -> dict[str, str]:
+    """The word after each --name, by name."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    return {w[2:].replace("-", "_"): after for w, after in zip(words, [*words[1:], ""], strict=False) if w[:2] == "--"}
+
+
+def _flags(argv: Sequence[str]) -> dict[str, str]:
+    """The word after each --name, by name."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    return {w[2:].replace("-", "_"): after for w, after in zip(words, [*words[1:], ""], strict=False) if w[:2] == "--"}
 
 
 def _refuse_unknown(names: Iterable[str], what: str, prefix: str) -> None:

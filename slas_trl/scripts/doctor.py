@@ -1,214 +1,230 @@
 """
-`slas-trl doctor`: would this training start, and what would it be like? Takes the options of `slas-trl train`, does
-what its first rollout and its first micro-step do, and prints what it finds. It trains nothing and writes nothing.
+`slas-trl doctor`: would this training start, and what would it be like? Takes the options of `slas-trl train`, makes
+the first update of that training, and prints what was measured, or the first problem. Nothing is kept of it.
 """
 
-import math
+import os
 import sys
 import tempfile
-from collections.abc import Sequence
+import textwrap
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
+from transformers import PrinterCallback, TrainerState
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from slas_trl.policy.doctor import denoisers_of, pipeline_problems
-from slas_trl.rewards.by_name import RewardFunc, resolve_reward, reward_name
-from slas_trl.schedulers import stochastic_scheduler
+from slas_trl.cli.main import BAD_INPUT
+from slas_trl.images import still
+from slas_trl.policy import PipelineReplayer, Rollout
+from slas_trl.policy.checks import denoisers_of
+from slas_trl.run_files import TRAINER_STATE
+from slas_trl.schedulers import FlowSDEScheduler
 from slas_trl.scripts.arguments import LoraArguments, SLASScriptArguments, parse
-from slas_trl.scripts.doctor_report import DoctorReport, print_findings, print_pipeline, print_row, print_weights
-from slas_trl.scripts.examination import ExaminedTrainer, Findings
-from slas_trl.scripts.model import make_pipeline
 from slas_trl.scripts.train import eval_prompts, train_prompts
-from slas_trl.trainer import SLASConfig
+from slas_trl.statistics import text_table
+from slas_trl.trainer import SLASConfig, SLASTrainer
 from slas_trl.trainer.checkpoints import last_whole_checkpoint, read_state
-from slas_trl.trainer.prompts import load_prompts
-from slas_trl.trainer.scoring import RewardScorer
+
+
+WIDTH, LABEL = 96, 18
+EVALUATED = 2  # prompts of an evaluation, which scores the held-out rewards
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 if training could start, and 1 if not."""
     script, lora, config = parse(sys.argv[1:] if argv is None else argv, prog="slas-trl doctor", one_process=True)
-    if config.world_size > 1:
-        raise ValueError(f"slas-trl doctor runs in one process, but there are {config.world_size}. Start it alone.")
     sys.path.append(str(Path.cwd()))  # as for `slas-trl train`
-    pipe = make_pipeline(script, config)
-    with tempfile.TemporaryDirectory() as folder:
-        findings = Doctor(pipe, script, lora, config, folder).examine()
-    print_findings(findings)
-    return 1 if findings.refusals else 0
+    pipe = script.load_pipeline(config)
+    print_pipeline(pipe, script.model_name_or_path or "the embedded one")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            examine(pipe, script, lora, config, folder)
+    except Exception as error:  # of a pipeline or reward of the user's own, it may be of any kind
+        print(file=sys.stderr)  # ends the line of a progress bar
+        if os.environ.get("SLAS_TRL_DEBUG") == "1":
+            traceback.print_exception(error)
+        print(f"\nTraining cannot start:\n{_wrapped(problem_of(error), '- ', '  ')}")
+        return 1
+    print("\nTraining can start.")
+    return 0
 
 
-class Doctor:
+def examine(
+    pipe: DiffusionPipeline, script: SLASScriptArguments, lora: LoraArguments, config: SLASConfig, folder: str
+) -> None:
+    """Make one update and print what it was like. What the trainer writes goes to `folder`; it raises the problem."""
+    if not script.reward_funcs:
+        raise ValueError(
+            "No reward is named. Give --reward_funcs: functions of slas_trl.rewards, or package.module:function."
+        )
+    checkpoint = checkpoint_of(config)
+    config.output_dir, config.push_to_hub, config.report_to, config.log_completions = folder, False, [], False
+    trainer = SLASTrainer(
+        model=pipe,
+        reward_funcs=script.reward_funcs,
+        args=config,
+        train_dataset=train_prompts(script),
+        eval_dataset=eval_prompts(script, config),
+        peft_config=lora.peft_config(),
+        eval_reward_funcs=script.eval_reward_funcs,
+    )
+    trainer.remove_callback(PrinterCallback)
+    print_trained(trainer, is_adapter=lora.use_peft or script.adapter is not None)
+    config.max_steps = 1
+    if checkpoint is not None:
+        config.max_steps += TrainerState.load_from_json(str(checkpoint / TRAINER_STATE)).global_step
+    config.logging_strategy, config.logging_steps = IntervalStrategy.STEPS, 1
+    config.save_strategy, config.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
+    config.load_best_model_at_end = config.eval_on_start = False
+    print(f"slas-trl doctor: one update, of {config.generation_batch_size} images ...", file=sys.stderr)
+    sampling = Sampling(trainer.replayer, config.num_trained_timesteps)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    log = next(line for line in reversed(trainer.state.log_history) if "loss" in line)
+    for label, text in sampling.rows.items():
+        print_row(label, text)
+    print_update(config, log)
+    evaluation = {}
+    if isinstance(data := trainer.eval_dataset, Dataset):
+        evaluation = trainer.evaluate(data.select(range(min(EVALUATED, len(data)))))
+    print_rewards(trainer, log, evaluation)
+    print_time(trainer, log, sampling.seconds)
+
+
+def checkpoint_of(config: SLASConfig) -> Path | None:
+    """The whole checkpoint that the run would go on from, if any."""
+    name = config.resume_from_checkpoint
+    if not name:
+        return None
+    folder = last_whole_checkpoint(config.run_dir) if name in ("true", "True") else Path(name)
+    if folder is None:
+        raise ValueError(f"resume_from_checkpoint: there is no whole checkpoint in {config.output_dir!r}.")
+    read_state(folder)
+    return folder
+
+
+class Sampling:
     """
-    Args:
-        pipe ([`~diffusers.DiffusionPipeline`]): the pipeline; what is wrong with it is put right where that can be.
-        script, lora, config: the options of `slas-trl train`; those that are refused are replaced.
-        folder (`str`): where to write what is written all the same.
+    Takes the place of a replayer's `sample`, to describe the first rollout and to measure the time.
+
+    Attributes:
+        rows (`dict[str, str]`): description of the first chunk.
+        seconds (`float`): of all calls.
     """
 
-    def __init__(
-        self,
-        pipe: DiffusionPipeline,
-        script: SLASScriptArguments,
-        lora: LoraArguments,
-        config: SLASConfig,
-        folder: str,
-    ):
-        self.pipe: Any = pipe
-        self.script, self.lora, self.config = script, lora, config
-        self.findings = Findings()
-        # Neither files nor a repository on the Hub.
-        self.output_dir, config.output_dir, config.push_to_hub = Path(config.output_dir or "."), folder, False
+    def __init__(self, replayer: PipelineReplayer, trained: int):
+        self.rows: dict[str, str] = {}
+        self.seconds = 0.0
+        self._trained = trained
+        self._sample, replayer.sample = replayer.sample, self  # type: ignore[method-assign]
 
-    def examine(self) -> Findings:
-        """Examine all of it, and print the report."""
-        config, findings = self.config, self.findings
-        findings.refusals += pipeline_problems(self.pipe)
-        scheduler = self._converted_scheduler()
-        print_pipeline(self.pipe, self.script.model_name_or_path or "the embedded one", scheduler)
-        self._put_right(scheduler)
-        weights = config.reward_weights
-        functions, all_rewards = self._rewards()
-        self.held_out = self._usable(self.script.eval_reward_funcs or [])
-        data, eval_data = self._prompts()
-        trainer = None
-        if data is not None and not list(pipeline_problems(self.pipe)):
-            trainer = self._trainer(functions or [_no_reward], data, eval_data)
-        if trainer is None:
-            print_weights(self.pipe)
-            return findings
-        report = DoctorReport(trainer, self.script.adapter, findings)
-        report.print_trained()
-        # Whole chunks and whole groups, of the first rollout.
-        images = math.lcm(config.per_device_train_batch_size, config.num_generations)
-        print(f"slas-trl doctor: sampling {images} images ...", file=sys.stderr)
-        trainer.examine(next(iter(trainer.get_train_dataloader()))[:images], findings)
-        if trainer.rollout is None:
-            print_weights(self.pipe)
-            return findings
-        report.print_sampling(trainer.rollout)
-        if trainer.rewards is not None and functions:
-            report.print_rewards(trainer.rewards, as_asked=all_rewards and config.reward_weights == weights)
-        report.print_costs(trainer.rollout)
-        return findings
-
-    def _converted_scheduler(self) -> Any:
-        if self.pipe.components.get("scheduler") is None:
-            return None
-        try:
-            return stochastic_scheduler(
-                self.pipe,
-                noise_schedule=self.config.noise_schedule,
-                noise_level=self.config.noise_level,
-                eta=self.config.eta,
-            )
-        except ValueError as error:
-            self.findings.refuse(error)
-            return None
-
-    def _put_right(self, scheduler: Any) -> None:
-        """What is refused of the pipeline is put right in memory where it can be, so that the rest can be measured."""
-        changed = []
-        for module in [m for denoiser in denoisers_of(self.pipe).values() for m in denoiser.modules()]:
-            if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
-                module.p = 0.0
-                changed = ["without dropout"]
-        if scheduler is not None and self.pipe.scheduler.order != 1:
-            self.pipe.scheduler = scheduler
-            changed.append("with the converted scheduler")
-        if changed:
-            print_row("measured", f"{' and '.join(changed)}; see what is refused below")
-
-    def _rewards(self) -> tuple[list[RewardFunc], bool]:
-        """The rewards that can be used, and whether these are all."""
-        named = self.script.reward_funcs or []
-        if not named:
-            self.findings.refusals.append(
-                "No reward is named: rewards not checked. Give --reward_funcs: functions of slas_trl.rewards, or "
-                "package.module:function."
-            )
-        functions = self._usable(named)
-        usable = list({reward_name(function): function for function in functions}.values())
-        if len(usable) < len(functions):
-            try:
-                RewardScorer(functions)
-            except ValueError as error:  # two of one name
-                self.findings.refuse(error)
-        if len(usable) < len(named):
-            self.config.reward_weights = None  # they were for all of them
-        return usable, len(usable) == len(named)
-
-    def _usable(self, named: list[str]) -> list[RewardFunc]:
-        functions = []
-        for reward in named:
-            try:
-                functions.append(resolve_reward(reward))
-            except (ValueError, TypeError, OSError, ImportError) as error:
-                self.findings.refuse(error)
-        return functions
-
-    def _prompts(self) -> tuple[Dataset | None, Dataset | None]:
-        """To train and to evaluate on."""
-        data = eval_data = None
-        try:
-            data = train_prompts(self.script)
-            data = load_prompts(self.config.prompt_dataset) if data is None else data
-        except Exception as error:
-            self.findings.refuse(error)
-        try:
-            eval_data = eval_prompts(self.script, self.config)
-        except Exception as error:
-            self.findings.refuse(error)
-            self.config.eval_strategy = "no"
-        return data, eval_data
-
-    def _trainer(
-        self, functions: list[RewardFunc], data: Dataset, eval_data: Dataset | None
-    ) -> ExaminedTrainer | None:
-        """The trainer. What it refuses is left aside where that can be, to find what else it refuses."""
-        config = self.config
-        prompts = config.images_per_rollout // config.num_generations
-        while True:
-            try:
-                trainer = ExaminedTrainer(
-                    self.pipe,
-                    functions,
-                    config,
-                    data,
-                    eval_data,
-                    peft_config=self.lora.peft_config(),
-                    eval_reward_funcs=self.held_out,
-                )
-                break
-            except Exception as error:
-                self.findings.refuse(error)
-            if config.reward_weights is not None and len(config.reward_weights) != len(functions):
-                config.reward_weights = None
-            elif self.held_out:
-                self.held_out = []
-            elif len(data) < prompts:
-                data = data.select([i % len(data) for i in range(prompts)])
-            else:
-                return None
-        if config.resume_from_checkpoint:
-            try:
-                self._resume(trainer, config.resume_from_checkpoint)
-            except Exception as error:
-                self.findings.refuse(error)
-        return trainer
-
-    def _resume(self, trainer: ExaminedTrainer, checkpoint: str) -> None:
-        folder = last_whole_checkpoint(self.output_dir) if checkpoint in ("true", "True") else Path(checkpoint)
-        if folder is None:
-            raise ValueError(f"There is no whole checkpoint in {str(self.output_dir)!r} to resume from.")
-        read_state(folder)
-        trainer._load_from_checkpoint(str(folder))
-        trainer._micro_step = 0  # a rollout of its own
+    def __call__(self, **call: Any) -> Rollout:
+        start = time.perf_counter()
+        rollout = self._sample(**call)
+        self.seconds += time.perf_counter() - start
+        self.rows = self.rows or rollout_rows(rollout, self._trained)
+        return rollout
 
 
-def _no_reward(prompts: list[str], images: list[Any], **columns: Any) -> list[None]:
-    """Stands in where no reward can be used."""
-    return [None] * len(images)
+def rollout_rows(rollout: Rollout, trained: int) -> dict[str, str]:
+    """Sizes, calls of the denoiser and steps, by label."""
+    width, height = still(rollout.images[0]).size
+    latents = " x ".join(map(str, rollout.steps[0].sample.shape[1:]))
+    calls = Counter(len(step.outputs) for step in rollout.steps)
+    noise = ", ".join(f"{step.std:.3g}" for step in rollout.steps)
+    return {
+        "images": f"{width} x {height} pixels, from latents of {latents}",
+        "denoiser calls": " or ".join(f"{number} per step" for number in sorted(calls)),
+        "steps": f"{len(rollout.steps)}, of which {len(rollout.trainable_steps)} stochastic and {trained} trained; "
+        f"std of each: {noise}",
+    }
+
+
+def print_pipeline(pipe: DiffusionPipeline, source: str) -> None:
+    print_row("pipeline", f"{type(pipe).__name__}, {source}")
+    for name, denoiser in denoisers_of(pipe).items():
+        print_row("denoiser", f"{name}: {type(denoiser).__name__}, {_parameters(denoiser.parameters())}")
+
+
+def print_trained(trainer: SLASTrainer, is_adapter: bool) -> None:
+    scheduler, model = cast(Any, trainer.replayer.scheduler), cast(torch.nn.Module, trainer.model)
+    is_flow = isinstance(scheduler, FlowSDEScheduler)
+    names = ("noise_schedule", "noise_level") if is_flow else ("prediction_type", "eta")
+    settings = ", ".join(f"{name} {scheduler.config[name]}" for name in names)
+    print_row("scheduler", f"{type(trainer.pipe.scheduler).__name__} -> {type(scheduler).__name__}, {settings}")
+    what, precision = "adapter" if is_adapter else "all weights", trainer.args.mixed_precision
+    autocast = "" if precision == "no" else f", autocast to {precision}"
+    print_row("trained", f"{what}: {_parameters(p for p in model.parameters() if p.requires_grad)}{autocast}")
+
+
+def print_update(config: SLASConfig, log: dict[str, float]) -> None:
+    """Ratio, KL and advantages, as the trainer logged them."""
+    allowed = min(1e-5, config.epsilon / 10)
+    print_row("max |ratio - 1|", f"{log['ratio/max_deviation']:.3g} before the update (allowed: {allowed:g})")
+    for key, label in (("kl", "KL to reference"), ("trust_region/kl", "KL of update")):
+        if key in log:
+            print_row(label, f"{log[key]:.3g} nats per element of a latent")
+    print_row(
+        "advantages",
+        f"gamma {log['gamma']:g}, |A| up to {log['advantages/abs_max']:.3g}; effective share "
+        f"{log['advantages/effective_share']:.3f}; groups without a difference {log['frac_reward_zero_std']:.0%}",
+    )
+    print_row("reward", f"mean {log['reward']:.4g}, std within a group {log['reward_std']:.3g}")
+
+
+def print_rewards(trainer: SLASTrainer, log: dict[str, float], evaluation: dict[str, float]) -> None:
+    """Each reward on the images of the rollout, and the held-out ones on those of a few evaluation prompts."""
+    names, everyone = trainer.scorer.names, trainer.eval_scorer.names
+    weights = dict(zip(names, trainer.args.reward_weights or [1.0] * len(names), strict=True))
+    kinds = ("mean", "std", "nan_share", "time")
+    rows = [("reward", "mean", "std", "no score", "seconds", "weight")]
+    for name in everyone:
+        source, prefix = (log, "") if name in weights else (evaluation, "eval_")
+        if f"{prefix}rewards/{name}/mean" not in source:
+            continue
+        mean, std, missing, seconds = (source[f"{prefix}rewards/{name}/{key}"] for key in kinds)
+        weight = f"{weights[name]:g}" if name in weights else "held out"
+        rows.append((name, f"{mean:.4g}", f"{std:.3g}", f"{missing:.0%}", f"{seconds:.2g}", weight))
+    print(textwrap.indent(text_table(rows), "    "))
+
+
+def print_time(trainer: SLASTrainer, log: dict[str, float], sampling: float) -> None:
+    config, device = trainer.args, trainer.accelerator.device
+    text = (
+        f"{log['step_time']:.2g} s for the first update, of which {sampling:.2g} s to sample "
+        f"{config.generation_batch_size} images; a rollout serves "
+        f"{config.micro_steps_per_rollout / config.micro_steps_per_update:g} update(s)"
+    )
+    print_row("time", text)
+    if device.type == "cuda":
+        print_row("peak memory", f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}")
+
+
+def problem_of(error: Exception) -> str:
+    """The message, with the kind of an error that is nobody's input."""
+    message = str(error) if isinstance(error, BAD_INPUT) else f"{type(error).__name__}: {error}"
+    if isinstance(error, torch.OutOfMemoryError):
+        message += " Lower per_device_train_batch_size, set activation_checkpointing, or train an adapter (use_peft)."
+    return message
+
+
+def print_row(label: str, text: str) -> None:
+    print(_wrapped(text, f"{label:<{LABEL}}", " " * LABEL))
+
+
+def _wrapped(text: str, first: str, following: str) -> str:
+    options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    text = " ".join(text.split())
+    return textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=following, **options)
+
+
+def _parameters(parameters: Iterable[torch.nn.Parameter]) -> str:
+    every = list(parameters)
+    dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in every}))
+    return f"{sum(p.numel() for p in every):,} parameters, {dtypes}"

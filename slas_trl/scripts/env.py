@@ -5,32 +5,14 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from slas_trl import __version__
+from .. import __version__
 
 
 PACKAGES = (
-    "torch",
-    "diffusers",
-    "transformers",
-    "accelerate",
-    "peft",
-    "trl",
-    "datasets",
-    "huggingface_hub",
-    "safetensors",
-    "numpy",
-    "scipy",
-    "pillow",
-    "matplotlib",
+    *("torch", "diffusers", "transformers", "accelerate", "peft", "trl", "datasets", "huggingface_hub", "safetensors"),
+    *("numpy", "scipy", "pillow", "matplotlib"),
     # optional
-    "torchvision",
-    "open_clip_torch",
-    "rapidocr",
-    "deepspeed",
-    "bitsandbytes",
-    "tensorboard",
-    "trackio",
-    "wandb",
+    *("torchvision", "open_clip_torch", "rapidocr", "deepspeed", "bitsandbytes", "tensorboard", "trackio", "wandb"),
 )
 
 

@@ -14,15 +14,11 @@ def make_parser(prog: str = "slas-trl generate") -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, help="picture to write; several pictures make one sheet")
     parser.add_argument(
         "--model_name_or_path",
-        help="folder or Hub id of a pipeline (default: the one that the adapter's card names, or the embedded one)",
+        help="folder, file or Hub id of a pipeline (default: that of the adapter's card, or the embedded one)",
     )
     parser.add_argument("--adapter", help="folder or Hub id of a LoRA adapter, such as a run's output_dir")
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        default="float32",
-        help="of the pipeline and the adapter; the one of training gives its pictures (default: float32)",
-    )
+    dtypes = ["float32", "bfloat16", "float16"]
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="that of training (default: float32)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture, the next has the next one")
     parser.add_argument("--num_images", type=int, default=1, help="number of pictures (default: 1)")
     parser.add_argument("--num_inference_steps", type=int, help="denoising steps (default: the pipeline's)")
@@ -35,25 +31,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = Path(args.output)
     _check(args, output)
 
-    # Only now: loading takes seconds, and what is wrong with the arguments should be said before.
+    # Only now: these imports take seconds, and bad arguments should be reported before.
     import torch
 
-    from slas_trl.policy import call_pipeline
-    from slas_trl.policy.doctor import load_pipeline
-    from slas_trl.reporting import sample_grid
-    from slas_trl.shapes import load_shapes_pipeline
-    from slas_trl.trainer.published import base_model_of, load_adapter
+    from ..loading import base_model_of, load_with_adapter
+    from ..policy import call_pipeline
+    from ..reports.samples import sample_grid
 
     model = args.model_name_or_path
     if model is None and args.adapter is not None and (model := base_model_of(args.adapter)) is not None:
         print(f"The card of {args.adapter} names {model} as its base model, which is used.")
-    pipe: Any  # every pipeline's call has its own arguments
-    if model is None:
-        pipe = load_shapes_pipeline(getattr(torch, args.dtype))
-    else:
-        pipe = load_pipeline(model, {"dtype": args.dtype})
-    if args.adapter is not None:
-        load_adapter(pipe, args.adapter)
+    pipe: Any = load_with_adapter(model, args.adapter, {"dtype": args.dtype})
     if torch.cuda.is_available():
         pipe.to("cuda")
     prompts = [args.prompt] * args.num_images
@@ -72,13 +60,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _check(args: argparse.Namespace, output: Path) -> None:
     if not args.prompt.strip():
         raise ValueError("--prompt is empty.")
-    if args.num_images < 1:
-        raise ValueError(f"--num_images must be at least 1, got {args.num_images}.")
-    if args.num_inference_steps is not None and args.num_inference_steps < 1:
-        raise ValueError(f"--num_inference_steps must be at least 1, got {args.num_inference_steps}.")
+    for name in ("num_images", "num_inference_steps"):
+        if (number := getattr(args, name)) is not None and number < 1:
+            raise ValueError(f"--{name} must be at least 1, got {number}.")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"the folder {output.parent} of --output does not exist. Make it first.")
-    if output.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--output must end in the name of an image format, such as .png, got {output.name!r}.")
-    if output.is_dir():
-        raise IsADirectoryError(f"--output {output} is a folder. Add a file name, such as x.png.")
+    if output.suffix.lower() not in Image.registered_extensions() or output.is_dir():
+        raise ValueError(f"--output must be a file with the name of an image format, such as x.png, got {output}.")

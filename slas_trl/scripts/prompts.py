@@ -1,38 +1,36 @@
 """
-`slas-trl prompts`: which prompts are worth training on. `score` samples images of each prompt as training would, and
-writes how much their rewards differ; `filter` writes the list of those whose rewards differ enough.
+`slas-trl prompts score`: which prompts are worth training on. Samples images of each prompt as training would, and
+writes the prompts again, with how much their rewards differ.
 """
 
 import argparse
+import hashlib
+import json
+import math
+import os
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import datasets
+import numpy as np
 import torch
+from datasets import Dataset
 from tqdm.auto import tqdm
 
-from slas_trl.advantages import Advantages
-from slas_trl.policy import Rollout
-from slas_trl.rewards.by_name import masked
-from slas_trl.scripts.arguments import SLASScriptArguments, parse
-from slas_trl.scripts.model import make_pipeline
-from slas_trl.scripts.prompt_scores import (
-    FORMATS,
-    ScoreFile,
-    Selection,
-    fingerprint,
-    read_scores,
-    spread,
-    write_prompts,
-)
-from slas_trl.scripts.train import train_prompts
-from slas_trl.trainer import SLASConfig, SLASTrainer
-from slas_trl.trainer.experts import calls_of
-from slas_trl.trainer.prompts import load_prompts
-from slas_trl.trainer.scoring import Scores
+from ..advantages import compute_advantages
+from ..policy.checks import denoisers_of
+from ..rewards.resolve import masked
+from ..run_files import read_lines, write_lines, write_text
+from ..trainer import SLASConfig, SLASTrainer, sampling
+from ..trainer.pipeline_inputs import as_pictures, is_picture_column
+from ..trainer.prompts import load_prompts
+from ..trainer.scoring import Scoring
+from .arguments import SLASScriptArguments, parse
+from .train import train_prompts
 
 
 # Settings that the scores depend on, beside the prompts, the model and the rewards.
@@ -41,6 +39,11 @@ DECISIVE = (
     *("height", "width", "eta", "noise_schedule", "noise_level", "sde_window_size", "sde_window_start"),
     *("sde_window_slide_every", "init_same_noise", "pipeline_columns", "pipeline_kwargs", "reward_weights"),
     *("model_init_kwargs", "bf16", "fp16"),
+)
+FILTER = (
+    "prompts filter was removed: scores are columns of what prompts score writes (mean, std, under rewards those of "
+    "each reward), and filtering is one line: datasets.load_dataset('json', data_files='scores.jsonl', split='train')"
+    ".filter(lambda row: (row['std'] or 0) > 0.01).to_json('kept.jsonl')"
 )
 
 
@@ -51,45 +54,30 @@ def make_parser(prog: str = "slas-trl prompts") -> argparse.ArgumentParser:
         "score",
         allow_abbrev=False,
         help="sample num_generations images of each prompt and write mean, std and share of distinct scores",
-        description="Sample --num_generations images of each prompt, as training would, and write for each prompt "
+        description="Sample --num_generations images of each prompt, as training would, and write each prompt with "
         "mean, std and share of distinct values of every reward and of their weighted sum. What is there already is "
         "not computed again.",
         epilog="All options of slas-trl train say what is sampled and how: --config, --model_name_or_path, "
         "--adapter, --dataset_name, --reward_funcs, --reward_weights, --num_generations, --seed ... Without "
         "--model_name_or_path: the embedded pipeline.",
     )
-    score.add_argument("--output", required=True, help="file of scores to write, or to go on with (.jsonl)")
-    choose = commands.add_parser(
-        "filter",
-        allow_abbrev=False,
-        help="write the prompts whose scores differ enough, for --dataset_name of slas-trl train",
-        description="Write the prompts that meet all conditions, with all their columns, for --dataset_name of "
-        "slas-trl train.",
+    score.add_argument(
+        "--output", required=True, help="file of prompts and scores to write, or to go on with (.jsonl)"
     )
-    choose.add_argument("--scores", required=True, help="file that slas-trl prompts score wrote")
-    choose.add_argument("--output", required=True, help=f"list to write ({', '.join(FORMATS)})")
-    choose.add_argument("--reward", help="reward to go by (default: the weighted sum, which is trained on)")
-    choose.add_argument("--min_std", type=float, help="least std of a prompt's scores, in units of the reward")
-    choose.add_argument("--min_distinct", type=float, help="least share of distinct scores, in [0, 1]")
-    choose.add_argument("--min_mean", type=float, help="least mean score: leaves out what always fails")
-    choose.add_argument("--max_mean", type=float, help="largest mean score: leaves out what is solved")
-    choose.add_argument("--keep_top", type=float, help="of those left, keep this share, (0, 1], of the widest std")
-    choose.add_argument("--dataset_name", help="the prompts, where they are no longer where they were scored")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["filter"]:
+        raise ValueError(FILTER)
     parser = make_parser()
-    args, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    args, rest = parser.parse_known_args(argv)
     if args.command is None:
         parser.parse_args(rest)  # nothing is known but the commands
         parser.print_help()
-    elif args.command == "score":
-        score(Path(args.output), rest)
     else:
-        if rest:
-            parser.error(f"unknown arguments of filter: {' '.join(rest)}")
-        filter_prompts(args)
+        score(Path(args.output), rest)
 
 
 def score(output: Path, argv: Sequence[str]) -> None:
@@ -98,51 +86,66 @@ def score(output: Path, argv: Sequence[str]) -> None:
     if not output.parent.is_dir():
         raise FileNotFoundError(f"the folder {output.parent} of --output does not exist. Make it first.")
     script, lora, config = parse(argv, prog="slas-trl prompts score", one_process=True)
-    if script.reward_funcs is None:
-        raise ValueError("--reward_funcs is missing: name at least one function, as for slas-trl train.")
-    if config.world_size > 1:
-        raise ValueError(f"slas-trl prompts runs in one process, but there are {config.world_size}. Start it alone.")
-    sys.path.append(str(Path.cwd()))  # as for `slas-trl train`
-    data = train_prompts(script)
+    rewards, data = script.named_rewards(), train_prompts(script)
     data = load_prompts(config.prompt_dataset) if data is None else data
-    copies = config.num_generations
-    prompts_at_once = min(len(data), max(1, config.per_device_train_batch_size // copies))
-    header = _header(script, config) | {"prompts": len(data), "fingerprint": fingerprint(data)}
+    size = max(1, config.per_device_train_batch_size // config.num_generations)  # prompts in a call
+    lines = _scored_before(output, _settings(script, config, data))
     with tempfile.TemporaryDirectory() as folder:
-        _only_sample(config, folder, prompts_at_once)
-        pipe = make_pipeline(script, config)
-        trainer = ScoringTrainer(pipe, script.reward_funcs, config, data, peft_config=lora.peft_config())
-        scores = ScoreFile(output, header)
-        bar = tqdm(total=len(data), initial=len(scores.lines), unit="prompt", disable=config.disable_tqdm)
-        for start in range(0, len(data), prompts_at_once):
-            rows = range(start, min(start + prompts_at_once, len(data)))
-            before = len(scores.lines)
-            if not all(row in scores.lines for row in rows):
-                scores.add(trainer.score_rows(rows, start // prompts_at_once))
-                bar.update(len(scores.lines) - before)
+        _only_sample(config, min(size, len(data)), folder)
+        trainer = SLASTrainer(script.load_pipeline(config), rewards, config, data, peft_config=lora.peft_config())
+        for denoiser in denoisers_of(trainer.pipe).values():
+            trainer.accelerator.prepare(denoiser)  # autocast
+        bar = tqdm(total=len(data), initial=len(lines), unit="prompt", disable=config.disable_tqdm)
+        for start in range(0, len(data), size):
+            rows = range(start, min(start + size, len(data)))
+            scored = [] if lines.keys() >= {*rows} else _score_rows(trainer, rows, start // size)
+            new = [_as_json(data, each["row"], output.parent) | each for each in scored if each["row"] not in lines]
+            lines |= {line["row"]: line for line in new}
+            with output.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in new)
+            bar.update(len(new))
         bar.close()
-    stds = [line["std"] for line in scores.lines.values() if line["std"] is not None]
-    print(f"Wrote {output}: {len(scores.lines)} prompts, {copies} images each, {len(stds)} with two scores or more.")
+    stds = [line["std"] for line in lines.values() if line["std"] is not None]
+    copies = config.num_generations
+    print(f"Wrote {output}: {len(lines)} prompts, {copies} images each, {len(stds)} with two scores or more.")
     if stds:
         equal = sum(std == 0 for std in stds)
         print(f"Std of their weighted rewards: median {statistics.median(stds):.4g}, 0 for {equal} prompts.")
 
 
-def _header(script: SLASScriptArguments, config: SLASConfig) -> dict[str, Any]:
-    """What the scores depend on, before the configuration is changed."""
-    return {
+def _settings(script: SLASScriptArguments, config: SLASConfig, data: Dataset) -> dict[str, Any]:
+    """What the scores depend on."""
+    given = {
         "dataset_name": script.dataset_name or config.prompt_dataset,
-        "split": script.dataset_train_split if script.dataset_name else "train",
+        "prompts": hashlib.sha256("\n".join(data["prompt"]).encode()).hexdigest(),
         "model": script.model_name_or_path,
-        **({} if script.adapter is None else {"adapter": script.adapter}),
+        "adapter": script.adapter,
         "rewards": [masked(reward) for reward in script.reward_funcs or []],
-        **{name: value for name in DECISIVE if (value := getattr(config, name)) is not None},
+        **{name: getattr(config, name) for name in DECISIVE},
     }
+    return {name: value for name, value in json.loads(json.dumps(given)).items() if value is not None}
 
 
-def _only_sample(config: SLASConfig, folder: str, prompts_at_once: int) -> None:
+def _scored_before(output: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """The lines of `output` by row, if it was made with the same settings, which a file beside it holds."""
+    beside = output.with_suffix(".settings.json")
+    if not output.is_file() or not output.stat().st_size:
+        write_text(beside, json.dumps(settings, indent=2) + "\n")
+        return {}
+    then = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    if changed := {k: (then.get(k), settings.get(k)) for k in then | settings if then.get(k) != settings.get(k)}:
+        raise ValueError(
+            f"{output} holds something else, or scores that were made with other settings (then, now): {changed}. "
+            "Name another --output, or delete it."
+        )
+    lines = read_lines(output)
+    write_lines(output, lines)  # without half a line, which a killed run has left
+    return {line["row"]: line for line in lines}
+
+
+def _only_sample(config: SLASConfig, prompts: int, folder: str) -> None:
     """Rollouts of some prompts; no files, no trackers, no second denoiser for the KL divergence, no search for γ."""
-    images = prompts_at_once * config.num_generations
+    images = prompts * config.num_generations
     config.per_device_train_batch_size = min(config.per_device_train_batch_size, images)
     config.steps_per_generation = -(-images // config.per_device_train_batch_size)
     config.output_dir, config.push_to_hub, config.report_to = folder, False, []
@@ -150,80 +153,58 @@ def _only_sample(config: SLASConfig, folder: str, prompts_at_once: int) -> None:
     config.gamma_schedule, config.fisher_update_steps = "constant", None
 
 
-class ScoringTrainer(SLASTrainer):
-    """Samples and scores as a rollout of training does, with the trainer's own method, and trains nothing."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        model = cast(torch.nn.Module, self.model)
-        self.model_wrapped = self.accelerator.prepare(model)  # autocast and compilation come with it
-        model.eval()
-        self.replayer.models.update(calls_of(self.model_wrapped, self.denoiser_names))
-        self._scored: tuple[torch.Tensor, Advantages] | None = None
-
-    def score_rows(self, rows: Sequence[int], rollout_index: int) -> list[dict[str, Any]]:
-        """A line for each of these prompts, which are one rollout. Its number decides the noise."""
-        copies = self.args.num_generations
-        self._sample_rollout([row for row in rows for _ in range(copies)], rollout_index)
-        assert self._scored is not None  # by `_log_rollout`
-        rewards, result = self._scored
-        return [
-            {
-                "row": row,
-                "prompt": self.train_dataset[row]["prompt"],
-                **spread(result.rewards[images]),
-                "rewards": {
-                    name: spread(column[images]) for name, column in zip(self.scorer.names, rewards.T, strict=True)
-                },
-            }
-            for i, row in enumerate(rows)
-            for images in [slice(i * copies, (i + 1) * copies)]
-        ]
-
-    # What the trainer calls on the way
-
-    def _log_rollout(self, scores: Scores, result: Advantages) -> None:
-        self._scored = scores.rewards, result
-
-    def _check_before_training(self, chunks: list[Rollout], steps: list[int], rewards: torch.Tensor) -> None:
-        self._checked = True
-
-    def _save_unfinished(self, why: str) -> None:
-        pass
+def _score_rows(trainer: SLASTrainer, rows: Sequence[int], rollout_index: int) -> list[dict[str, Any]]:
+    """The scores of these prompts, which are one rollout of a training; its number decides the noise."""
+    args, copies = trainer.args, trainer.args.num_generations
+    indices = [row for row in rows for _ in range(copies)]
+    rng = np.random.default_rng([args.seed, sampling.TIMESTEPS, rollout_index])
+    trainer.replayer.scheduler.window = sampling.window_of(args, rollout_index, rng)
+    noise = iter(
+        sampling.generators([(args.seed, sampling.STEP_NOISE, rollout_index, i) for i in range(len(indices))])
+    )
+    with Scoring(trainer.scorer) as scoring:
+        for batch in trainer.batches(indices, rollout_index):
+            rollout = trainer.replayer.sample(noise_generator=[next(noise) for _ in batch.rows], **batch.call)
+            made = as_pictures(rollout.images, rollout.problems, batch.call["prompt"])
+            scoring.add(batch.prompts, made, batch.columns)
+        scores = scoring.gather().rewards  # (N, K)
+    total = compute_advantages(scores, copies, args).rewards
+    return [
+        {
+            "row": row,
+            **_statistics(total[at : at + copies]),
+            "rewards": {
+                name: _statistics(column[at : at + copies])
+                for name, column in zip(trainer.scorer.names, scores.T, strict=True)
+            },
+        }
+        for row, at in zip(rows, range(0, len(indices), copies), strict=True)
+    ]
 
 
-def filter_prompts(args: argparse.Namespace) -> None:
-    output = Path(args.output)
-    selection = Selection(args.min_std, args.min_distinct, args.min_mean, args.max_mean, args.keep_top)
-    if selection == Selection():
-        raise ValueError("nothing to filter by: give --min_std, --min_distinct, --min_mean, --max_mean or --keep_top.")
-    if args.keep_top is not None and not 0 < args.keep_top <= 1:
-        raise ValueError(f"--keep_top must be a share in (0, 1], got {args.keep_top}.")
-    if output.suffix not in FORMATS:
-        raise ValueError(f"--output must end in one of {', '.join(FORMATS)}, got {output.name!r}.")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"the folder {output.parent} of --output does not exist. Make it first.")
-    header, lines = read_scores(args.scores)
-    if len(lines) < header["prompts"]:
-        raise ValueError(
-            f"{args.scores} has scores of {len(lines)} of {header['prompts']} prompts. Run its slas-trl prompts score "
-            "again: it goes on where it stopped."
-        )
-    source = args.dataset_name or header["dataset_name"]
-    if output.exists() and any(Path(name).exists() and output.samefile(name) for name in (source, args.scores)):
-        raise ValueError(f"--output {output} would replace what it is made from. Name another file.")
-    data = load_prompts(source, header["split"])
-    if fingerprint(data) != header["fingerprint"]:
-        raise ValueError(f"the prompts of {source} are not those that were scored. Score them again.")
-    if args.reward is not None and any(args.reward not in line["rewards"] for line in lines.values()):
-        names = ", ".join(next(iter(lines.values()))["rewards"])
-        raise ValueError(f"there are no scores of --reward {args.reward}, only of {names}.")
-    scores = {row: line if args.reward is None else line["rewards"][args.reward] for row, line in lines.items()}
-    kept, dropped = selection.rows(scores)
-    reasons = "; ".join(f"{count} {reason}" for reason, count in dropped.items())
-    if not kept:
-        widest = max((line["std"] for line in scores.values() if line["std"] is not None), default=None)
-        raise ValueError(f"no prompt is left of {len(data)} (dropped: {reasons}). The largest std is {widest}.")
-    write_prompts(data, kept, output)
-    print(f"Kept {len(kept)} of {len(data)} prompts in {output} (dropped: {reasons}).")
-    print(f"Train on them with slas-trl train --dataset_name {output}.")
+def _statistics(scores: torch.Tensor) -> dict[str, float | None]:
+    """Mean, std as training takes it, and share of distinct values of one prompt's scores `(G,)`; NaN is no score."""
+    scored = scores[~scores.isnan()]
+    std = compute_advantages(scores, len(scores)).group_std.item()
+    return {
+        "mean": scored.mean().item() if len(scored) else None,
+        "std": None if math.isnan(std) else std,
+        "distinct": len(scored.float().unique()) / len(scored) if len(scored) else None,
+    }
+
+
+def _as_json(data: Dataset, i: int, folder: Path) -> dict[str, Any]:
+    """A row, without images that are in the data set; paths of others as seen from `folder`."""
+    plain = data.select_columns([name for name in data.column_names if not _holds_images(data.features[name])])
+    row: dict[str, Any] = dict(plain[i])
+    for name in row:
+        if is_picture_column(data, name):
+            paths = row[name] if isinstance(row[name], list) else [row[name]]
+            paths = [os.path.relpath(path, folder) if path and Path(path).is_file() else path for path in paths]
+            row[name] = paths if isinstance(row[name], list) else paths[0]
+    return row
+
+
+def _holds_images(feature: Any) -> bool:
+    feature = feature.feature if isinstance(feature, (datasets.List, datasets.LargeList)) else feature
+    return isinstance(feature, datasets.Image)

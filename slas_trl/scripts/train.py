@@ -8,28 +8,22 @@ from datasets import Dataset
 from huggingface_hub import CommitInfo
 from transformers.trainer_utils import IntervalStrategy
 
-from slas_trl.hub import PushError
-from slas_trl.rewards.by_name import shown_name
-from slas_trl.scripts.arguments import SLASScriptArguments, parse
-from slas_trl.scripts.model import make_pipeline
-from slas_trl.scripts.run_report import RunReport
-from slas_trl.trainer import SLASConfig, SLASTrainer
-from slas_trl.trainer.prompts import load_prompts
+from ..publishing.repository import PushError
+from ..rewards.resolve import shown_name
+from ..trainer import SLASConfig, SLASTrainer
+from ..trainer.prompts import load_prompts
+from .arguments import SLASScriptArguments, parse
+from .report import RunReport
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     script, lora, config = parse(sys.argv[1:] if argv is None else argv)
-    if script.reward_funcs is None:
-        raise ValueError(
-            "--reward_funcs is missing: name at least one function of slas_trl.rewards, or package.module:function."
-        )
-    # So that "my_rewards:brightness" finds my_rewards.py here: an installed command's path has not got the folder.
-    sys.path.append(str(Path.cwd()))
+    reward_funcs = script.named_rewards()
     base_model, adapter = script.model_name_or_path, script.adapter
-    data, eval_data = train_prompts(script), eval_prompts(script, config)  # sooner read than a model is
+    data, eval_data = train_prompts(script), eval_prompts(script, config)  # fail early: a model takes longer
     trainer = SLASTrainer(
-        model=make_pipeline(script, config),
-        reward_funcs=script.reward_funcs,
+        model=script.load_pipeline(config),
+        reward_funcs=reward_funcs,
         args=config,
         train_dataset=data,
         eval_dataset=eval_data,
@@ -37,13 +31,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         eval_reward_funcs=script.eval_reward_funcs,
     )
     if adapter is not None:
-        trainer.started_from = Path(adapter).resolve().name if Path(adapter).exists() else adapter
+        trainer.publisher.started_from = Path(adapter).resolve().name if Path(adapter).exists() else adapter
     chief = trainer.is_world_process_zero()
     if chief:
         start = "" if adapter is None else f", from the adapter {adapter},"
         print(
             f"Training {base_model or 'the embedded pipeline'}{start} on {len(trainer.train_dataset)} prompts "
-            f"for {', '.join(map(shown_name, script.reward_funcs))}; results go to {config.output_dir}. Each rollout "
+            f"for {', '.join(map(shown_name, reward_funcs))}; results go to {config.output_dir}. Each rollout "
             f"is {config.generation_batch_size} images of {config.num_inference_steps} steps."
         )
     report = None

@@ -4,7 +4,6 @@ The embedded default: a small text-to-image pipeline, the world that it draws, a
 `from slas_trl.shapes import load_shapes_pipeline, shapes_prompts`; the rest is in `world`, `verifier` and `pipeline`.
 """
 
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,23 +11,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from slas_trl.shapes.pipeline import ShapesPipeline, load_shapes_pipeline
+    from .pipeline import ShapesPipeline, load_shapes_pipeline
 
 __all__ = ["ShapesPipeline", "load_shapes_pipeline", "shapes_prompts"]
 
 WEIGHTS = Path(__file__).parent / "weights"
-_HOMES = {"ShapesPipeline": "slas_trl.shapes.pipeline", "load_shapes_pipeline": "slas_trl.shapes.pipeline"}
 
 
 def __getattr__(name: str) -> object:
-    # The world, its verifier and its prompts are there without torch and diffusers, which take seconds to import.
-    if name not in _HOMES:
+    """The pipeline imports torch and diffusers, which takes seconds; prompts and verifier need neither."""
+    if name not in ("ShapesPipeline", "load_shapes_pipeline"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    from . import pipeline
 
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return getattr(pipeline, name)
 
 
 def shapes_prompts(split: str) -> "Dataset":
@@ -39,10 +35,9 @@ def shapes_prompts(split: str) -> "Dataset":
         split (`str`): `"train"`, or `"test"` for prompts whose meanings training never sees.
 
     Returns:
-        [`~datasets.Dataset`]: grouped by category, with columns `prompt` and `category`: one of GenEval's six,
-        `single_object`, `two_object`, `counting`, `colors`, `position` and `color_attr`. `"test"` has each held-out
-        prompt once. `"train"` has 96 rows of each category, since the score counts categories equally: prompts come
-        several times in the small ones, and are a sample of the large ones.
+        [`~datasets.Dataset`]: grouped by category, with columns `prompt` and `category`, one of GenEval's six.
+        `"test"` has each held-out prompt once. `"train"` has 96 rows of each category, since the score counts
+        categories equally: prompts come several times in the small ones, and are a sample of the large ones.
 
     Raises:
         `ValueError`: for another split.
@@ -56,16 +51,11 @@ def shapes_prompts(split: str) -> "Dataset":
 
 
 def weights_folder(name: str) -> Path:
-    """
-    Where the weights `name`, `"pipeline"` or `"clip"`, are in the installed package.
-
-    Raises:
-        `FileNotFoundError`: when the package was installed without them.
-    """
+    """Where the weights `name`, `"pipeline"` or `"clip"`, are. Raises `FileNotFoundError` if they are not."""
     folder = WEIGHTS / name
     if not (folder / {"pipeline": "model_index.json", "clip": "config.json"}[name]).is_file():
         raise FileNotFoundError(
-            f"Expected the weights of the shapes world in {folder}, but they are not there. Install the package again "
-            "with its data files, or make them with examples/pretrain_shapes.py and copy what it exports there."
+            f"The weights of the shapes world are not in {folder}. Install the package with its data files, or make "
+            "them with examples/pretrain_shapes.py and copy its exports there."
         )
     return folder

@@ -1,6 +1,4 @@
-"""
-The small text-to-image pipeline that comes with the package: `StableDiffusion3Pipeline`, 32x32, without a T5.
-"""
+"""The small text-to-image pipeline that comes with the package: `StableDiffusion3Pipeline`, 32x32, without a T5."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,30 +7,16 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import (
-    AutoencoderTiny,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
+from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from slas_trl.shapes import weights_folder
+from . import weights_folder
 
 
 class ShapesPipeline(StableDiffusion3Pipeline):
     """
     [`~diffusers.StableDiffusion3Pipeline`] whose defaults suit the shapes world: 10 steps, no guidance, and no tokens
     for the T5 that it does not have. The LoRA methods are those of Stable Diffusion 3.
-
-    Example:
-
-    ```python
-    from slas_trl.shapes import load_shapes_pipeline
-
-    pipe = load_shapes_pipeline()
-    image = pipe("a red circle on a dark background").images[0]
-    ```
     """
 
     # Also spares `from_pretrained` of a saved pipeline the arguments `text_encoder_3=None, tokenizer_3=None`.
@@ -64,18 +48,7 @@ class ShapesPipeline(StableDiffusion3Pipeline):
         guidance_scale: float = 1.0,
         **kwargs: Any,
     ):
-        """
-        Draw pictures of shapes.
-
-        Args:
-            prompt (`str` or `list[str]`, *optional*): prompts such as those of [`~slas_trl.shapes.shapes_prompts`].
-            num_inference_steps (`int`, *optional*, defaults to `10`): number of denoising steps.
-            guidance_scale (`float`, *optional*, defaults to `1.0`): classifier-free guidance, off at 1.
-            kwargs: the other arguments of [`~diffusers.StableDiffusion3Pipeline`].
-
-        Returns:
-            `StableDiffusion3PipelineOutput`: `.images`, 32x32 PIL images unless `output_type` says otherwise.
-        """
+        """As the parent's, with other defaults, for prompts such as those of [`~slas_trl.shapes.shapes_prompts`]."""
         arguments: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         return super().__call__(prompt=prompt, **arguments, **kwargs)  # type: ignore[arg-type]
 
@@ -115,10 +88,7 @@ def load_shapes_pipeline(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """
-    Loading without progress bars, and without diffusers' warning that `AutoencoderTiny` does not know a value that it
-    writes into its own config. Puts the settings of both libraries back.
-    """
+    """Loading without progress bars, and without diffusers' warning of a value in `AutoencoderTiny`'s own config."""
     libraries = (diffusers.utils.logging, transformers.utils.logging)
     before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
     try:

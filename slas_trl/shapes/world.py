@@ -1,9 +1,8 @@
 """
 The shapes world: captions in GenEval's six categories, and what its pictures are made of.
 
-A picture is 32x32 RGB: one to four flat shapes on a grey gradient. A caption is one of about 1,700 sentences of a
+A picture is 32x32 RGB: one to four flat shapes on a gray gradient. A caption is one of about 1,700 sentences of a
 small grammar. `examples/shapes_pictures.py` draws pictures that show what captions say.
-
 The six categories and their rules follow GenEval (https://huggingface.co/papers/2310.11513).
 """
 
@@ -42,10 +41,8 @@ class Thing:
 @dataclass(frozen=True)
 class Caption:
     """
-    What a sentence demands of a picture.
-
-    `things` has one entry, or two when the sentence names two; `count` is the number of the first thing. `relation`
-    says where the first thing is, seen from the second.
+    The demands of a sentence on a picture. `things` has one entry, or two when the sentence names two; `count` is the
+    number of the first thing. `relation` says where the first thing is, seen from the second.
     """
 
     category: str
@@ -86,17 +83,12 @@ def all_captions() -> dict[str, Caption]:
 
 
 def parse_caption(text: str) -> Caption:
-    """
-    The demands of a prompt of this world.
-
-    Raises:
-        `ValueError`: when `text` is not one of the sentences of [`all_captions`].
-    """
+    """The demands of a prompt. Raises `ValueError` when `text` is not one of the sentences of [`all_captions`]."""
     caption = all_captions().get(" ".join(text.lower().split()).rstrip("."))
     if caption is None:
         raise ValueError(
             f"{text!r} is not a prompt of the shapes world, so its pictures cannot be verified. Use prompts such as "
-            "'a red circle and a blue square on a dark background', from `slas_trl.shapes.shapes_prompts`."
+            "'a red circle', from `slas_trl.shapes.shapes_prompts`."
         )
     return caption
 
@@ -150,7 +142,7 @@ def balanced_captions(number: int) -> list[Caption]:
 def coverage(shape: np.ndarray, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
     """
     How much of each pixel a shape covers, from its signed distance: `shape` and `radius` are `(N,)`, `x` and `y` are
-    pixel centres relative to the shape's centre, broadcastable to `(N, H, W)`; returns float32 `(N, H, W)` in [0, 1].
+    pixel centers relative to the shape's center, broadcastable to `(N, H, W)`; returns float32 `(N, H, W)` in [0, 1].
     """
     r = radius[:, None, None].astype(np.float32)
     x, y = x.astype(np.float32), y.astype(np.float32)

@@ -1,6 +1,7 @@
 """The callback that records every rollout in `calibration.jsonl` and draws `calibration.png`."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 from PIL import Image
@@ -9,31 +10,28 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
 from ..advantages import Advantages
-from ..calibration import CALIBRATION_FILE
-from .callbacks import METRICS_FILE, StepFileCallback, show_images
-from .slas_config import SLASConfig
+from ..run_files import CALIBRATION, ROLLOUTS
+from .callbacks import StepFileCallback, show_images
 
 
 logger = logging.get_logger(__name__)
 
 
 def rollout_record(
-    args: SLASConfig, names: list[str], result: Advantages, metrics: dict[str, float]
+    scale_rewards: str, weights: Mapping[str, float], result: Advantages, metrics: Mapping[str, float]
 ) -> dict[str, Any]:
     """
-    What the panel needs of a rollout, for one line of JSON: its metrics (those of `rollout_metrics`), and std and Σ|A|
-    of each group. `None` is no number.
+    A line of `calibration.jsonl`: `metrics` from `rollout_metrics`, std and Σ|A| of each group, and the `weights` of
+    all rewards by name, 0 for those that are held out. `None` is no number.
     """
     rewards = result.rewards[~result.rewards.isnan()]
-    numbers = {
-        **metrics,
-        "reward_std_of_images": rewards.std(correction=0).item() if len(rewards) else math.nan,
-        "group_std": result.group_std.tolist(),
-        "group_abs_advantage": result.group_abs_advantages.tolist(),
-    }
-    weights = dict(zip(names, args.reward_weights or [1.0] * len(names), strict=True))
-    return {"scale_rewards": args.scale_rewards, "weights": weights} | {
-        key: [_short(v) for v in value] if isinstance(value, list) else _short(value) for key, value in numbers.items()
+    numbers = {**metrics, "reward_std_of_images": rewards.std(correction=0).item() if len(rewards) else math.nan}
+    groups = {"group_std": result.group_std, "group_abs_advantage": result.group_abs_advantages}
+    return {
+        "scale_rewards": scale_rewards,
+        "weights": weights,
+        **{key: _short(value) for key, value in numbers.items()},
+        **{key: [_short(value) for value in values.tolist()] for key, values in groups.items()},
     }
 
 
@@ -47,7 +45,7 @@ class CalibrationCallback(StepFileCallback):
     some of which end with training.
     """
 
-    file = CALIBRATION_FILE
+    file = ROLLOUTS
 
     def __init__(self, handler: CallbackHandler):
         self.handler = handler
@@ -61,22 +59,15 @@ class CalibrationCallback(StepFileCallback):
 
     def draw(self, args: Any, state: TrainerState) -> None:
         """Write the picture, and show it in the trackers. A run does not fail because of it."""
-        folder = args.run_dir
-        if not state.is_world_process_zero or not (folder / CALIBRATION_FILE).is_file():
+        if not state.is_world_process_zero or not (args.run_dir / ROLLOUTS).is_file():
             return
-        from ..calibration_panel import CALIBRATION_PICTURE, plot_calibration  # matplotlib, not before it is needed
+        from ..reports.calibration_panel import plot_calibration  # matplotlib, not before it is needed
 
         try:
-            reading = plot_calibration(folder / CALIBRATION_FILE, folder / METRICS_FILE)
+            reading = plot_calibration(args.run_dir / ROLLOUTS)
         except (OSError, ValueError) as error:
             logger.warning(f"The calibration panel could not be drawn, and training goes on: {error}")
             return
-        with Image.open(folder / CALIBRATION_PICTURE) as picture:
-            show_images(
-                cast(list, args.report_to),
-                self.handler.callbacks,
-                {"calibration": picture},
-                [reading.text],
-                state.global_step,
-                caption_is="reading",
-            )
+        with Image.open(args.run_dir / CALIBRATION) as picture:
+            trackers, callbacks, step = cast(list, args.report_to), self.handler.callbacks, state.global_step
+            show_images(trackers, callbacks, {"calibration": picture}, [reading.text], step, caption_is="reading")

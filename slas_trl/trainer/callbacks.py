@@ -1,28 +1,22 @@
 """Callbacks of [`SLASTrainer`]: progress, metrics on disk, pictures in the trackers, prompts by epoch."""
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
-from diffusers.training_utils import EMAModel
 from PIL.Image import Image
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
-from .collectives import copy_full_tensor, full_tensor, reshard
+from ..run_files import METRICS, read_lines, write_lines
 from .sampling import EpochRepeatSampler
 from .slas_config import SLASConfig
 
 
 logger = logging.get_logger(__name__)
-
-METRICS_FILE = "metrics.jsonl"
 
 
 class RLProgressCallback(ProgressCallback):
@@ -67,31 +61,19 @@ class StepFileCallback(TrainerCallback):
         self.resumed_at = state.global_step
 
     def append(self, args: SLASConfig, record: dict[str, Any]) -> None:
-        path = args.run_dir / self.file
-        if self.resumed_at is not None:  # not before there is something to log: a run that fails at once leaves it
-            self._forget_after(path, self.resumed_at)
+        path, step = args.run_dir / self.file, self.resumed_at
+        if step is not None:  # not before there is something to log: a run that fails at once leaves the file
+            lines = read_lines(path) if step and path.exists() else []
+            write_lines(path, (line for line in lines if line["step"] <= step and "train_runtime" not in line))
             self.resumed_at = None
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-
-    @staticmethod
-    def _forget_after(path: Path, step: int) -> None:
-        """Keep the lines up to this step, without what a killed run left half written."""
-        if path.exists():
-            kept = []
-            for text in path.read_text().splitlines() if step else []:
-                with suppress(json.JSONDecodeError):
-                    line = json.loads(text)
-                    kept += [line] if line["step"] <= step and "train_runtime" not in line else []
-            shorter = path.with_name(f"_{path.name}")
-            shorter.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            shorter.replace(path)  # in one step: whoever is killed here has lost no line
 
 
 class MetricsFileCallback(StepFileCallback):
     """One line for each log in `metrics.jsonl`."""
 
-    file = METRICS_FILE
+    file = METRICS
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -99,7 +81,7 @@ class MetricsFileCallback(StepFileCallback):
             logger.warning(f"Nothing is trained: the run ended at update {state.global_step}. Raise max_steps.")
         path = args.run_dir / self.file
         if state.is_world_process_zero and state.global_step and not path.exists():  # resumed in another folder
-            path.write_text("".join(json.dumps({"step": log["step"], **log}) + "\n" for log in state.log_history))
+            write_lines(path, state.log_history)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
@@ -114,70 +96,6 @@ class PromptOrderCallback(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.sampler.epoch = int((state.epoch or 0) + 1e-6)  # a resumed run begins within an epoch
-
-
-class EMACallback(TrainerCallback):
-    """An exponential moving average of the trained weights, and its files. It begins when training does."""
-
-    AVERAGE_FILE, WEIGHTS_FILE = "ema.pt", "weights_before_averaging.pt"
-
-    def __init__(self, model: torch.nn.Module, decay: float):
-        self.trained, self.decay = model, decay
-        self.model: EMAModel | None = None
-
-    @property
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """Asked for anew every time: FSDP puts others in their places."""
-        return [p for p in self.trained.parameters() if p.requires_grad]
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if self.model is None:  # not resumed
-            self.adopt()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        assert self.model is not None  # training has begun
-        self.model.step(self.parameters)
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The average in place of the weights, once there is one."""
-        if self.model is None:
-            yield
-            return
-        reshard(self.trained)
-        self.model.store(self.parameters)
-        self.model.copy_to(self.parameters)
-        try:
-            yield
-        finally:
-            reshard(self.trained)
-            self.model.restore(self.parameters)
-
-    def adopt(self) -> None:
-        """Start the average anew from the weights as they are."""
-        # By default diffusers' first update forgets these weights.
-        self.model = EMAModel(self.parameters, decay=self.decay, min_decay=self.decay, update_after_step=-1)
-
-    def save(self, folder: Path, writes: bool) -> None:
-        """Every process calls it, since weights may be sharded; the one that `writes` writes."""
-        assert self.model is not None  # a checkpoint is one of training
-        average = [full_tensor(p).cpu() for p in self.model.shadow_params]
-        weights = [full_tensor(p.detach()).cpu() for p in self.parameters]
-        if writes:
-            torch.save({**self.model.state_dict(), "shadow_params": average}, folder / self.AVERAGE_FILE)
-            torch.save(weights, folder / self.WEIGHTS_FILE)
-
-    def load(self, folder: Path) -> None:
-        self.adopt()
-        assert self.model is not None
-        saved = torch.load(folder / self.AVERAGE_FILE, map_location="cpu", weights_only=True)
-        average, shadows = saved.pop("shadow_params"), self.model.shadow_params
-        decay = {"decay": self.decay, "min_decay": self.decay}  # this run's
-        self.model.load_state_dict({**saved, **decay, "shadow_params": shadows})
-        weights = torch.load(folder / self.WEIGHTS_FILE, map_location="cpu", weights_only=True)
-        for targets, sources in ((self.model.shadow_params, average), (self.parameters, weights)):
-            for target, source in zip(targets, sources, strict=True):
-                copy_full_tensor(target, source)
 
 
 def show_images(

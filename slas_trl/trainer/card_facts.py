@@ -1,227 +1,160 @@
-"""What the model card says of a run, gathered from the trainer's parts. No path of this machine is in it."""
+"""The facts of a run, gathered from the trainer's parts. A card for the Hub says no path of this machine."""
 
-import re
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+import math
+import os
+from dataclasses import fields
 from enum import Enum
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import diffusers
 import torch
-from datasets import Dataset
-from diffusers import DiffusionPipeline
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from diffusers.loaders.lora_base import LoraBaseMixin
 
-from .. import __version__, hub
+from .. import run_files
 from ..advantages import AdvantageOptions
-from ..calibration import CALIBRATION_FILE, read_rewards, read_rollouts, reward_curves
-from ..run_facts import Base, Evaluation, Metric, Scheduler
+from ..publishing import facts
+from ..publishing.facts import Evaluation, Metric, Place, RewardOnCard, RunFacts
+from ..reports.calibration import read_rewards, read_rollouts, reward_curves
+from ..rewards.base import unwrapped
 from ..schedulers import FlowSDEScheduler
-from ..shapes.pipeline import weights_folder  # with it, `load_pipeline` knows the class
-from . import lora
-from .callbacks import METRICS_FILE
-from .calls import PipelineCalls, is_picture_column
+from ..shapes.pipeline import weights_folder
+from ..statistics import Estimate
+from . import adapters, trained_model
+from .pipeline_inputs import is_picture_column
 from .prompts import SUFFIXES
 from .slas_config import SLASConfig
 
 
-# Settings that decide the result.
+if TYPE_CHECKING:
+    from .slas_trainer import SLASTrainer
+
+# Settings that decide the result; of the noise, those of the kind that the pipeline's scheduler takes.
 SETTINGS = (
     *(field.name for field in fields(AdvantageOptions)),
-    "gamma_schedule",
-    "num_generations",
-    "generation_batch_size",
-    "num_iterations",
-    "epsilon",
-    "epsilon_high",
-    "beta",
-    "num_inference_steps",
-    "guidance_scale",
-    "timestep_fraction",
-    "sde_window_size",
-    "learning_rate",
-    "optim",
-    "seed",
+    *("gamma_schedule", "num_generations", "generation_batch_size", "num_iterations", "epsilon", "epsilon_high"),
+    *("beta", "num_inference_steps", "guidance_scale", "timestep_fraction", "sde_window_size", "learning_rate"),
+    *("optim", "seed"),
 )
-PACKAGES = ("torch", "diffusers", "transformers", "trl", "peft", "accelerate", "datasets", "huggingface_hub")
-CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")  # folder of a repository in the Hub's cache
 
 
-def base_of(pipe: DiffusionPipeline, denoiser: torch.nn.Module, init_kwargs: Mapping[str, Any]) -> Base:
-    """Where the pipeline came from: its name on the Hub, or that of its folder."""
-    # Those that choose what is loaded; not where from, nor with which token.
-    chosen = {k: v for k, v in init_kwargs.items() if v is None or k in ("variant", "revision")}
-    dtype = str(lora.base_dtype(denoiser) or torch.float32).removeprefix("torch.")
-    base = Base(type(pipe).__name__, init_kwargs=chosen, dtype=dtype)
-    origin = pipe.name_or_path
-    if origin is None:
-        return base
-    path = Path(origin)
-    if path.exists():
-        cached = [match for part in path.parts if (match := CACHED.fullmatch(part))]
-        base.embedded = path == Path(weights_folder("pipeline"))
-        if base.embedded:
-            base.license = "apache-2.0"
-        elif cached:
-            base.hub_id = "/".join(cached[-1].groups())
-        else:
-            base.name = path.resolve().name
-            base.folder = folder if (folder := hub.local_name(path)) != "." else None
-    elif is_hub_id(origin):
-        base.hub_id = origin
-    return base
+def gather_facts(trainer: "SLASTrainer") -> RunFacts:
+    """What is known of the run by now."""
+    args, pipe, trained, data = trainer.args, trainer.pipe, trainer.trained, trainer.train_dataset
+    publisher, folder, denoiser = trainer.publisher, args.run_dir, trained.denoisers[trained.names[0]]
+    prompt = publisher.samples[0].prompt if publisher.samples else data["prompt"][0]
+    panel = args.log_completions and not publisher.is_training and (folder / run_files.CALIBRATION).is_file()
+    dtype = str(trained_model.base_dtype(denoiser) or torch.float32).removeprefix("torch.")
+    call = facts.plain(trainer.inputs.arguments) | _texts(trainer, prompt)
+    hub = Place(trainer.hub_model_id, args.hub_revision, on_hub=True) if trainer.hub_model_id else None
+    dataset, on_hub = _dataset(publisher.dataset_name)
+    return RunFacts(
+        name=publisher.model_name or publisher.repo_id.split("/")[-1],
+        base=facts.base_of(pipe, dtype, cast(dict, args.model_init_kwargs or {}), Path(weights_folder("pipeline"))),
+        adapter=trained.has_adapter,
+        denoisers={name: trained_model.plain_class(trained.denoisers[name]).__name__ for name in trained.names},
+        loads_lora=isinstance(pipe, LoraBaseMixin),
+        picture_arguments=[c for c in trainer.inputs.columns(data) if is_picture_column(data, c)],
+        output=facts.output_of(pipe),
+        call={name: value for name, value in call.items() if name != "output_type"},
+        prompt=prompt,
+        rewards=_rewards(trainer),
+        settings=_settings(trainer),
+        step=publisher.step,
+        max_steps=max(trainer.state.max_steps, publisher.step) if publisher.is_training else publisher.step,
+        dataset=dataset,
+        dataset_on_hub=on_hub,
+        train_prompts=len(data),
+        started_from=publisher.started_from or ("unknown" if trained.continued is not None else None),
+        other_adapters=adapters.adapters_beside(denoiser),
+        evaluation=publisher.evaluation or _evaluation(trainer),
+        samples=publisher.samples,
+        sheet=publisher.sheet,
+        curves=publisher.curves,
+        calibration=run_files.CALIBRATION if panel else None,
+        reading=_reading(folder) if panel else None,
+        ema_decay=args.ema_decay if args.use_ema else None,
+        versions=facts.versions(),
+        tags=[*publisher.tags, *(["hf_jobs"] if "JOB_ID" in os.environ else [])],
+        place=hub or Place(facts.local_name(folder)),
+    )
 
 
-def scheduler_of(pipe: DiffusionPipeline, init_kwargs: Mapping[str, Any]) -> Scheduler | None:
-    """
-    The pipeline's scheduler, where it is another one than that of the model it was loaded from, with `init_kwargs`;
-    `None` where it is not, or nobody can tell. Without a network: what was loaded is on the disk.
-    """
-    own: Any = pipe.components.get("scheduler")
-    place = {"local_files_only": True} | {k: v for k, v in init_kwargs.items() if k in ("cache_dir", "revision")}
-    try:
-        index: Any = DiffusionPipeline.load_config(pipe.name_or_path, **place)
-        name, kind = index["scheduler"][1], cast(Any, type(own))
-        if getattr(diffusers, kind.__name__, None) is not kind:
-            return Scheduler(kind.__name__) if kind.__name__ != name else None
-        original = getattr(diffusers, name)
-        loaded = original.load_config(pipe.name_or_path, subfolder="scheduler", **place)
-        given = kind.from_config(original.from_config(loaded).config)
-    except Exception:  # of whatever somebody has saved: no name, no such class, no file
-        return None
-    values, expected = plain(own.config), plain(given.config)
-    changes = {name: v for name, v in values.items() if not name.startswith("_") and v != expected.get(name)}
-    return Scheduler(kind.__name__, changes) if changes or kind is not original else None
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether this can be the name of a repository: `"user/name"`, or `"name"`."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
-def settings_of(args: SLASConfig, scheduler: object) -> dict[str, Any]:
-    """Name and value of the settings that decide the result."""
-    # The one kind of noise that the pipeline's scheduler takes.
-    noise = ("noise_schedule", "noise_level") if isinstance(scheduler, FlowSDEScheduler) else ("eta",)
-    bounds = ("gamma_max",) if args.gamma_schedule in ("trust_region", "kl", "ess") else ()
-    values = {name: getattr(args, name) for name in (*SETTINGS, *bounds, *noise)}
-    return {
-        name: value.value if isinstance(value, Enum) else value for name, value in values.items() if value is not None
-    }
-
-
-def plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a call that can be written down: texts, numbers, and lists of them."""
-    simple = (str, int, float, bool, type(None))
-    found = {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
-    return {
-        name: value
-        for name, value in found.items()
-        if name != "output_type"
-        and all(isinstance(v, simple) for v in (value if isinstance(value, list) else [value]))
-    }
-
-
-def texts_of(calls: PipelineCalls, dataset: Dataset, prompt: str) -> dict[str, str]:
+def _texts(trainer: "SLASTrainer", prompt: str) -> dict[str, str]:
     """The other texts, such as "negative_prompt", that reach the pipeline with this prompt."""
-    names = [column for column in calls.columns(dataset) if not is_picture_column(dataset, column)]
-    if not names or prompt not in (prompts := list(dataset["prompt"])):
+    data = trainer.train_dataset
+    names = [c for c in trainer.inputs.columns(data) if not is_picture_column(data, c)]
+    if not names or prompt not in (prompts := list(data["prompt"])):
         return {}
-    row = dataset[prompts.index(prompt)]
-    return {name: row[name] for name in names if isinstance(row[name], str)}
+    row = data.select_columns(names)[prompts.index(prompt)]
+    return {name: value for name, value in row.items() if isinstance(value, str)}
 
 
-def output_of(pipe: DiffusionPipeline) -> str:
-    """The field of the pipeline's output that has the pictures: "images", "frames" or "image"."""
-    for base in type(pipe).__mro__:
-        for name, kind in vars(sys.modules[base.__module__]).items():
-            if name.endswith("PipelineOutput") and is_dataclass(kind):
-                return fields(kind)[0].name
-    return "images"
-
-
-def dataset_of(name: str | None) -> tuple[str | None, bool]:
+def _dataset(name: str | None) -> tuple[str | None, bool]:
     """A data set's name without its folder, and whether it is one on the Hub."""
     if name is None or name == "shapes":
         return name, False
     path = Path(name)
-    on_hub = not path.exists() and path.suffix.lower() not in SUFFIXES and is_hub_id(name)
+    on_hub = not path.exists() and path.suffix.lower() not in SUFFIXES and facts.is_hub_id(name)
     return (name, True) if on_hub else (path.name, False)
 
 
-def evaluation_of(
-    history: Sequence[Mapping[str, Any]], names: Sequence[str], images: int, step: int | None = None
-) -> Evaluation | None:
-    """
-    From the Trainer's history of logs: the evaluation after the update `step`, by default the last one, beside the one
-    before training if there was one. `None` without any.
+def _rewards(trainer: "SLASTrainer") -> list[RewardOnCard]:
+    scorer, rewards = trainer.eval_scorer, []
+    for name, function in zip(scorer.names, scorer.functions, strict=True):
+        says = [getattr(unwrapped(function), field, None) for field in ("blind_to", "measures")]
+        rewards.append(RewardOnCard(name, trainer.weight_of[name], *says))
+    return rewards
 
-    Args:
-        history (`Sequence[Mapping[str, Any]]`): of the `TrainerState`.
-        names (`Sequence[str]`): of the rewards.
-        images (`int`): of each prompt.
-        step (`int`, *optional*): of the weights; without an evaluation then, the last one before it is taken.
-    """
-    logs = [log for log in history if any(re.fullmatch(r"eval_(.+_)?reward", key) for key in log)]
-    logs = [log for log in logs if step is None or log["step"] <= step]
-    if not logs:
+
+def _settings(trainer: "SLASTrainer") -> list[list[Any]]:
+    """Name, value and meaning of those that decide the result."""
+    args, trained = trainer.args, trainer.trained
+    is_flow = isinstance(trainer.replayer.scheduler, FlowSDEScheduler)
+    names = [*SETTINGS, *(["noise_schedule", "noise_level"] if is_flow else ["eta"])]
+    names += ["gamma_max"] if args.gamma_schedule in ("trust_region", "kl", "ess") else []
+    names += ["kl_reference"] if trained.continued is not None and args.beta else []
+    values = {name: getattr(args, name) for name in names} | {"updates": trainer.publisher.step}
+    if config := trained.adapter_config:
+        values |= {"lora_r": config.r, "lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora or None}
+    values = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
+    help_of = {field.name: field.metadata.get("help", "").rstrip(".") for field in fields(SLASConfig)}
+    return [[name, value, help_of.get(name, "")] for name, value in values.items() if value is not None]
+
+
+def _evaluation(trainer: "SLASTrainer") -> Evaluation | None:
+    """The Trainer's evaluation of these weights, or the last one before, beside the one before training."""
+    data, by_step = trainer.eval_dataset, {}
+    prefixes = {f" ({name})": f"eval_{name}_" for name in data} if isinstance(data, dict) else {"": "eval_"}
+    for log in trainer.state.log_history:
+        if log["step"] <= trainer.publisher.step and any(f"{prefix}reward" in log for prefix in prefixes.values()):
+            by_step.setdefault(int(log["step"]), {}).update(log)
+    if not by_step:
         return None
-    first = {k: v for log in logs if log["step"] == 0 for k, v in log.items()}
-    last = {k: v for log in logs if log["step"] == logs[-1]["step"] for k, v in log.items()}
-    metrics = []
-    for key, value in last.items():
-        match = re.fullmatch(r"eval_(?:(.+)_)?rewards/([^/]+)/mean", key)
-        if match is None or match[2] not in names:
-            continue
-        half = last.get(f"{key.removesuffix('mean')}half_width")
-        count = last.get(f"eval_{match[1]}_samples" if match[1] else "eval_samples")
-        metrics.append(
-            Metric(
-                name=match[2] if match[1] is None else f"{match[2]} ({match[1]})",
-                value=value,
-                low=None if half is None else value - half,
-                high=None if half is None else value + half,
-                prompts=None if count is None else count // images,
-                before=first.get(key),
-            )
-        )
-    if not metrics:
-        return None
-    columns = ["reward", *(["before"] if first else []), f"after {last['step']} updates"]
-    rows = []
-    for metric in metrics:
-        before = [] if not first else ["" if metric.before is None else f"{metric.before:.4f}"]
-        width = "" if metric.high is None else f" ± {metric.high - metric.value:.4f}"
-        rows.append([metric.name, *before, f"{metric.value:.4f}{width}"])
+    copies = trainer.args.num_generations_eval or trainer.args.num_generations
+    first, last = by_step.get(0, {}), by_step[max(by_step)]
+    metrics, rows = [], [["reward", *(["before"] if first else []), f"after {max(by_step)} updates"]]
+    for where, prefix in prefixes.items():
+        for name in trainer.eval_scorer.names:
+            key, prompts = f"{prefix}rewards/{name}", int(last.get(f"{prefix}samples", 0)) // copies
+            if f"{key}/mean" not in last:
+                continue
+            value, half, before = last[f"{key}/mean"], last.get(f"{key}/half_width"), first.get(f"{key}/mean")
+            metrics.append(Metric(name + where, value, half, prompts, before))
+            was = [] if not first else ["" if before is None else f"{before:.4f}"]
+            estimate = Estimate(value, math.nan, math.nan if half is None else half, prompts)
+            rows.append([name + where, *was, f"{estimate:.4f}"])
     counts = " and ".join(dict.fromkeys(str(metric.prompts) for metric in metrics))
     how = (
-        f"Mean rewards on {counts} evaluation prompts, {images} picture{'s' * (images > 1)} each, drawn by the "
+        f"Mean rewards on {counts} evaluation prompts, {copies} picture{'s' * (copies > 1)} each, drawn by the "
         "pipeline's own sampler; ± is the half width of a 95% interval, from the differences between prompts."
     )
-    return Evaluation(how, columns, rows, metrics, "evaluation")
+    return Evaluation(how, rows, metrics) if metrics else None
 
 
-def reading_of(run_dir: Path) -> str | None:
-    """What the calibration panel says of the rewards, if the run has one."""
-    if not (run_dir / CALIBRATION_FILE).is_file():
-        return None
-    from ..reporting import read_metrics  # matplotlib, not before it is needed
-
+def _reading(folder: Path) -> str | None:
+    """What the calibration panel says of the rewards."""
     try:
-        logged = read_metrics(run_dir / METRICS_FILE) if (run_dir / METRICS_FILE).is_file() else {}
-        return read_rewards(*reward_curves(read_rollouts(run_dir / CALIBRATION_FILE), logged)).text
-    except ValueError:  # no rollout yet
+        logged = run_files.read_steps(folder / run_files.METRICS)
+        return read_rewards(*reward_curves(read_rollouts(folder / run_files.ROLLOUTS), logged)).text
+    except (OSError, ValueError):  # no rollout yet
         return None
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that the result depends on."""
-    return {"slas-trl": __version__} | {name: version(name) for name in PACKAGES}

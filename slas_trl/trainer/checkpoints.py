@@ -18,15 +18,11 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from ..policy import PipelineReplayer, Rollout
+from ..run_files import REMOVED, STATE, TRAINER_STATE, WRITING
 
 
 logger = logging.get_logger(__name__)
 
-STATE_FILE = "slas_state.json"  # where in its rollout the run was, its settings, and sizes and checksums of all files
-TRAINER_STATE_FILE = "trainer_state.json"  # the Trainer's
-# Folders of checkpoints on their way in and out. Neither we nor transformers take them for checkpoints, and names that
-# begin so are not uploaded to the Hub.
-WRITING, REMOVED = "_writing-", "_removed-"
 STARTED = time.time()
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, *(() if os.name == "nt" else (signal.SIGHUP,)))
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what a full disk raises, by who is writing
@@ -37,10 +33,10 @@ def rollout_file(rank: int) -> str:
 
 
 def write_state(folder: Path, **state: Any) -> None:
-    """Write `STATE_FILE` with the sizes and checksums of the files that are in `folder` by now."""
+    """Write `STATE` with the sizes and checksums of the files that are in `folder` by now."""
     files = {str(path.relative_to(folder)): _content(path) for path in folder.rglob("*") if path.is_file()}
     state |= {"written": time.time(), "files": files}
-    (folder / STATE_FILE).write_text(json.dumps({**state, "checksum": _checksum(state)}, indent=2))
+    (folder / STATE).write_text(json.dumps({**state, "checksum": _checksum(state)}, indent=2))
 
 
 def _checksum(state: dict[str, Any]) -> int:
@@ -49,7 +45,7 @@ def _checksum(state: dict[str, Any]) -> int:
 
 def _content(path: Path) -> list[int]:
     """The length of a file, and the CRC-32 of what is in it."""
-    if path.name == TRAINER_STATE_FILE:  # in which the best checkpoint's place is another one on another machine
+    if path.name == TRAINER_STATE:  # in which the best checkpoint's place is another one on another machine
         return [0, _checksum({**json.loads(path.read_text()), "best_model_checkpoint": None})]
     checksum = 0
     with path.open("rb") as file:
@@ -60,19 +56,19 @@ def _content(path: Path) -> list[int]:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """
-    The contents of `STATE_FILE`.
+    The contents of `STATE`.
 
     Raises:
         `ValueError`: when the checkpoint is not whole; the message says which file is not what was written.
     """
     if not folder.is_dir():
         raise ValueError(f"There is no checkpoint folder {str(folder)!r}.")
-    file = STATE_FILE
+    file = STATE
     try:
-        state = json.loads((folder / STATE_FILE).read_text())
+        state = json.loads((folder / STATE).read_text())
         if state.pop("checksum") != _checksum(state):
             raise ValueError("not as it was written")
-        for file, content in {TRAINER_STATE_FILE: None, **state["files"]}.items():
+        for file, content in {TRAINER_STATE: None, **state["files"]}.items():
             if _content(folder / file) != content:
                 raise ValueError("not as it was written")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -91,7 +87,7 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
 def _written(folder: Path) -> float:
     """When, in seconds since the epoch; a copy keeps it, unless it is broken."""
     try:
-        return float(json.loads((folder / STATE_FILE).read_text())["written"])
+        return float(json.loads((folder / STATE).read_text())["written"])
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return folder.stat().st_mtime
 
@@ -106,6 +102,22 @@ def last_whole_checkpoint(output_dir: Path) -> Path | None:
         else:
             return folder
     return None
+
+
+def find(output_dir: Path, wanted: str | bool | None) -> Path | None:
+    """
+    The checkpoint to resume from: a folder, or with `True` the newest whole one in `output_dir`; `None` for none.
+    Raises `ValueError` if there is none that is whole.
+    """
+    if not wanted:
+        return None
+    if wanted is not True:
+        read_state(Path(wanted))
+        return Path(wanted)
+    folder = last_whole_checkpoint(output_dir)
+    if folder is None:
+        raise ValueError(f"There is no whole checkpoint in {str(output_dir)!r} to resume from.")
+    return folder
 
 
 @contextmanager
@@ -207,7 +219,7 @@ def rotate_after_kill(output_dir: Path, folder: Path, limit: int | None) -> None
     """[`rotate`], if `folder` is the newest checkpoint: a run that was killed just after writing it has not."""
     newest = checkpoints_in(output_dir)[:1]
     if [path.resolve() for path in newest] == [folder.resolve()]:
-        state = json.loads((folder / TRAINER_STATE_FILE).read_text())
+        state = json.loads((folder / TRAINER_STATE).read_text())
         rotate(newest[0], limit, state.get("best_model_checkpoint"))
 
 

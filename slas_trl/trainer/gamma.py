@@ -1,4 +1,4 @@
-"""Which γ a rollout is shaped with, and what is measured for that: the mathematics is in `trust_region.py`."""
+"""Chooses the γ of each rollout, and measures what that takes; the mathematics is in `trust_region.py`."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,33 +15,19 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from .. import trust_region
 from ..objective import gaussian_kl
 from ..policy import PipelineReplayer, Rollout
 from ..policy.rollout import StepOutput
-from ..trust_region import (
-    Eigenpair,
-    FisherProduct,
-    Vector,
-    gamma_bound_bounded,
-    gamma_bound_sub_gaussian,
-    kl_budget,
-    kl_feedback,
-    largest_gamma,
-    largest_gamma_of_share,
-    power_iteration,
-    reward_moment,
-    sub_gaussian_norm,
-    warmed_up,
-)
-from .collectives import copy_full_tensor, full_tensor, gathered, reshard, world_size
+from ..trust_region import Eigenpair, FisherProduct, Vector
+from .distributed import copy_full_tensor, full_tensor, gathered, reshard, world_size
 from .slas_config import SLASConfig
 
 
 logger = logging.get_logger(__name__)
 
 UPDATES_KEPT = 20  # for G
-# At least and at most: without an eigenvector to start from, and with one, which the next measurement goes on from.
-FIRST_PRODUCTS, LATER_PRODUCTS = (5, 20), (2, 6)
+FIRST_PRODUCTS, LATER_PRODUCTS = (5, 20), (2, 6)  # at least and at most; later, from the last eigenvector
 TOLERANCE = 0.05  # between rollouts, λ_max differs by more
 NARROW = (torch.float16, torch.bfloat16)
 SHIFT, NARROW_SHIFT = 0.003, 0.03  # stds by which the mean is moved for a derivative
@@ -49,15 +35,15 @@ SHIFT, NARROW_SHIFT = 0.003, 0.03  # stds by which the mean is moved for a deriv
 
 @dataclass(frozen=True)
 class GammaState:
-    """What a checkpoint has to keep. Nothing in it is changed in place, so a reference to it is a copy."""
+    """The state that a checkpoint keeps. Nothing in it is changed in place, so a reference to it is a copy."""
 
     gamma: float
     moment: float = 0.0  # M of the rollout under way
-    kls: tuple[tuple[int, float], ...] = ()  # timestep and KL of the last updates, as many as there are timesteps
-    updates: tuple[tuple[float, float], ...] = ()  # τ and ‖g̃‖²/M of the last ones, the newest last
+    kls: tuple[tuple[int, float], ...] = ()  # (timestep, KL) of the last updates, at most one for each timestep
+    updates: tuple[tuple[float, float], ...] = ()  # (τ, ‖g̃‖²/M) of the last UPDATES_KEPT updates, the newest last
     lambda_max: float | None = None
-    vector: tuple[torch.Tensor, ...] = ()  # its eigenvector, sharded as the parameters are
-    measured_at: int | None = None  # number of updates made before that
+    vector: tuple[torch.Tensor, ...] = ()  # its eigenvector: a tensor for each parameter, sharded as that is
+    measured_at: int | None = None  # number of updates before λ_max was measured
     checks_kl: bool = False  # whether the KL of the rollout's updates is measured too
 
 
@@ -65,8 +51,8 @@ class GammaControl(TrainerCallback):
     """
     Chooses γ by `args.gamma_schedule`, after the rewards of a rollout are known and before they become advantages.
 
-    Every process makes the same choice: it calls all of this, and collectives are in here. Measurements leave weights,
-    gradients and random numbers as they were.
+    Collective: every rank must call each method, and all make the same choice. Measurements leave weights, gradients
+    and random numbers as they were.
 
     Args:
         args ([`SLASConfig`]): the configuration.
@@ -100,32 +86,30 @@ class GammaControl(TrainerCallback):
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """Asked for anew every time: FSDP puts others in their places."""
+        """Not cached: FSDP replaces the parameter objects."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
     @property
     def gamma(self) -> float:
-        """Of the rollout under way."""
+        """γ of the current rollout."""
         return self.state.gamma
 
     @property
     def _keeps_state(self) -> bool:
-        """The other schedules follow from the rollout, or the number of the update, alone."""
+        """Whether γ depends on more than the rollout."""
         return self.interval is not None or self.args.gamma_schedule == "kl"
 
     def reset(self) -> None:
-        """As before training."""
+        """Back to the state before training."""
         self.state = GammaState(gamma=self.args.gamma)
-        self._finished = self.state  # as the last update left it, for one under way starts over
+        self._finished = self.state  # after the last finished update, which a checkpoint goes on from
         self._seen: tuple[Rollout, int, torch.Tensor, torch.Tensor] | None = None  # a micro-step: its mean and std
         self._norm = math.nan  # of the gradient
         self._before: list[torch.Tensor] = []  # the weights before the update
 
-    # Choosing
-
     def choose(self, x: torch.Tensor, chunks: list[Rollout], steps: list[int], update: int) -> float:
         """
-        γ for a rollout. Collective: every process calls it.
+        γ for a rollout.
 
         Args:
             x (`torch.Tensor` of shape `(N,)`): scaled rewards of all processes, around the mean of each group.
@@ -139,27 +123,25 @@ class GammaControl(TrainerCallback):
             if due:
                 self._measure_fisher(chunks, steps)
             self.state = replace(self.state, checks_kl=due, measured_at=update if due else last)
-        gamma = gathered(self._choose(x, update))[0]
+        gamma = gathered(self._choose(x))[0]
         self.state = replace(self.state, gamma=gamma)
         return gamma
 
     def note_rollout(self, x: torch.Tensor) -> None:
         """Keep the moment of the scaled rewards `(N,)`, around the baseline that they are shaped by."""
-        self.state = replace(self.state, moment=reward_moment(x, self.state.gamma))
+        self.state = replace(self.state, moment=trust_region.reward_moment(x, self.state.gamma))
         if self.interval is not None:
             self.log("trust_region/moment", self.state.moment)
 
-    def _choose(self, x: torch.Tensor, update: int) -> float:
+    def _choose(self, x: torch.Tensor) -> float:
         args, state = self.args, self.state
         bound = None if self.interval is None else self._bound(x)
         match args.gamma_schedule:
-            case "linear" | "cosine":
-                return warmed_up(args.gamma, update, args.gamma_warmup_steps, args.gamma_schedule)
             case "ess":
-                return largest_gamma_of_share(x, args.min_effective_share, args.gamma_max)
+                return trust_region.largest_gamma_of_share(x, args.min_effective_share, args.gamma_max)
             case "kl" if state.kls:
                 kl = sum(kl for _, kl in state.kls) / len(state.kls)
-                return kl_feedback(state.gamma, kl, args.allowed_kl, args.gamma_max)
+                return trust_region.kl_feedback(state.gamma, kl, args.allowed_kl, args.gamma_max)
             case "kl":
                 return state.gamma
             case "trust_region":
@@ -175,17 +157,17 @@ class GammaControl(TrainerCallback):
         if not state.updates or not x.any():
             return None
         tau, g_max = max(state.updates, key=lambda each: each[0] ** 2 * each[1])  # the longest step for its M
-        budget = kl_budget(self.args.allowed_kl, tau, state.lambda_max, g_max)
-        bound = largest_gamma(x, budget, top)
-        bounded = gamma_bound_bounded(budget, x.abs().max().item()).high
-        sub_gaussian = gamma_bound_sub_gaussian(budget, sub_gaussian_norm(x)).high
+        budget = trust_region.kl_budget(self.args.allowed_kl, tau, state.lambda_max, g_max)
+        bound = trust_region.largest_gamma(x, budget, top)
         for name, value in (("tau", tau), ("g_max", g_max), ("budget", budget), ("gamma_bound", bound)):
             self.log(f"trust_region/{name}", value)
-        for name, value in (("bounded", bounded), ("sub_gaussian", sub_gaussian)):
-            self.log(f"trust_region/gamma_bound_{name}", max(0.0, min(top, value)))  # 0 where there is none
+        corollaries = {
+            "bounded": trust_region.gamma_bound_bounded(budget, x.abs().max().item()),
+            "sub_gaussian": trust_region.gamma_bound_sub_gaussian(budget, trust_region.sub_gaussian_norm(x)),
+        }
+        for name, admissible in corollaries.items():
+            self.log(f"trust_region/gamma_bound_{name}", max(0.0, min(top, admissible.high)))  # 0 where there is none
         return bound
-
-    # Measuring λ_max
 
     def _measure_fisher(self, chunks: list[Rollout], steps: list[int]) -> None:
         """λ_max over the first chunk of each process, at the first and the last of the trained steps."""
@@ -225,7 +207,7 @@ class GammaControl(TrainerCallback):
             inner=self._inner,
             shift=NARROW_SHIFT if self._is_narrow else SHIFT,
         )
-        return power_iteration(
+        return trust_region.power_iteration(
             product, start, min_products=least, max_products=most, tolerance=TOLERANCE, inner=self._inner
         )
 
@@ -241,7 +223,7 @@ class GammaControl(TrainerCallback):
         return output
 
     def _gradients(self, scalar: torch.Tensor) -> Vector:
-        """The mean over the processes. By `backward`, as FSDP has to have it: before an update there are no others."""
+        """Mean over the processes. By `backward`, which FSDP needs; before an update there are no other gradients."""
         scalar.backward()
         found = []
         for parameter in self.parameters:
@@ -254,20 +236,15 @@ class GammaControl(TrainerCallback):
         return found
 
     def _inner(self, a: Vector, b: Vector) -> float:
-        """The first process's: what follows from it must not differ in a last bit."""
+        """That of the first process: decisions that follow from it must not differ in a last bit."""
         total: Any = sum((x * y).sum(dtype=torch.float64) for x, y in zip(a, b, strict=True))
         return gathered(full_tensor(total).item())[0]
-
-    # Measuring updates
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._seen = None
 
     def note_micro_step(self, rollout: Rollout, step: int, policy: StepOutput) -> None:
-        """
-        Keep one micro-step of the update, to measure the update's KL with: at the timestep that was measured the
-        longest ago, since they differ by much.
-        """
+        """Keep one micro-step of the update, for its KL: at the timestep that was measured the longest ago."""
         if self.args.gamma_schedule != "kl" and not self.state.checks_kl:
             return
         last = {measured: i for i, (measured, _) in enumerate(self.state.kls)}
@@ -308,8 +285,6 @@ class GammaControl(TrainerCallback):
             self.log("trust_region/kl", kl)
             self.state = replace(self.state, kls=(*self.state.kls, (step, kl))[-self.args.num_trained_timesteps :])
 
-    # Resuming
-
     def on_train_begin(self, args, state, control, **kwargs):
         self._finished = self.state
 
@@ -317,7 +292,7 @@ class GammaControl(TrainerCallback):
         self._finished = self.state
 
     def save(self, folder: Path, writes: bool) -> None:
-        """Every process calls it, since the eigenvector may be sharded; the one that `writes` writes."""
+        """The eigenvector may be sharded, so every rank must call this; the one that `writes` writes."""
         if not self._keeps_state:
             return
         vector = [full_tensor(part).cpu() for part in self._finished.vector]
@@ -327,7 +302,7 @@ class GammaControl(TrainerCallback):
             torch.save({**figures, "vector": vector, "schedule": self.args.gamma_schedule}, folder / self.FILE)
 
     def load(self, folder: Path) -> None:
-        """Nothing where the run that wrote the checkpoint kept nothing; another schedule starts from `args.gamma`."""
+        """Does nothing if the checkpoint has no state of γ; another schedule starts from `args.gamma`."""
         if not self._keeps_state or not (folder / self.FILE).exists():
             return
         saved = torch.load(folder / self.FILE, map_location="cpu", weights_only=True)

@@ -1,13 +1,17 @@
 """What is logged of a rollout, under TRL's names, and what of it is worth a warning."""
 
 import math
+import time
+from collections import defaultdict
 
+import numpy as np
 import torch
-from scipy.special import stdtrit
 from transformers.utils import logging
 
 from ..advantages import Advantages
-from ..calibration import narrow_share
+from ..reports.calibration import narrow_share
+from ..statistics import mean_over_prompts
+from .distributed import gathered
 from .scoring import Scores, reward_resolution, typical_group_std
 
 
@@ -15,7 +19,7 @@ logger = logging.get_logger(__name__)
 
 
 def rollout_metrics(names: list[str], scores: Scores, result: Advantages, gamma: float) -> dict[str, float]:
-    """Of the scores of a rollout and the advantages made of them."""
+    """Metrics of the scores of a rollout and the advantages made of them."""
     narrow = narrow_share(result.group_std.tolist(), result.group_abs_advantages.tolist())
     return {
         "reward": result.rewards.nanmean().item(),
@@ -49,17 +53,11 @@ def reward_metrics(names: list[str], scores: Scores) -> dict[str, float]:
 def half_widths(names: list[str], rewards: torch.Tensor, prompts: int) -> dict[str, float]:
     """
     Half width of the 95% interval around the mean of each reward `(N, K)` of `prompts` prompts, N / prompts
-    consecutive images each. Student's t on the means of the prompts: images of one prompt are no independent tests of
-    the policy. Left out with fewer than two prompts that have a score.
+    consecutive images each. Left out with fewer than two prompts that have a score.
     """
-    metrics = {}
-    for name, column in zip(names, rewards.T, strict=True):
-        means = column.view(prompts, -1).nanmean(1)
-        means = means[~means.isnan()]
-        if len(means) > 1:
-            error = means.std().item() / math.sqrt(len(means))
-            metrics[f"rewards/{name}/half_width"] = float(stdtrit(len(means) - 1, 0.975)) * error
-    return metrics
+    means = rewards.view(prompts, -1, len(names)).nanmean(1)
+    widths = {name: mean_over_prompts(column.tolist()).half_width for name, column in zip(names, means.T, strict=True)}
+    return {f"rewards/{name}/half_width": width for name, width in widths.items() if not math.isnan(width)}
 
 
 def reward_times(names: list[str], scores: Scores) -> dict[str, float]:
@@ -85,7 +83,7 @@ def advantage_problem(result: Advantages, min_group_std: float) -> str | None:
 
 
 def warn_of_resolution(names: list[str], rewards: torch.Tensor, num_generations: int) -> None:
-    """Of rewards `(N, K)` that are coarser than what they should tell apart."""
+    """Warn of rewards `(N, K)` that are coarser than the differences within a group."""
     for name, column in zip(names, rewards.T, strict=True):
         resolution, spread = reward_resolution(column), typical_group_std(column, num_generations)
         if resolution >= spread > 0:
@@ -93,3 +91,42 @@ def warn_of_resolution(names: list[str], rewards: torch.Tensor, num_generations:
                 f"Reward {name!r} resolves differences of {resolution:.3g}, but within a group its values spread by "
                 f"only {spread:.3g}: much of the advantage is rounding. Score in float32, or return finer values."
             )
+
+
+class MetricMeans:
+    """Figures of micro-steps and rollouts until they are logged, and how long those took."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[float]] = defaultdict(list)
+        self._images = 0  # sampled since `images_per_second` was logged
+        self._start: tuple[float, int] | None = None  # when, and after which update, the last log was
+        self._images_since = 0.0
+
+    def start(self, step: int) -> None:
+        """Start the clocks before the first micro-step, which follows update `step`."""
+        if self._start is None:
+            self._images_since = time.perf_counter()
+            self._start = self._images_since, step
+
+    def add(self, name: str, value: float) -> None:
+        self._values[name].append(value)
+
+    def add_rollout(self, metrics: dict[str, float], images: int) -> None:
+        self._images += images
+        for name, value in metrics.items():
+            self.add(name, value)
+
+    def flush(self, step: int) -> dict[str, float]:
+        """Means since the last call over all processes, and step time. Collective: every rank must call this."""
+        if self._start is None:
+            return {}
+        now = time.perf_counter()
+        logs = {"step_time": (now - self._start[0]) / max(1, step - self._start[1])}
+        self._start = now, step
+        if self._images:  # not every update begins with a rollout
+            logs["images_per_second"] = self._images / (now - self._images_since)
+            self._images_since, self._images = now, 0
+        means = {name: float(np.mean(values)) for name, values in self._values.items()}
+        everyone = gathered(means)
+        self._values.clear()
+        return logs | {name: float(np.mean([each[name] for each in everyone])) for name in means}

@@ -11,9 +11,9 @@ from typing import Any
 
 import datasets
 import pandas as pd
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Dataset, DatasetDict
 
-from .calls import is_picture_column
+from .pipeline_inputs import is_picture_column
 
 
 _NEXT_ROW = re.compile(r'(?<=[}"])\s*\n\s*(?=[{"])')  # within one, no line ends without a comma
@@ -27,26 +27,25 @@ def load_prompts(name_or_path: str, split: str = "train") -> Dataset:
     Args:
         name_or_path (`str`):
             `"shapes"` for the embedded world; a file (.txt with a prompt a line; .json, .jsonl, .csv, .tsv, .parquet
-            with a column "prompt") in UTF-8, whose paths of images are relative to its folder; or one on the Hub.
+            with a column "prompt") in UTF-8, whose paths of images are relative to its folder; or a Hub id.
         split (`str`, *optional*, defaults to `"train"`): split of the embedded world or of the Hub's data set.
 
     Returns:
-        `Dataset`: with a column "prompt", and whatever other columns there are, for the rewards.
+        `Dataset`: with a column "prompt"; the others are for the rewards and the pipeline.
 
     Raises:
-        `FileNotFoundError`: when a file is named that is not there.
-        `ValueError`: when there is no prompt in it.
+        `FileNotFoundError`, `ValueError`: when there is no such file, or no prompt in it.
     """
-    path = Path(name_or_path)
     if name_or_path == "shapes":
         from ..shapes import shapes_prompts
 
         return shapes_prompts(split)
+    path = Path(name_or_path)
     if path.suffix.lower() in SUFFIXES and not path.is_file():
         raise FileNotFoundError(f"There is no prompt file {str(path)!r}; check the path.")
     try:
         data = _read(path) if path.is_file() else datasets.load_dataset(name_or_path, split=split)
-    except Exception as error:  # of the Hub, the cache, or what is in the file: too many kinds to name
+    except Exception as error:  # from the Hub, the cache or the file: too many kinds to name
         why = error.__cause__ or error
         hint = " Save it as UTF-8." if isinstance(why, UnicodeError) else ""
         hint = " Set HF_HOME to a folder that can be written to." if isinstance(why, OSError) and why.errno else hint
@@ -62,7 +61,7 @@ def load_prompts(name_or_path: str, split: str = "train") -> Dataset:
 
 
 def _beside(file: Path, image: Any) -> Any:
-    """The path of an image, or a list of them, as seen from the folder of the file that names it."""
+    """The path of an image, or a list of them, relative to the folder of `file`."""
     if isinstance(image, list):
         return [_beside(file, item) for item in image]
     found = isinstance(image, str) and (file.parent / image).is_file()
@@ -88,28 +87,25 @@ def _read(path: Path) -> Any:
         names = dict.fromkeys(chain.from_iterable(rows))
         return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names}, on_mixed_types="use_json")
     marks: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {}
+    # Words such as NA are text; and so is 1984, where it is to be drawn.
+    marks |= {"keep_default_na": False, "na_values": [""], "converters": dict.fromkeys(("prompt", "target_text"), str)}
     frame = pd.read_csv(io.StringIO(text), low_memory=False, **marks)
-    if not isinstance(frame.index, pd.RangeIndex):  # pandas takes for it what is too much
+    if not isinstance(frame.index, pd.RangeIndex):  # where pandas puts surplus fields
         raise ValueError("it has rows with more fields than its header; quote prompts with commas, in a .csv")
-    for column in {"prompt", "target_text"} & {*frame.columns}:  # be it None or 1984, its cells are text
-        frame[column] = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, **marks)[column]
     return Dataset.from_pandas(frame, preserve_index=False)
 
 
 def check_prompts(data: Dataset, name: str) -> Dataset:
-    """`data` itself, if every row has a prompt to give; else a ValueError that says which does not."""
+    """`data` itself, if every row has a prompt. Raises `TypeError` or `ValueError` that names the row otherwise."""
     if not isinstance(data, Dataset):
-        how = {DatasetDict: "pass one of its splits", IterableDataset: "use Dataset.from_list(list(data))"}
-        how = how.get(type(data), "use Dataset.from_list, of dictionaries with a 'prompt'")
-        raise TypeError(f"{name} must be a datasets.Dataset, but it is a {type(data).__name__}; {how}.")
+        fix = "pass one of its splits" if isinstance(data, DatasetDict) else "use Dataset.from_list(list(data))"
+        raise TypeError(f"{name} must be a datasets.Dataset, but it is a {type(data).__name__}; {fix}.")
     if "prompt" not in data.column_names:
         raise ValueError(
             f"{name} has no column 'prompt'; its columns are {data.column_names}. Rename the one with the text."
         )
     if taken := {"prompts", "images", "completions"} & set(data.column_names):
-        raise ValueError(
-            f"{name} has the column {min(taken)!r}, by which name a reward gets the rollout's. Rename it."
-        )
+        raise ValueError(f"{name} has the column {min(taken)!r}, which rewards get of the rollout. Rename it.")
     if not len(data):
         raise ValueError(f"{name} is empty; expected at least one prompt.")
     bad = [i for i, prompt in enumerate(data["prompt"]) if not isinstance(prompt, str) or not prompt.strip()]

@@ -21,6 +21,24 @@ class EpochRepeatSampler(RepeatSampler):
         return super().__iter__()
 
 
+def prompt_sampler(args: SLASConfig, prompts: int) -> EpochRepeatSampler:
+    """The order of so many prompts. Raises `ValueError` when there are too few for a rollout."""
+    per_rollout = args.images_per_rollout * args.world_size // args.num_generations
+    if prompts < per_rollout:
+        raise ValueError(
+            f"A rollout needs {per_rollout} prompts (generation_batch_size {args.generation_batch_size} / "
+            f"num_generations {args.num_generations}), but there are {prompts}. Add prompts or lower "
+            "steps_per_generation."
+        )
+    return EpochRepeatSampler(
+        range(prompts),
+        mini_repeat_count=args.num_generations,
+        batch_size=per_rollout,
+        repeat_count=args.micro_steps_per_rollout,
+        seed=args.data_seed if args.data_seed is not None else args.seed,
+    )
+
+
 # Streams of random numbers; each image, group or rollout has its own in each.
 INITIAL_NOISE, STEP_NOISE, TIMESTEPS, EVALUATION = range(4)
 

@@ -1,35 +1,34 @@
-"""Calling reward functions, and saying clearly what is wrong with what they return."""
+"""Calling reward functions on the images of a rollout or an evaluation, and naming what is wrong with their scores."""
 
 import inspect
 import math
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from datasets import Dataset
-from PIL.Image import Image
 
-from ..rewards.base import Reward, RewardUnavailableError
-from ..rewards.by_name import RewardFunc, resolve_reward, reward_name
-from ..rewards.calling import call_reward, numbers
+from ..rewards.base import Reward, RewardFunc, RewardUnavailableError
+from ..rewards.call import call_reward, numbers
+from ..rewards.resolve import resolve_reward, reward_name
+from .distributed import gathered, raise_together
 
 
 @dataclass(frozen=True)
 class Scores:
     """
-    What N images got from K rewards.
+    Scores of N images by K rewards.
 
-    Args:
+    Attributes:
         rewards (`torch.Tensor`): `(N, K)`, float64; NaN where there is no score.
         components (`dict[str, torch.Tensor]`):
             `(N,)` each, of the rewards that return a dictionary, by "{reward}/{component}".
-        seconds (`list[float]`): That each reward took, on this process.
+        seconds (`list[float]`): that each of the K rewards took, on this process.
     """
 
     rewards: torch.Tensor
@@ -42,7 +41,7 @@ class RewardScorer:
     Scores images with every reward function.
 
     Args:
-        reward_funcs: callable, string, or a list of them; see [`~slas_trl.rewards.by_name.resolve_reward`].
+        reward_funcs: callable, string, or a list of them; see [`~slas_trl.rewards.resolve.resolve_reward`].
 
     Raises:
         `ValueError`: when two rewards have the same name.
@@ -89,7 +88,7 @@ class RewardScorer:
                     "reward(prompts, images, **columns)."
                 ) from error
 
-    def score(self, prompts: list[str], images: list[Image], columns: dict[str, list[Any]]) -> torch.Tensor:
+    def score(self, prompts: list[str], images: list[Any], columns: dict[str, list[Any]]) -> torch.Tensor:
         """
         Rewards `(N, K)`, float64, NaN where a reward returned `None` or NaN.
 
@@ -99,8 +98,8 @@ class RewardScorer:
         """
         with Scoring(self) as scoring:
             scoring.add(prompts, images, columns)
-            scores, errors = scoring.result()
-        for error in errors.values():
+            scores, error = scoring.result()
+        if error is not None:
             raise error
         return scores.rewards
 
@@ -112,19 +111,18 @@ class Scoring:
     begun.
 
     Args:
-        scorer ([`RewardScorer`]): The rewards.
+        scorer ([`RewardScorer`]): the rewards. All get the same images and columns, and must not write into them.
         concurrent (`bool`, *optional*, defaults to `True`):
             `False` waits for every reward at every chunk. The calls are the same, and so are the scores.
     """
 
     def __init__(self, scorer: RewardScorer, concurrent: bool = True):
         self.scorer, self.concurrent = scorer, concurrent
-        # Which GPU is "cuda" is a matter of the thread: the same in theirs as in this one.
+        # The current CUDA device is per thread: these get this thread's.
         gpu = (torch.cuda.current_device(),) if torch.cuda.is_initialized() else ()
         self._threads = [ThreadPoolExecutor(1, initializer=_use_gpu, initargs=gpu) for _ in scorer.names]
         self._chunks: list[list[Future[_ChunkScores]]] = [[] for _ in scorer.names]
-        self._sizes: list[int] = []
-        self._images, self._shown = 0, []  # how many came, and the places of those that can be judged
+        self._images, self._shown = 0, []  # how many came, and the places of those that can be scored
 
     def __enter__(self) -> "Scoring":
         return self
@@ -133,7 +131,7 @@ class Scoring:
         for thread in self._threads:
             thread.shutdown(wait=False, cancel_futures=True)
 
-    def add(self, prompts: list[str], images: list[Image], columns: dict[str, list[Any]]) -> None:
+    def add(self, prompts: list[str], images: list[Any], columns: dict[str, list[Any]]) -> None:
         """Have these images scored, N of each; `None`, a picture that shows nothing, has no score."""
         shown = [i for i, image in enumerate(images) if image is not None]
         self._shown += [self._images + i for i in shown]
@@ -142,12 +140,10 @@ class Scoring:
             return
         prompts, images = [prompts[i] for i in shown], [images[i] for i in shown]
         columns = {key: [values[i] for i in shown] for key, values in columns.items()}
-        self._sizes.append(len(images))
         names, functions = self.scorer.names, self.scorer.functions
         for name, function, thread, chunks in zip(names, functions, self._threads, self._chunks, strict=True):
-            # Each has its own: one that changes an image in place does not change what others see, or what is logged.
-            own = list(prompts), deepcopy(images), deepcopy(columns)
-            chunks.append(thread.submit(_score_chunk, chunks[-1] if chunks else None, name, function, *own))
+            previous = chunks[-1] if chunks else None
+            chunks.append(thread.submit(_score_chunk, previous, name, function, prompts, images, columns))
             if not self.concurrent:
                 wait(chunks)
 
@@ -156,50 +152,75 @@ class Scoring:
         """Whether it is known that a reward cannot score what it was given."""
         return any(chunk.done() and chunk.exception() is not None for chunks in self._chunks for chunk in chunks)
 
-    def result(self) -> tuple[Scores, dict[str, Exception]]:
-        """Wait for the scores; and the first error of each reward that raised one, whose scores are NaN."""
-        columns, components, seconds, errors = [], {}, [], {}
-        for name, chunks in zip(self.scorer.names, self._chunks, strict=True):
-            scored = []
-            for chunk, size in zip(chunks, self._sizes, strict=True):
-                try:
-                    scored.append(chunk.result())
-                except (ValueError, TypeError) as error:
-                    errors.setdefault(name, error)
-                    scored.append(_ChunkScores([math.nan] * size, {}, [], 0.0))
-            columns.append([value for chunk in scored for value in chunk.rewards])
-            seconds.append(sum(chunk.seconds for chunk in scored))
-            # One in which nothing was scored may be without components: they are NaN as well.
-            told = [chunk.returned for chunk in scored if chunk.returned or not chunk.is_empty]
-            if any(set(parts) != set(told[0]) for parts in told):
-                errors.setdefault(name, other_components(name, told))
-                continue
-            for part in told[0] if told else ():
-                if part == "reward":
-                    continue
-                rows = [v for chunk in scored for v in chunk.components.get(part, [math.nan] * len(chunk.rewards))]
-                components[f"{name}/{part}"] = self._placed(rows)
-        return Scores(torch.stack([self._placed(column) for column in columns], 1), components, seconds), errors
+    def result(self) -> tuple[Scores, Exception | None]:
+        """Wait for the scores of this process; and the first error of a reward, if one raised any."""
+        rewards = torch.full((self._images, len(self.scorer.names)), math.nan, dtype=torch.float64)
+        components: dict[str, torch.Tensor] = {}
+        seconds = [0.0] * len(self.scorer.names)
+        try:
+            for k, (name, chunks) in enumerate(zip(self.scorer.names, self._chunks, strict=True)):
+                scored = [chunk.result() for chunk in chunks]
+                seconds[k] = sum(chunk.seconds for chunk in scored)
+                rewards[self._shown, k] = _column(value for chunk in scored for value in chunk.rewards)
+                returned = [chunk.returned for chunk in scored if chunk.returned or not chunk.is_empty]
+                for part in same_components(name, returned):
+                    if part == "reward":
+                        continue
+                    values = _column(value for chunk in scored for value in chunk.component(part))
+                    components[f"{name}/{part}"] = torch.full_like(rewards[:, 0], math.nan)
+                    components[f"{name}/{part}"][self._shown] = values
+        except Exception as error:
+            return Scores(rewards, components, seconds), error
+        return Scores(rewards, components, seconds), None
 
-    def _placed(self, scores: list[float]) -> torch.Tensor:
-        """One for each image `(N,)`, NaN for those that were not shown."""
-        placed = torch.full((self._images,), math.nan, dtype=torch.float64)
-        placed[self._shown] = torch.tensor(scores, dtype=torch.float64)
-        return placed
+    def gather(self, usable: torch.Tensor | None = None, before_error: Callable[[], None] | None = None) -> Scores:
+        """
+        The scores of all processes, in the order of their ranks; NaN where an image of this process is not `usable`.
+        Collective: every rank must call this. An error of a reward is raised on all of them, after `before_error`.
+        """
+        scores, error = self.result()
+        raise_together(error, before_error)
+        if usable is not None:
+            for values in (scores.rewards, *scores.components.values()):
+                values[~usable] = math.nan
+        parts = gathered((scores.rewards, scores.components))
+        names: list[str] = []
+        try:
+            for i, name in enumerate(self.scorer.names):
+                # A reward that gave no score may have given no components.
+                scored = [own for rewards, own in parts if not rewards[:, i].isnan().all()]
+                names += same_components(name, [[k for k in own if k.startswith(f"{name}/")] for own in scored])
+        except ValueError:  # on all ranks
+            if before_error is not None:
+                before_error()
+            raise
+        components = {
+            key: torch.cat([own.get(key, torch.full_like(rewards[:, 0], math.nan)) for rewards, own in parts])
+            for key in names
+        }
+        return Scores(torch.cat([rewards for rewards, _ in parts]), components, scores.seconds)
 
 
 @dataclass(frozen=True)
 class _ChunkScores:
-    """Of one reward."""
+    """By one reward."""
 
     rewards: list[float]
-    components: dict[str, list[float]]  # all but "reward"
-    returned: list[str]  # the names of components, "reward" if it was one of them
+    components: dict[str, list[float]]  # without "reward"
+    returned: list[str]  # names of the components, with "reward" if it was one of them
     seconds: float
 
     @property
     def is_empty(self) -> bool:
         return all(map(math.isnan, self.rewards))
+
+    def component(self, name: str) -> list[float]:
+        """A chunk without any score may be without components."""
+        return self.components.get(name, [math.nan] * len(self.rewards))
+
+
+def _column(values: Iterable[float]) -> torch.Tensor:
+    return torch.tensor([*values], dtype=torch.float64)
 
 
 def _use_gpu(index: int | None = None) -> None:
@@ -207,57 +228,50 @@ def _use_gpu(index: int | None = None) -> None:
         torch.cuda.set_device(index)
 
 
-def other_components(name: str, found: list[list[str]]) -> ValueError:
-    """For a reward that returned not always the same components, of which the trained reward may be the sum."""
-    first, other = found[0], next(names for names in found if set(names) != set(found[0]))
-    return ValueError(
-        f"Reward {name!r} returned the components {sorted(first)} for some images, and {sorted(other)} for others; "
-        "expected the same ones every time, with None for an image that has no such score."
-    )
+def same_components(name: str, found: Sequence[Iterable[str]]) -> list[str]:
+    """The components of a reward, whose sum the trained reward may be. Raises `ValueError` where they differ."""
+    for names in found:
+        if set(names) != set(found[0]):
+            raise ValueError(
+                f"Reward {name!r} returned the components {sorted(found[0])} for some images, and {sorted(names)} for "
+                "others; expected the same ones every time, with None for an image that has no such score."
+            )
+    return list(found[0]) if found else []
 
 
-def _score_chunk(previous: "Future[_ChunkScores] | None", name: str, *call: Any) -> _ChunkScores:
-    """Raises `ValueError` or `TypeError`, whatever happens, at once if the chunk before raised it."""
+def _score_chunk(
+    previous: "Future[_ChunkScores] | None",
+    name: str,
+    function: RewardFunc,
+    prompts: list[str],
+    images: list[Any],
+    columns: dict[str, list[Any]],
+) -> _ChunkScores:
+    """Raises `ValueError` or `TypeError`, whatever happens; at once if the chunk before raised it."""
     if previous is not None and (error := previous.exception()) is not None:
         raise error
-    try:
-        return _scores_of(name, *call)
-    except (ValueError, TypeError):
-        raise
-    except BaseException as error:  # such as SystemExit: the trainer tells the other processes, and saves
-        raise ValueError(f"Reward {name!r} raised {type(error).__name__}: {error}") from error
-
-
-def _scores_of(
-    name: str, function: RewardFunc, prompts: list[str], images: list[Image], columns: dict[str, list[Any]]
-) -> _ChunkScores:
     start = time.perf_counter()
-    result = _call(name, function, prompts, images, columns)
-    returned = list(result) if isinstance(result, dict) else []
-    if not isinstance(result, dict):
-        rewards, components = numbers(result, prompts, f"Reward {name!r}"), {}
-    elif not result:
-        raise ValueError(
-            f"Reward {name!r} returned an empty dictionary; expected a list of scores for each component."
-        )
-    else:
-        components = {part: numbers(values, prompts, f"Reward '{name}/{part}'") for part, values in result.items()}
-        rewards = components.pop("reward", None) or [sum(parts) for parts in zip(*components.values(), strict=True)]
-    return _ChunkScores(rewards, components, returned, time.perf_counter() - start)
-
-
-def _call(
-    name: str, function: RewardFunc, prompts: list[str], images: list[Image], columns: dict[str, list[Any]]
-) -> Any:
     try:
-        return call_reward(function, prompts, images, columns)
+        result = call_reward(function, prompts, images, columns)
     except (RewardUnavailableError, ImportError, FileNotFoundError) as error:  # no image is to blame
         raise ValueError(f"Reward {name!r} cannot be used: {error}") from error
-    except Exception as error:
+    except BaseException as error:  # such as SystemExit: the trainer tells the other processes, and saves
         raise ValueError(
             f"Reward {name!r} raised {type(error).__name__}: {error} on {len(images)} images, the first of "
             f"{prompts[0]!r}. Return None for an image that cannot be scored."
         ) from error
+    parts = result if isinstance(result, dict) else {"reward": result}
+    if not parts:
+        raise ValueError(f"Reward {name!r} returned an empty dictionary; expected lists of scores by component.")
+    whose = f"Reward {name!r}"
+    scores = {
+        part: numbers(values, prompts, whose if parts is not result else f"Reward '{name}/{part}'")
+        for part, values in parts.items()
+    }
+    rewards = scores.get("reward") or [sum(values) for values in zip(*scores.values(), strict=True)]
+    components = {part: values for part, values in scores.items() if part != "reward"}
+    returned = list(parts) if parts is result else []
+    return _ChunkScores(rewards, components, returned, time.perf_counter() - start)
 
 
 def reward_resolution(rewards: torch.Tensor) -> float:

@@ -1,7 +1,8 @@
 """Arguments of [`SLASTrainer`]: TRL's names for reinforcement learning, diffusers' names for sampling."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -9,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 
-from ..advantages import AdvantageOptions, Count, NotNegative, Positive, check_fields
+from ..advantages import AdvantageOptions, Count, NotNegative, Positive, check_fields, option
 from ..schedulers.flow_sde import NOISE_SCHEDULES
 
 
@@ -26,6 +27,21 @@ INHERITED = {
     **dict.fromkeys(("seed", "data_seed", "save_total_limit"), f"[0, {2**32})"),
     **{"eval_delay": "[0, inf)", "max_steps": "[-1, inf)", "adam_epsilon": "(0, inf)"},
 }
+
+# Options, or values of one, that earlier versions had, and what to use instead.
+REMOVED = {
+    "shape_order": "rewards are scaled first, and shaped then; leave it out",
+    "gamma_warmup_steps": "gamma_schedule='ess' lowers gamma where few images would decide an update",
+    **dict.fromkeys(("gamma_schedule=linear", "gamma_schedule=cosine"), "use 'constant', or 'ess' against outliers"),
+}
+
+
+def refuse_removed(given: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for an option in `given` that is no more, naming what to use instead."""
+    for removed, instead in REMOVED.items():
+        name, _, value = removed.partition("=")
+        if name in given and value in ("", given[name]):
+            raise ValueError(f"{removed} was removed: {instead}.")
 
 
 @dataclass
@@ -63,14 +79,12 @@ class SLASConfig(AdvantageOptions, TrainingArguments):
             The reference of a run that goes on from an adapter: the policy with the adapter as it came, or the
             `"base"` model without it.
         gamma_schedule (`str`, *optional*, defaults to `"constant"`):
-            How γ changes from rollout to rollout: `"constant"`; `"linear"` or `"cosine"`, from 0 to `gamma` in
-            `gamma_warmup_steps`; and, from 0 to `gamma_max`, `"trust_region"`, the largest whose moment is within the
-            budget of Theorem 4, `"kl"`, by feedback of the updates' measured KL, or `"ess"`, the largest with an
-            effective share of `min_effective_share`. The first two of these begin with `gamma`.
+            How γ changes from rollout to rollout: `"constant"`; or, from 0 to `gamma_max`, `"trust_region"`, the
+            largest whose moment is within the budget of Theorem 4, `"kl"`, by feedback of the updates' measured KL,
+            and `"ess"`, the largest with an effective share of `min_effective_share`. The first two of these begin
+            with `gamma`.
         gamma_max (`float`, *optional*, defaults to `1.0`):
             The largest γ of the schedules `"trust_region"`, `"kl"` and `"ess"`.
-        gamma_warmup_steps (`int`, *optional*, defaults to `20`):
-            Updates after which the schedules `"linear"` and `"cosine"` have reached `gamma`.
         kl_threshold (`float`, *optional*):
             ζ of Eq. 78, the largest KL of one update in nats per latent element: of its bound under `"trust_region"`,
             by default 3e-4, far above the KL with AdamW; of its measurement under `"kl"`, by default 1e-5.
@@ -133,131 +147,103 @@ class SLASConfig(AdvantageOptions, TrainingArguments):
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "pipeline_kwargs", "model_init_kwargs"]
 
-    # Other defaults than TrainingArguments'
-    learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of AdamW."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning-rate schedule."})
-    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
-    logging_steps: float = field(default=1, metadata={"help": "Log every so many updates."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN losses in the logs."})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers to report to."})
-    remove_unused_columns: bool | None = field(
-        default=False, metadata={"help": "Kept off: all columns reach the rewards."}
-    )
-    torch_compile_mode: str | None = field(default=None, metadata={"help": "See torch.compile.", "choices": MODES})
-    gradient_accumulation_steps: Count | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Micro-steps per update. Default: one update per pass over a rollout."}
-    )
+    # Defaults that are not those of TrainingArguments
+    learning_rate: float = option(1e-5, "Initial learning rate of AdamW.")
+    lr_scheduler_type: str = option("constant", "Learning-rate schedule.")
+    weight_decay: float = option(1e-4, "Weight decay of AdamW.")
+    logging_steps: float = option(1, "Log every so many updates.")
+    logging_nan_inf_filter: bool = option(False, "Hide NaN losses in the logs.")
+    report_to: None | str | list[str] = option("none", "Trackers to report to.")
+    remove_unused_columns: bool | None = option(False, "Kept off: all columns reach the rewards.")
+    torch_compile_mode: str | None = option(None, "See torch.compile.", choices=MODES)
+    gradient_accumulation_steps: Count | None = option(
+        None, "Micro-steps per update. Default: one update per pass over a rollout."
+    )  # type: ignore[assignment]
 
     # Groups and rollouts
-    num_generations: Annotated[int, "[2, inf)"] = field(default=8, metadata={"help": "Images per prompt."})
-    num_generations_eval: Count | None = field(
-        default=None, metadata={"help": "Images per prompt in evaluation. Default: num_generations."}
+    num_generations: Annotated[int, "[2, inf)"] = option(8, "Images per prompt.")
+    num_generations_eval: Count | None = option(None, "Images per prompt in evaluation. Default: num_generations.")
+    generation_batch_size: Count | None = option(
+        None, "Images per rollout over all processes; or give steps_per_generation."
     )
-    generation_batch_size: Count | None = field(
-        default=None, metadata={"help": "Images per rollout over all processes; or give steps_per_generation."}
-    )
-    steps_per_generation: Count | None = field(
-        default=None, metadata={"help": "Chunks per rollout and process. Default: num_generations."}
-    )
-    num_iterations: Count = field(default=1, metadata={"help": "Passes over each rollout."})
+    steps_per_generation: Count | None = option(None, "Chunks per rollout and process. Default: num_generations.")
+    num_iterations: Count = option(1, "Passes over each rollout.")
 
     # Objective
-    epsilon: Positive = field(default=1e-4, metadata={"help": "Clip range of the ratio."})
-    epsilon_high: Positive | None = field(default=None, metadata={"help": "Upper clip range. Default: epsilon."})
-    beta: NotNegative = field(default=0.0, metadata={"help": "Weight of the KL divergence to the reference policy."})
-    kl_reference: str = field(
-        default="initial",
-        metadata={
-            "help": "Reference when training goes on from an adapter: that adapter as it came, or the base model.",
-            "choices": ["initial", "base"],
-        },
+    epsilon: Positive = option(1e-4, "Clip range of the ratio.")
+    epsilon_high: Positive | None = option(None, "Upper clip range. Default: epsilon.")
+    beta: NotNegative = option(0.0, "Weight of the KL divergence to the reference policy.")
+    kl_reference: str = option(
+        "initial",
+        "Reference when training goes on from an adapter: that adapter as it came, or the base model.",
+        choices=["initial", "base"],
     )
 
     # How γ changes
-    gamma_schedule: str = field(
-        default="constant",
-        metadata={
-            "help": "How gamma changes from rollout to rollout.",
-            "choices": ["constant", "linear", "cosine", "trust_region", "kl", "ess"],
-        },
+    gamma_schedule: str = option(
+        "constant", "How gamma changes from rollout to rollout.", choices=["constant", "trust_region", "kl", "ess"]
     )
-    gamma_max: NotNegative = field(default=1.0, metadata={"help": "Largest gamma of trust_region, kl and ess."})
-    gamma_warmup_steps: Count = field(default=20, metadata={"help": "Updates until linear and cosine reach gamma."})
-    kl_threshold: Positive | None = field(
-        default=None,
-        metadata={
-            "help": "KL of an update that trust_region and kl keep to, per latent element. Default: 3e-4, 1e-5."
-        },
+    gamma_max: NotNegative = option(1.0, "Largest gamma of trust_region, kl and ess.")
+    kl_threshold: Positive | None = option(
+        None, "KL of an update that trust_region and kl keep to, per latent element. Default: 3e-4, 1e-5."
     )
-    fisher_update_steps: Count | None = field(
-        default=None,
-        metadata={"help": "Updates between measurements of the Fisher matrix. Default: 20 with trust_region."},
+    fisher_update_steps: Count | None = option(
+        None, "Updates between measurements of the Fisher matrix. Default: 20 with trust_region."
     )
-    min_effective_share: Annotated[float, "(0, 1]"] = field(
-        default=0.25, metadata={"help": "Share of the images that is to carry the update under ess."}
+    min_effective_share: Annotated[float, "(0, 1]"] = option(
+        0.25, "Share of the images that is to carry the update under ess."
     )
-    concurrent_rewards: bool = field(default=True, metadata={"help": "Score while the next chunk is sampled."})
-    hacking_patience: Count = field(
-        default=3, metadata={"help": "Evaluations with the reward rising and a held-out one falling before an action."}
+    concurrent_rewards: bool = option(True, "Score while the next chunk is sampled.")
+    hacking_patience: Count = option(
+        3, "Evaluations with the reward rising and a held-out one falling before an action."
     )
-    hacking_action: str = field(default="warn", metadata={"help": "What that leads to.", "choices": ["warn", "stop"]})
+    hacking_action: str = option("warn", "What that leads to.", choices=["warn", "stop"])
 
     # Sampling
-    num_inference_steps: Count = field(default=10, metadata={"help": "Denoising steps."})
-    guidance_scale: Annotated[float, "(-inf, inf)"] | None = field(
-        default=None, metadata={"help": "Guidance in sampling and loss. Default: the pipeline's own."}
+    num_inference_steps: Count = option(10, "Denoising steps.")
+    guidance_scale: Annotated[float, "(-inf, inf)"] | None = option(
+        None, "Guidance in sampling and loss. Default: the pipeline's own."
     )
-    height: Count | None = field(default=None, metadata={"help": "Image height in pixels."})
-    width: Count | None = field(default=None, metadata={"help": "Image width in pixels."})
-    eta: Annotated[float, "[0, 1]"] = field(default=1.0, metadata={"help": "Noise of the DDIM step."})
-    noise_schedule: str = field(
-        default="flow_grpo", metadata={"help": "Noise of flow-matching models.", "choices": list(NOISE_SCHEDULES)}
+    height: Count | None = option(None, "Image height in pixels.")
+    width: Count | None = option(None, "Image width in pixels.")
+    eta: Annotated[float, "[0, 1]"] = option(1.0, "Noise of the DDIM step.")
+    noise_schedule: str = option("flow_grpo", "Noise of flow-matching models.", choices=list(NOISE_SCHEDULES))
+    noise_level: NotNegative | None = option(
+        None, "Noise level of flow-matching models. Default: 0.3 for dance_grpo, else 0.7."
     )
-    noise_level: NotNegative | None = field(
-        default=None, metadata={"help": "Noise level of flow-matching models. Default: 0.3 for dance_grpo, else 0.7."}
+    timestep_fraction: Annotated[float, "(0, 1]"] = option(1.0, "Share of the trainable timesteps to train.")
+    train_final_step: bool = option(False, "Train the last transition too.")
+    sde_window_size: Count | None = option(None, "Number of stochastic steps. Default: all.")
+    sde_window_start: Annotated[int, "[0, inf)"] | None = option(
+        None, "First stochastic step. Default: drawn for each rollout from the first half."
     )
-    timestep_fraction: Annotated[float, "(0, 1]"] = field(
-        default=1.0, metadata={"help": "Share of the trainable timesteps to train."}
+    sde_window_slide_every: Count | None = option(
+        None, "Rollouts after which the window of stochastic steps moves on by one step."
     )
-    train_final_step: bool = field(default=False, metadata={"help": "Train the last transition too."})
-    sde_window_size: Count | None = field(default=None, metadata={"help": "Number of stochastic steps. Default: all."})
-    sde_window_start: Annotated[int, "[0, inf)"] | None = field(
-        default=None, metadata={"help": "First stochastic step. Default: drawn for each rollout from the first half."}
-    )
-    sde_window_slide_every: Count | None = field(
-        default=None, metadata={"help": "Rollouts after which the window of stochastic steps moves on by one step."}
-    )
-    init_same_noise: bool = field(default=True, metadata={"help": "Start all images of a group from the same noise."})
+    init_same_noise: bool = option(True, "Start all images of a group from the same noise.")
 
     # The rest
-    max_skipped_updates: Annotated[int, "[0, inf)"] = field(
-        default=3, metadata={"help": "Updates in a row that may be skipped because of NaN or infinity."}
+    max_skipped_updates: Annotated[int, "[0, inf)"] = option(
+        3, "Updates in a row that may be skipped because of NaN or infinity."
     )
-    offload_frozen_components: bool = field(
-        default=False, metadata={"help": "Keep text encoders and VAE on the CPU while the denoiser is trained."}
+    offload_frozen_components: bool = option(
+        False, "Keep text encoders and VAE on the CPU while the denoiser is trained."
     )
-    use_ema: bool = field(default=False, metadata={"help": "Evaluate and save a moving average of the weights."})
-    ema_decay: Annotated[float, "[0, 1)"] = field(
-        default=0.9, metadata={"help": "Decay of the moving average per update."}
+    use_ema: bool = option(False, "Evaluate and save a moving average of the weights.")
+    ema_decay: Annotated[float, "[0, 1)"] = option(0.9, "Decay of the moving average per update.")
+    log_completions: bool = option(True, "Show sampled images in the trackers, and draw calibration.png.")
+    prompt_dataset: str = option("shapes", "Prompts for a trainer without train_dataset.")
+    pipeline_columns: list[str] | None = option(
+        None, "Columns that reach the pipeline's call. Default: those with text or images that it takes."
     )
-    log_completions: bool = field(
-        default=True, metadata={"help": "Show sampled images in the trackers, and draw calibration.png."}
-    )
-    prompt_dataset: str = field(default="shapes", metadata={"help": "Prompts for a trainer without train_dataset."})
-    pipeline_columns: list[str] | None = field(
-        default=None,
-        metadata={"help": "Columns that reach the pipeline's call. Default: those with text or images that it takes."},
-    )
-    pipeline_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Further arguments of the pipeline's call, as JSON."}
-    )
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Arguments of DiffusionPipeline.from_pretrained, as JSON."}
+    pipeline_kwargs: dict[str, Any] | str | None = option(None, "Further arguments of the pipeline's call, as JSON.")
+    model_init_kwargs: dict[str, Any] | str | None = option(
+        None, "Arguments of DiffusionPipeline.from_pretrained, as JSON."
     )
 
     @property
     def run_dir(self) -> Path:
-        """`output_dir`, seen from where the configuration was made: a reward may change the working folder since."""
+        """`output_dir`, absolute: a reward may change the working folder."""
         return self._home / (self.output_dir or "")
 
     @property
@@ -288,24 +274,22 @@ class SLASConfig(AdvantageOptions, TrainingArguments):
 
     @property
     def micro_steps_per_update(self) -> int:
-        """`gradient_accumulation_steps`, which is a number by now."""
+        """`gradient_accumulation_steps`, a number after `__post_init__`."""
         return cast(int, self.gradient_accumulation_steps)
 
     @property
     def fisher_interval(self) -> int | None:
         """Updates between measurements of the Fisher matrix, if it is measured."""
-        default = 20 if self.gamma_schedule == "trust_region" else None
-        return default if self.fisher_update_steps is None else self.fisher_update_steps
+        return self.fisher_update_steps or (20 if self.gamma_schedule == "trust_region" else None)
 
     @property
     def allowed_kl(self) -> float:
-        """ζ: `kl_threshold`, or what its schedule has by default."""
-        default = 1e-5 if self.gamma_schedule == "kl" else 3e-4
-        return default if self.kl_threshold is None else self.kl_threshold
+        """ζ: `kl_threshold`, or the default of its schedule."""
+        return self.kl_threshold or (1e-5 if self.gamma_schedule == "kl" else 3e-4)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a resumed run is compared by: the fields above but those that may name a place, and the optimizer's."""
+        """Settings that a resumed run reports if they differ: all but those that may name a place."""
         places = {"prompt_dataset", "pipeline_kwargs", "model_init_kwargs", "_VALID_DICT_FIELDS"}
         optimizer = {"adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "max_steps", "num_train_epochs"}
         others = {"warmup_steps", "lr_scheduler_kwargs", "optim_args", "bf16", "fp16"}
@@ -314,8 +298,8 @@ class SLASConfig(AdvantageOptions, TrainingArguments):
         return {name: value for name, value in self.to_dict().items() if name in names}
 
     @property
-    def layout(self) -> dict[str, Any]:
-        """What must not change when a run is resumed: how prompts, images and micro-steps follow each other."""
+    def resume_signature(self) -> dict[str, Any]:
+        """Settings that must be equal when a run is resumed: they place prompts, images and micro-steps."""
         names = ("seed", "data_seed", "per_device_train_batch_size", "generation_batch_size", "num_generations",
                  "gradient_accumulation_steps", "num_iterations", "num_inference_steps", "world_size",
                  "num_trained_timesteps", "train_final_step", "sde_window_size", "sde_window_start",
@@ -324,6 +308,10 @@ class SLASConfig(AdvantageOptions, TrainingArguments):
                  "kl_reference")  # fmt: skip
         others = {"pipeline_kwargs": repr(self.pipeline_kwargs), "optim": OptimizerNames(self.optim).value}
         return {name: getattr(self, name) for name in names} | others
+
+    def __new__(cls, *args: Any, **given: Any):
+        refuse_removed(given)
+        return super().__new__(cls)
 
     def __post_init__(self):
         self._home = Path.cwd()
@@ -342,14 +330,11 @@ class SLASConfig(AdvantageOptions, TrainingArguments):
         elif self.micro_steps_per_pass % self.micro_steps_per_update:
             raise ValueError(
                 f"gradient_accumulation_steps ({self.gradient_accumulation_steps}) must divide the "
-                f"{self.micro_steps_per_pass} micro-steps of a rollout (steps_per_generation "
-                f"{self.steps_per_generation} × {self.num_trained_timesteps} trained timesteps). Leave it out for one "
-                "update per rollout."
+                f"{self.micro_steps_per_pass} micro-steps of a rollout. Leave it out for one update per rollout."
             )
 
     def _divide_the_rollout(self) -> None:
         chunk = self.per_device_train_batch_size * self.world_size
-        of = f"per_device_train_batch_size {self.per_device_train_batch_size} × {self.world_size} process(es)"
         if self.generation_batch_size is not None and self.steps_per_generation is not None:
             if self.generation_batch_size != chunk * self.steps_per_generation:
                 raise ValueError(
@@ -359,8 +344,8 @@ class SLASConfig(AdvantageOptions, TrainingArguments):
         elif self.generation_batch_size is not None:
             if self.generation_batch_size % chunk:
                 raise ValueError(
-                    f"generation_batch_size ({self.generation_batch_size}) must be divisible by {chunk} ({of}); use "
-                    f"{math.ceil(self.generation_batch_size / chunk) * chunk}."
+                    f"generation_batch_size ({self.generation_batch_size}) must be divisible by {chunk}, the "
+                    f"images of all processes; use {math.ceil(self.generation_batch_size / chunk) * chunk}."
                 )
             self.steps_per_generation = self.generation_batch_size // chunk
         elif self.steps_per_generation is None:
@@ -368,8 +353,7 @@ class SLASConfig(AdvantageOptions, TrainingArguments):
         self.generation_batch_size = chunk * self.steps_per_generation
         if self.generation_batch_size % self.num_generations:
             raise ValueError(
-                f"A rollout of {self.generation_batch_size} images ({of} × steps_per_generation "
-                f"{self.steps_per_generation}) does not divide into groups of num_generations "
+                f"A rollout of {self.generation_batch_size} images does not divide into groups of num_generations "
                 f"({self.num_generations}). Use "
                 f"steps_per_generation={self.num_generations // math.gcd(chunk, self.num_generations)} or a multiple."
             )
@@ -377,31 +361,23 @@ class SLASConfig(AdvantageOptions, TrainingArguments):
     def _check_numbers(self) -> None:
         if self.gamma_schedule in ("trust_region", "kl") and self.gamma > self.gamma_max:
             raise ValueError(
-                f"gamma ({self.gamma}), with which {self.gamma_schedule!r} begins, is above gamma_max "
-                f"({self.gamma_max}); lower it or raise gamma_max."
-            )
-        if self.fisher_interval is not None and self.shape_order == "shape_then_scale":
-            raise ValueError(
-                'shape_order="shape_then_scale" makes the moment of the advantages the same for every gamma, so that '
-                "there is no trust region on it; use scale_then_shape, or another gamma_schedule without "
-                "fisher_update_steps."
+                f"gamma ({self.gamma}), where {self.gamma_schedule!r} begins, is above gamma_max ({self.gamma_max})."
             )
         if self.num_inference_steps == 1 and not self.train_final_step:
             raise ValueError("With num_inference_steps=1 the only step is the final one; set train_final_step=True.")
         last = self.num_trainable_steps
         if self.sde_window_size is not None and (self.sde_window_start or 0) + self.sde_window_size > last:
             raise ValueError(
-                f"The window of sde_window_size ({self.sde_window_size}) steps from {self.sde_window_start or 0} does "
-                f"not fit into the {last} trainable of num_inference_steps ({self.num_inference_steps})."
+                f"A window of sde_window_size ({self.sde_window_size}) steps from {self.sde_window_start or 0} does "
+                f"not fit into the {last} trainable steps."
             )
         for name in ("sde_window_start", "sde_window_slide_every"):
             if getattr(self, name) is not None and self.sde_window_size is None:
                 raise ValueError(f"{name} ({getattr(self, name)}) needs sde_window_size, the length of the window.")
         if self.n_gpu > 1:
             raise ValueError(
-                f"This one process sees {self.n_gpu} GPUs, between which nn.DataParallel would cut the rollouts up. "
-                f"Start one process for each with `accelerate launch --num_processes {self.n_gpu}`, or show it one "
-                "with CUDA_VISIBLE_DEVICES=0."
+                f"This one process sees {self.n_gpu} GPUs. Start a process for each with `accelerate launch "
+                f"--num_processes {self.n_gpu}`, or show it one with CUDA_VISIBLE_DEVICES=0."
             )
         if self.max_steps == 0:
             raise ValueError("max_steps is 0: nothing would be trained. Leave it out, or give a number of updates.")

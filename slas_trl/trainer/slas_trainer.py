@@ -6,11 +6,9 @@ trajectories at one timestep, so accumulation, distribution, clipping, callbacks
 The mathematics is in `advantages.py`, `objective.py`, `schedulers/` and `policy/`.
 """
 
-import copy
 import math
-import time
-from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any, cast
 
 import numpy as np
@@ -18,6 +16,7 @@ import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
 from diffusers import DiffusionPipeline
+from huggingface_hub import CommitInfo
 from peft import PeftConfig
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -28,33 +27,32 @@ from transformers.utils import logging
 
 from ..advantages import Advantages, compute_advantages
 from ..images import still
+from ..loading import load_pipeline
 from ..objective import clip_indicators, clipped_surrogate_loss, gaussian_kl, importance_ratio
 from ..policy import PipelineReplayer, Rollout, check_pipeline, measure_ratio
-from ..policy.doctor import denoisers_of, load_pipeline
-from ..rewards.by_name import RewardFunc
+from ..rewards.base import RewardFunc
 from ..schedulers import stochastic_scheduler
-from . import checkpoints, lora, sampling
+from . import checkpoints, sampling
+from .base_trainer import BaseTrainer, Buffer
 from .calibration import CalibrationCallback, rollout_record
 from .callbacks import (
     DenoiserTensorBoardCallback,
-    EMACallback,
     MetricsFileCallback,
     PromptOrderCallback,
     RLProgressCallback,
     show_images,
 )
-from .calls import PipelineCalls, as_pictures
-from .collectives import average_gradients, check_sharding, gathered, raise_together, reshard
-from .experts import as_model, calls_of
+from .distributed import average_gradients, check_sharding, gathered, raise_together, reshard
+from .evaluator import Evaluator
 from .gamma import GammaControl
 from .hacking import RewardHackingCallback
-from .metrics import advantage_problem, reward_times, rollout_metrics, warn_of_resolution
-from .precision import autocast_forward, autocast_sharded
+from .metrics import MetricMeans, advantage_problem, reward_times, rollout_metrics, warn_of_resolution
+from .pipeline_inputs import Batch, PipelineInputs, as_pictures
 from .prompts import check_prompts, load_prompts
-from .publishing import PublishingTrainer
-from .resumable import Buffer
-from .scoring import RewardScorer, Scores
+from .publisher import Publisher
+from .scoring import RewardScorer, Scores, Scoring
 from .slas_config import SLASConfig
+from .trained_model import TrainedModel
 
 
 logger = logging.get_logger(__name__)
@@ -62,7 +60,7 @@ logger = logging.get_logger(__name__)
 UNSCORED_ROLLOUTS = 5  # in a row, which end the training
 
 
-class SLASTrainer(PublishingTrainer):
+class SLASTrainer(BaseTrainer):
     """
     Trainer for Super-Linear Advantage Shaping (SLAS), and with `scale_rewards="group", gamma=0` for GRPO.
 
@@ -71,7 +69,7 @@ class SLASTrainer(PublishingTrainer):
             A text-to-image pipeline, or a path or Hub id, loaded with `args.model_init_kwargs`.
         reward_funcs (`Callable`, `str` or a list of them):
             `reward(prompts, images, **columns) -> list[float | None]`, sync or async; or names, see
-            [`~slas_trl.rewards.by_name.resolve_reward`].
+            [`~slas_trl.rewards.resolve.resolve_reward`].
         args ([`SLASConfig`], *optional*): the configuration.
         train_dataset (`Dataset`, *optional*):
             Has a column "prompt"; the others reach the rewards. By default `args.prompt_dataset`.
@@ -83,6 +81,15 @@ class SLASTrainer(PublishingTrainer):
         eval_reward_funcs (`Callable`, `str` or a list of them, *optional*):
             Held-out rewards: scored and logged in evaluation, never trained on. See `hacking_patience` of
             [`SLASConfig`].
+
+    Attributes:
+        trained ([`TrainedModel`]): what is trained, on disk, averaged, and as the reference policy.
+        inputs ([`PipelineInputs`]): makes rows of a data set inputs of the pipeline.
+        replayer ([`~slas_trl.policy.PipelineReplayer`]): the pipeline as a policy.
+        scorer, eval_scorer ([`RewardScorer`]): the trained rewards; these and the held-out ones.
+        evaluator ([`Evaluator`]): draws pictures as users will, and scores them.
+        gamma ([`GammaControl`]): chooses γ for each rollout.
+        publisher ([`Publisher`]): the facts of the run, beside its weights and on the Hub.
 
     Raises:
         `ValueError`, `TypeError`: when something does not fit; the message says what was expected, what came and what
@@ -108,139 +115,123 @@ class SLASTrainer(PublishingTrainer):
         self.scorer = self.eval_scorer = RewardScorer(reward_funcs)
         if eval_reward_funcs:
             self.eval_scorer = RewardScorer([*self.scorer.functions, *RewardScorer(eval_reward_funcs).functions])
-            if eval_dataset is None:
-                raise ValueError(
-                    "eval_reward_funcs are scored in evaluation, for which there are no prompts; pass eval_dataset. A "
-                    "reward of weight 0 (reward_weights) is scored on every rollout, and not trained on either."
-                )
-            if args.eval_strategy == "no":
-                logger.warning("eval_strategy is 'no': eval_reward_funcs are scored by evaluate(), not in training.")
-        if args.reward_weights is not None and len(args.reward_weights) != len(self.scorer.names):
-            raise ValueError(
-                f"reward_weights has {len(args.reward_weights)} entries for {len(self.scorer.names)} rewards "
-                f"({', '.join(self.scorer.names)}); give one for each."
-            )
+        self._check_rewards(args, bool(eval_reward_funcs), eval_dataset is not None)
         pipe = load_pipeline(model, cast(dict, args.model_init_kwargs or {})) if isinstance(model, str) else model
         check_pipeline(pipe)
-        self.calls = PipelineCalls(pipe, args)
-        self.dataset_name = args.prompt_dataset if train_dataset is None else None
+        self.pipe, self.inputs = pipe, PipelineInputs(pipe, args)
+        self.publisher = Publisher(self)
+        self.publisher.dataset_name = args.prompt_dataset if train_dataset is None else None
         data = (
             load_prompts(args.prompt_dataset)
             if train_dataset is None
             else check_prompts(train_dataset, "train_dataset")
         )
-        self.calls.check(data)
+        self.inputs.check(data)
         self.scorer.check(data)
-        prompts_per_rollout = args.images_per_rollout * args.world_size // args.num_generations
-        if len(data) < prompts_per_rollout:
-            raise ValueError(
-                f"A rollout needs {prompts_per_rollout} prompts (generation_batch_size {args.generation_batch_size} / "
-                f"num_generations {args.num_generations}), but there are {len(data)}. Add prompts or lower "
-                "steps_per_generation."
-            )
-
-        for component in pipe.components.values():
-            if isinstance(component, torch.nn.Module):
-                component.requires_grad_(False)
-                component.eval()
-        denoisers: dict[str, Any] = denoisers_of(pipe)
-        self.denoiser_names = list(denoisers)
-        set_seed(args.seed)  # before the adapter's random weights
-        self.has_adapter = peft_config is not None or any(map(lora.carries_adapter, denoisers.values()))
-        self.continued = None if peft_config or not self.has_adapter else lora.continue_adapter(pipe, [*denoisers])
-        keeps = self.continued is not None and args.beta and args.kl_reference == "initial"
-        self.kept_adapter = lora.REFERENCE_NAME if keeps else None  # in place of the trained one, in the reference
-        for denoiser in denoisers.values():
-            if peft_config is not None:
-                lora.add_adapter(denoiser, copy.deepcopy(peft_config))
-            elif not self.has_adapter:
-                denoiser.requires_grad_(True)
-                if narrow := {p.dtype for p in denoiser.parameters()} & {torch.bfloat16, torch.float16}:
-                    raise ValueError(
-                        f"All weights would be trained in {narrow.pop()}, which rounds most updates away. Load the "
-                        "pipeline in float32 and set bf16=True, or train an adapter (peft_config, use_peft)."
-                    )
-            elif self.kept_adapter is not None:
-                lora.keep_reference(denoiser)
-            if args.activation_checkpointing:
-                denoiser.enable_gradient_checkpointing()  # diffusers' name; the Trainer knows only transformers'
-        args.activation_checkpointing = args.gradient_checkpointing = False
-        self.pipe = pipe
+        self._sampler = sampling.prompt_sampler(args, len(data))
+        trained = TrainedModel(pipe, args, peft_config)
+        args.activation_checkpointing = args.gradient_checkpointing = False  # the Trainer knows transformers' models
         self.replayer = PipelineReplayer(
             pipe,
             stochastic_scheduler(pipe, noise_schedule=args.noise_schedule, noise_level=args.noise_level, eta=args.eta),
         )
         self.replayer.scheduler.noisy_final_step = args.train_final_step  # noise that no step explains is not scored
-
-        self._sampler = sampling.EpochRepeatSampler(
-            range(len(data)),
-            mini_repeat_count=args.num_generations,
-            batch_size=prompts_per_rollout,
-            repeat_count=args.micro_steps_per_rollout,
-            seed=args.data_seed if args.data_seed is not None else args.seed,
-        )
         super().__init__(
-            model=as_model(denoisers),
+            trained,
             args=args,
-            data_collator=list,  # type: ignore[arg-type]
+            data_collator=list,
             train_dataset=data,
-            eval_dataset=eval_dataset,  # type: ignore[arg-type]
-            callbacks=[PromptOrderCallback(self._sampler), MetricsFileCallback(), *(callbacks or [])],
+            eval_dataset=eval_dataset,
+            callbacks=[PromptOrderCallback(self._sampler), MetricsFileCallback(), self.publisher, *(callbacks or [])],
             optimizers=optimizers,
         )
+        weights = dict(zip(self.scorer.names, self.trained_weights, strict=True))
+        self.evaluator = Evaluator(trained, self.inputs, self.eval_scorer, weights, args, self.accelerator)
+        self.evaluator.before_error = lambda: self.save_unfinished("A reward failed") if self.is_in_train else None
         for prompts in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
             if prompts is not None:
-                self._check_evaluation(prompts)
+                self.evaluator.check(prompts, like=data)
         self._check_best_metric()
-        check_sharding(self.accelerator, self.is_fsdp_enabled, len(denoisers))
+        check_sharding(self.accelerator, self.is_fsdp_enabled, len(trained.names))
+        set_seed(args.seed, device_specific=True)
+        trained.to(self.accelerator, self.is_fsdp_enabled)
+        self.gamma = GammaControl(
+            args, self.replayer, trained.module, self.accelerator, lambda name, value: self._metrics.add(name, value)
+        )
+        self.parts.append(self.gamma)
+        self._add_callbacks()
+        self.reset_progress()
+
+    def _check_rewards(self, args: SLASConfig, has_held_out: bool, has_eval_dataset: bool) -> None:
+        if has_held_out and not has_eval_dataset:
+            raise ValueError(
+                "eval_reward_funcs are scored in evaluation, for which there are no prompts; pass eval_dataset. A "
+                "reward of weight 0 (reward_weights) is scored on every rollout, and not trained on either."
+            )
+        if has_held_out and args.eval_strategy == "no":
+            logger.warning("eval_strategy is 'no': eval_reward_funcs are scored by evaluate(), not in training.")
+        if args.reward_weights is not None and len(args.reward_weights) != len(self.scorer.names):
+            raise ValueError(
+                f"reward_weights has {len(args.reward_weights)} entries for {len(self.scorer.names)} rewards "
+                f"({', '.join(self.scorer.names)}); give one for each."
+            )
+
+    def _check_best_metric(self) -> None:
+        """Raises `ValueError` for a `metric_for_best_model` that no evaluation will have."""
+        metric, data = self.args.metric_for_best_model, self.eval_dataset
+        prefixes = [f"eval_{name}_" for name in data] if isinstance(data, dict) else ["eval_"]
+        of_rewards = [f"rewards/{name}/mean" for name in self.eval_scorer.names]
+        known = [prefix + name for prefix in prefixes for name in ("reward", "reward_std", *of_rewards)]
+        if data is not None and metric and f"eval_{metric.removeprefix('eval_')}" not in known:
+            raise ValueError(f"metric_for_best_model must be one of {', '.join(known)}, but it is {metric!r}.")
+
+    def _add_callbacks(self) -> None:
+        args = self.args
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(RLProgressCallback)
         if "tensorboard" in cast(list, args.report_to):
             self.remove_callback(TensorBoardCallback)
             self.add_callback(DenoiserTensorBoardCallback)
-        set_seed(args.seed, device_specific=True)
-        pipe.to(self.accelerator.device)
-        pipe.set_progress_bar_config(disable=True)
-        self._reference: dict[str, torch.nn.Module] | None = None
-        if args.beta and not self.has_adapter:
-            self._reference = {n: copy.deepcopy(denoiser).requires_grad_(False) for n, denoiser in denoisers.items()}
-            for frozen in self._reference.values():
-                autocast_forward(self.accelerator, frozen)
-        if self.is_fsdp_enabled:
-            autocast_sharded(self.accelerator, cast(torch.nn.Module, self.model))
-        self._ema: EMACallback | None = None
-        if args.use_ema:
-            self._ema = EMACallback(cast(torch.nn.Module, self.model), args.ema_decay)
-            self.add_callback(self._ema)
+        if self.trained.average is not None:
+            self.add_callback(self.trained.average)
         if held_out := [name for name, weight in self.weight_of.items() if not weight]:
             self.add_callback(RewardHackingCallback(held_out, args.hacking_patience, args.hacking_action))
-        trained, log = cast(torch.nn.Module, self.model), lambda key, value: self._metrics[key].append(value)
-        self._gamma = GammaControl(args, self.replayer, trained, self.accelerator, log)
-        self.add_callback(self._gamma)
-        self._calibration: CalibrationCallback | None = None
-        if args.log_completions:
-            self._calibration = CalibrationCallback(self.callback_handler)
-            self.callback_handler.callbacks.insert(0, self._calibration)  # before the trackers, to draw while they run
-
-        self._reset_progress()
+        self.add_callback(self.gamma)
+        self.calibration = CalibrationCallback(self.callback_handler) if args.log_completions else None
+        if self.calibration is not None:
+            self.callback_handler.callbacks.insert(0, self.calibration)  # before the trackers, to draw while they run
 
     @property
-    def _layout(self) -> dict[str, Any]:
-        return {**super()._layout, "continued": self.continued}
+    def trained_weights(self) -> list[float]:
+        """Weights of the rewards of `scorer`."""
+        return self.args.reward_weights or [1.0] * len(self.scorer.names)
 
-    def _reset_progress(self) -> None:
-        super()._reset_progress()
-        self._gamma.reset()
-        self._metrics: dict[str, list[float]] = defaultdict(list)
-        self._images_sampled = 0
+    @property
+    def weight_of(self) -> dict[str, float]:
+        """Weights by name of all rewards that are scored in evaluation: 0 for those that are never trained on."""
+        own = zip(self.scorer.names, self.trained_weights, strict=True)
+        return dict.fromkeys(self.eval_scorer.names, 0.0) | dict(own)
+
+    @property
+    def resume_signature(self) -> dict[str, Any]:
+        return {**super().resume_signature, "rewards": self.scorer.names}
+
+    @property
+    def resume_settings(self) -> dict[str, Any]:
+        names = (f"options of {name}, or where it is from (checksum)" for name in self.scorer.names)
+        return {**super().resume_settings, **dict(zip(names, self.scorer.options, strict=True))}
+
+    def reset_progress(self) -> None:
+        super().reset_progress()
+        self.gamma.reset()
+        self._metrics = MetricMeans()
+        self._has_checked = False  # the first rollout
         self._has_warned = False  # of advantages from which nothing is learned
-        self._last_log: tuple[float, int] | None = None  # when, and after which update
-        self._last_images = 0.0  # when images_per_second was logged
         self._unusable: list[str] = []  # images with NaN or infinity in the update under way
         self._skipped = self._unscored = 0  # updates that were skipped, and rollouts without a score, in a row
 
-    # Data
+    # Sampling
 
     def get_train_dataloader(self) -> DataLoader:
         """Each batch is what this process samples in one rollout, as indices; it comes once for each micro-step."""
@@ -248,115 +239,77 @@ class SLASTrainer(PublishingTrainer):
         loader = DataLoader(rows, batch_size=self.args.images_per_rollout, sampler=self._sampler, collate_fn=list)
         return self.accelerator.prepare(loader)
 
-    def _prepare_inputs(self, inputs: list[int]) -> dict[str, Any]:  # type: ignore[override]
-        self._stop_if_interrupted()
-        # Against the Trainer's train(): the policy is what users sample from, and some differ in train mode.
-        cast(torch.nn.Module, self.model).eval()
-        if self._last_log is None:
-            self._last_images = time.perf_counter()
-            self._last_log = self._last_images, self.state.global_step
-        self.replayer.models.update(calls_of(self.model_wrapped, self.denoiser_names))
-        rollout_index, position = divmod(self._micro_step, self.args.micro_steps_per_rollout)
-        if position == 0:
-            self._buffer = None  # free the old rollout before the new one is sampled
-            self._buffer = self._sample_rollout(inputs, rollout_index)
-        elif self._buffer is None:
-            self._buffer = self._load_rollout(inputs, rollout_index)
-        chunk, step = divmod(position % self.args.micro_steps_per_pass, len(self._buffer.steps))
-        self._micro_step += 1
-        return {
-            "rollout": self._buffer.chunks[chunk],
-            "advantages": self._buffer.advantages[chunk],
-            "step": self._buffer.steps[step],
-        }
-
-    # Sampling
-
-    def _calls(self, indices: list[int], rollout_index: int) -> list[dict[str, Any]]:
-        """The arguments of the pipeline call of each chunk. Seeds follow from the place in the whole rollout alone."""
-        args, data = self.args, self.train_dataset
-        first = self.accelerator.process_index * len(indices)
-        groups = args.num_generations if args.init_same_noise else 1
-        keys = [(args.seed, sampling.INITIAL_NOISE, rollout_index, (first + i) // groups) for i in range(len(indices))]
-        return [
-            self.calls.call(data, [indices[i] for i in chunk], sampling.generators([keys[i] for i in chunk]))
-            for chunk in self.calls.chunks(data, indices, args.per_device_train_batch_size)
-        ]
-
-    def _sample_rollout(self, indices: list[int], rollout_index: int) -> Buffer:
-        args, size, device = self.args, self.args.per_device_train_batch_size, self.accelerator.device
-        first = self.accelerator.process_index * len(indices)
-        what = f"rollout, {len(indices) * args.num_inference_steps} denoiser passes"
-        bar = tqdm(desc=what, total=len(indices), unit="image", leave=False, disable=args.disable_tqdm or first > 0)
-        noise = sampling.generators(
-            [(args.seed, sampling.STEP_NOISE, rollout_index, first + i) for i in range(len(indices))]
-        )
-        rng = np.random.default_rng([args.seed, sampling.TIMESTEPS, rollout_index])
-        self.replayer.scheduler.window = sampling.window_of(args, rollout_index, rng)
-        self._place_frozen_components(device)
-        calls, error = [], None
+    def batches(self, indices: list[int], rollout_index: int) -> list[Batch]:
+        """The pipeline's inputs for each chunk. Seeds follow from the place in the whole rollout alone."""
+        args, first = self.args, self.accelerator.process_index * len(indices)
+        group = args.num_generations if args.init_same_noise else 1
+        keys = [(args.seed, sampling.INITIAL_NOISE, rollout_index, (first + i) // group) for i in range(len(indices))]
+        size = args.per_device_train_batch_size
+        generators, size = sampling.generators(keys), args.per_device_train_batch_size
+        batches, error = [], None
         try:
-            calls = self._calls(indices, rollout_index)
+            batches = list(self.inputs.batches(self.train_dataset, indices, generators, size))
         except ValueError as raised:  # an image that cannot be read, on this process alone
             error = raised
-        raise_together(error, lambda: self._save_unfinished("The data set failed"))
-        chunks, images = [], []
-        with self._start_scoring(self.scorer) as scoring:
-            for i, call in enumerate(calls):
-                if self.accelerator.num_processes == 1:
-                    self._stop_if_interrupted()
-                    if scoring.failed:  # why sample the rest?
-                        self._gather_scores(scoring)
-                try:
-                    rollout = self.replayer.sample(noise_generator=noise[i * size : (i + 1) * size], **call)
-                except (ValueError, RuntimeError) as error:
-                    copies = call.get("num_images_per_prompt", 1)
-                    if copies == 1 or isinstance(error, torch.OutOfMemoryError):
-                        raise
-                    what = f"{type(self.pipe).__name__} did not make {copies} images of one prompt and its images"
-                    raise ValueError(f"{what}: {error}. Set per_device_train_batch_size=1 if it makes one.") from error
-                made = as_pictures(rollout.images, rollout.problems, call["prompt"])
-                self._add_images(scoring, self.train_dataset, indices[len(images) : len(images) + len(made)], made)
-                images += made
-                bar.update(len(made))
-                rollout.images = None  # the replay does not need them
-                chunks.append(rollout)
-            bar.close()
-            self.replayer.scheduler.window = None
-            reshard(cast(torch.nn.Module, self.model_wrapped))
-            self._place_frozen_components("cpu")
-            steps = self._choose_steps(chunks[0], rng)
-            usable = torch.cat([chunk.log_probs[:, steps].isfinite().all(1) for chunk in chunks]).cpu()
-            scores = self._gather_scores(scoring, usable)
-        rewards = scores.rewards  # (N, K) of all processes
-        x = compute_advantages(rewards, args.num_generations, args, gamma=0.0).scaled
-        gamma = self._gamma.choose(x, chunks, steps, self.state.global_step)
-        result = compute_advantages(rewards, args.num_generations, args, gamma=gamma)
-        self._gamma.note_rollout(result.scaled)
-        mine = result.advantages[first : first + len(indices)].to(device)
-        self._images_sampled += len(rewards)
-        if args.log_completions and rollout_index % 10 == 0 and self.is_world_process_zero():
-            prompts = [self.train_dataset[i]["prompt"] for i in indices[:8]]
-            show_images(
-                cast(list, args.report_to),
-                self.callback_handler.callbacks,
-                {f"samples/{i}": still(image) for i, image in enumerate(images[:8])},
-                prompts,
-                self.state.global_step,
-            )
-        if not self._checked:
-            self._check_before_training(chunks, steps, rewards)
-        self._log_rollout(scores, result)
-        return Buffer(chunks, list(mine.split(size)), steps)
+        raise_together(error, lambda: self.save_unfinished("The data set failed"))
+        return batches
 
-    def _choose_steps(self, rollout: Rollout, rng: np.random.Generator) -> list[int]:
-        """The trained timesteps, in random order: the same for all chunks, so that their cut does not matter."""
-        return sampling.trained_steps(self.args, rollout, rng)
+    def sample_rollout(self, indices: list[int], rollout_index: int) -> Buffer:
+        args = self.args
+        rng = np.random.default_rng([args.seed, sampling.TIMESTEPS, rollout_index])
+        with Scoring(self.scorer, args.concurrent_rewards) as scoring:
+            chunks, images = self._sample(self.batches(indices, rollout_index), rollout_index, rng, scoring)
+            steps = sampling.trained_steps(args, chunks[0], rng)
+            usable = torch.cat([chunk.log_probs[:, steps].isfinite().all(1) for chunk in chunks]).cpu()
+            scores = scoring.gather(usable, self.evaluator.before_error)
+        x = compute_advantages(scores.rewards, args.num_generations, args, gamma=0.0).scaled
+        gamma = self.gamma.choose(x, chunks, steps, self.state.global_step)
+        result = compute_advantages(scores.rewards, args.num_generations, args, gamma=gamma)
+        self.gamma.note_rollout(result.scaled)
+        if not self._has_checked:
+            self._check_before_training(chunks, steps, scores.rewards)
+        self._log_rollout(scores, result, chunks, images if rollout_index % 10 == 0 else [])
+        first = self.accelerator.process_index * len(indices)
+        mine = result.advantages[first : first + len(indices)].to(self.accelerator.device)
+        return Buffer(chunks, list(mine.split(args.per_device_train_batch_size)), steps)
+
+    def _sample(
+        self, batches: list[Batch], rollout_index: int, rng: np.random.Generator, scoring: Scoring
+    ) -> tuple[list[Rollout], list[Any]]:
+        """The chunks of a rollout, whose images are handed to the rewards as they come, and the images."""
+        args, sizes = self.args, [len(batch.rows) for batch in batches]
+        first = self.accelerator.process_index * sum(sizes)
+        keys = [(args.seed, sampling.STEP_NOISE, rollout_index, first + i) for i in range(sum(sizes))]
+        noise = iter(sampling.generators(keys))
+        what = f"rollout, {sum(sizes) * args.num_inference_steps} denoiser passes"
+        bar = tqdm(desc=what, total=sum(sizes), unit="image", leave=False, disable=args.disable_tqdm or first > 0)
+        chunks, images = [], []
+        self._metrics.start(self.state.global_step)
+        self.trained.place_frozen(self.accelerator.device)
+        self.replayer.scheduler.window = sampling.window_of(args, rollout_index, rng)
+        for batch, size in zip(batches, sizes, strict=True):
+            if self.accelerator.num_processes == 1:
+                self.stop_if_interrupted()
+                if scoring.failed:  # why sample the rest?
+                    scoring.gather(before_error=self.evaluator.before_error)
+            rollout = self.replayer.sample(noise_generator=[next(noise) for _ in range(size)], **batch.call)
+            made = as_pictures(rollout.images, rollout.problems, batch.call["prompt"])
+            scoring.add(batch.prompts, made, batch.columns)
+            rollout.images = None  # the replay does not need them
+            chunks.append(rollout)
+            images += made
+            bar.update(size)
+        bar.close()
+        self.replayer.scheduler.window = None
+        reshard(cast(torch.nn.Module, self.model_wrapped))
+        self.trained.place_frozen("cpu")
+        return chunks, images
 
     def _check_before_training(self, chunks: list[Rollout], steps: list[int], rewards: torch.Tensor) -> None:
         """Once for each call of `train`: the ratio is 1 before any update, and the reward can show a difference."""
-        self._checked = True
+        self._has_checked = True
         trained = [i for i, weight in enumerate(self.trained_weights) if weight]
+        names = [self.scorer.names[i] for i in trained]
         finite = [chunk.log_probs[:, steps].isfinite().all(1).any().item() for chunk in chunks]
         chunk = chunks[finite.index(True) if any(finite) else 0]
         # With gradients, as in training. But DDP would wait for the backward pass, and so would FSDP, whose `no_sync`
@@ -364,45 +317,40 @@ class SLASTrainer(PublishingTrainer):
         with torch.no_grad() if self.is_fsdp_enabled else self.accelerator.no_sync(self.model_wrapped):
             report = measure_ratio(self.replayer, chunk, tuple(sorted(steps)))
         reshard(cast(torch.nn.Module, self.model_wrapped))
-        problem, error = report.problem(self.args.epsilon), None
+        problem = report.problem(self.args.epsilon)
         if not any(finite):
-            error = ValueError(
+            problem = (
                 "The denoiser's predictions are NaN or infinite before any update. Check the pipeline and its dtype: "
                 "float16 overflows in models that were trained in bfloat16."
             )
-        elif problem is not None:
-            error = ValueError(problem)
-        elif rewards[:, trained].isnan().all():
+        elif problem is None and rewards[:, trained].isnan().all():
             reasons = [problem for chunk in chunks for problem in chunk.problems if problem is not None]
-            reasons += [f"{', '.join(self.scorer.names[i] for i in trained)} returned only None or NaN"]
-            error = ValueError(f"No image of the first rollout got a score: {reasons[0]}.")
-        raise_together(error)
-        warn_of_resolution([self.scorer.names[i] for i in trained], rewards[:, trained], self.args.num_generations)
+            reasons += [f"{', '.join(names)} returned only None or NaN"]
+            problem = f"No image of the first rollout got a score: {reasons[0]}."
+        raise_together(None if problem is None else ValueError(problem))
+        warn_of_resolution(names, rewards[:, trained], self.args.num_generations)
 
     # Loss
 
     def compute_loss(self, model, inputs: Any, return_outputs=False, num_items_in_batch=None):
-        args, rollout, step = self.args, inputs["rollout"], inputs["step"]
-        reference = None
-        if args.beta:
-            reference = self.replayer.reference(rollout, step, self._reference, lora.ADAPTER_NAME, self.kept_adapter)
+        args, rollout, step, advantages = self.args, inputs["rollout"], inputs["step"], inputs["advantages"]
+        self._metrics.start(self.state.global_step)
+        reference = self.replayer.reference(rollout, step, **self.trained.reference) if args.beta else None
         policy = self.replayer.replay(rollout, step)
-        self._gamma.note_micro_step(rollout, step, policy)
+        self.gamma.note_micro_step(rollout, step, policy)
         ratio = importance_ratio(policy.log_prob, rollout.log_probs[:, step])
-        advantages = inputs["advantages"]
         loss = clipped_surrogate_loss(ratio, advantages, args.epsilon, args.epsilon_high)
         if reference is not None:
             kl = gaussian_kl(policy.mean, reference.mean, policy.std)
             loss = loss + args.beta * kl
-            self._metrics["kl"].append(kl.detach().mean().item())
+            self._metrics.add("kl", kl.detach().mean().item())
         for i in (~(loss.isfinite() & ratio.isfinite())).nonzero().flatten().tolist():
             self._unusable.append(f"{_prompt_of(rollout, i)!r} (image {i} of its chunk, step {step})")
         clipped = clip_indicators(ratio, advantages, args.epsilon, args.epsilon_high)
         for name, indicator in zip(("low_mean", "high_mean", "region_mean"), clipped, strict=True):
-            self._metrics[f"clip_ratio/{name}"].append(indicator.float().mean().item())
-        deviation = (ratio.detach() - 1).abs()
-        self._metrics["ratio/mean"].append(ratio.detach().mean().item())
-        self._metrics["ratio/max_deviation"].append(deviation.max().item())
+            self._metrics.add(f"clip_ratio/{name}", indicator.float().mean().item())
+        self._metrics.add("ratio/mean", ratio.detach().mean().item())
+        self._metrics.add("ratio/max_deviation", (ratio.detach() - 1).abs().max().item())
         return loss.mean()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -412,19 +360,18 @@ class SLASTrainer(PublishingTrainer):
             average_gradients(model.parameters())
         return loss.nan_to_num(posinf=0.0, neginf=0.0)  # the Trainer sums it up for the logs, in which NaN would stay
 
-    def _get_grad_norm(self, model, grad_norm=None):
-        """The Trainer asks for it before every update, and it is the same on all processes."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        self._gamma.note_gradient(norm)
+    # Updates that are skipped
+
+    def note_gradient_norm(self, norm: Any) -> None:
+        self.gamma.note_gradient(norm)
         has_bad_loss = any(gathered(bool(self._unusable)))
         usable = not has_bad_loss and (norm is None or math.isfinite(norm))
-        self._metrics["update_skipped"].append(float(not usable))
+        self._metrics.add("update_skipped", float(not usable))
         if usable:
             self._skipped = 0
         elif self.accelerator.scaler is None or has_bad_loss:  # float16 finds its scale by infinite gradients
             self._skip_update()
         self._unusable = []
-        return norm
 
     def _skip_update(self) -> None:
         """Drop the gradients; AdamW passes over parameters without one, and decays them neither."""
@@ -434,7 +381,7 @@ class SLASTrainer(PublishingTrainer):
         number, self._skipped = self.state.global_step + 1, self._skipped + 1
         is_last = number >= self.state.max_steps  # whoever sees "done" takes the weights for good ones
         if self._skipped > self.args.max_skipped_updates or is_last or self.is_deepspeed_enabled:
-            self._save_unfinished("The run has diverged")
+            self.save_unfinished("The run has diverged")
             raise ValueError(
                 f"Update {number} of {self.state.max_steps} had {what}, after {self._skipped - 1} others in a row "
                 f"that were skipped (max_skipped_updates {self.args.max_skipped_updates}; the last update is never "
@@ -443,20 +390,104 @@ class SLASTrainer(PublishingTrainer):
             )
         logger.warning(f"Update {number} is skipped: it had {what}.")
 
-    def _save_unfinished(self, why: str) -> None:
-        super()._save_unfinished(why)
-        if self._calibration is not None:
-            self._calibration.draw(self.args, self.state)
+    # Evaluation and logs
 
-    # Logs
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,  # type: ignore[override]
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """
+        Sample `num_generations_eval` images for each prompt with the pipeline's own scheduler, the same noise every
+        time, and score them.
 
-    def _log_rollout(self, scores: Scores, result: Advantages) -> None:
-        metrics = rollout_metrics(self.scorer.names, scores, result, self._gamma.gamma)
-        for key, value in (metrics | reward_times(self.scorer.names, scores)).items():
-            self._metrics[key].append(value)
-        if self._calibration is not None and self.is_world_process_zero():
-            record = rollout_record(self.args, self.scorer.names, result, metrics)
-            self._calibration.append(self.args, {"step": self.state.global_step + 1, **record})
+        Returns:
+            `dict[str, float]`: `eval_reward`, `eval_reward_std` (between images) of the rewards that are trained on;
+            `eval_rewards/{name}/mean`, `/half_width` (of the mean's 95% interval, from the differences between
+            prompts), `/std`, `/nan_share` and `/time` of these and of the held-out ones.
+        """
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("There are no prompts to evaluate on; pass eval_dataset to the trainer or to evaluate().")
+        if isinstance(dataset, dict):
+            parts = [self.evaluate(data, ignore_keys, f"{metric_key_prefix}_{name}") for name, data in dataset.items()]
+            return {key: value for metrics in parts for key, value in metrics.items()}
+        self.evaluator.check(dataset, like=self.train_dataset)
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in self.evaluator.evaluate(dataset).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # Publishing
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """
+        Write the model card, `README.md`, into `args.output_dir`, with what is known of the run by now.
+
+        Args:
+            model_name (`str`, *optional*): by default that of the repository, or of the folder.
+            dataset_name (`str`, *optional*): of the prompts: a Hub id, or a file.
+            tags (`str` or `list[str]`, *optional*): further ones, beside those of every run.
+        """
+        if self.is_world_process_zero():
+            self.publisher.write_result(model_name, dataset_name, tags)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """
+        Make the repository, or see that it is there. Without a network, training goes on, and every push tries again.
+
+        Raises:
+            `ValueError`: when the Hub refuses the token or the name, before anything is trained.
+        """
+        self.publisher.create_repository(token, private)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> "CommitInfo | Future[CommitInfo] | None":
+        """
+        Push the trained weights, the model card and its pictures, in one commit, to `args.hub_model_id` (by default a
+        repository by the name of `args.output_dir`). What is there already makes no commit. Collective: every rank
+        must call this.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`): of the commit.
+            blocking (`bool`, *optional*, defaults to `True`): whether to wait; otherwise a `Future` is returned.
+            token (`str`, *optional*): by default `args.hub_token`, or that of `hf auth login`.
+            revision (`str`, *optional*): branch, by default `args.hub_revision`; made if it is not there.
+            private (`bool`, *optional*): for a repository that is made, by default `args.hub_private_repo`.
+            kwargs: of [`~SLASTrainer.create_model_card`].
+
+        Returns:
+            `CommitInfo` on the main process, or its `Future`; `None` on the others.
+
+        Raises:
+            [`~slas_trl.publishing.repository.PushError`]: when nothing was pushed; the message says why, and how to
+                push it later. All of the result is in `args.output_dir` by then.
+        """
+        message = commit_message or "End of training"
+        return self.publisher.push(message, blocking, token, revision, private, **kwargs)
+
+    def save_unfinished(self, why: str) -> None:
+        super().save_unfinished(why)
+        if self.calibration is not None:
+            self.calibration.draw(self.args, self.state)
+
+    def _log_rollout(self, scores: Scores, result: Advantages, chunks: list[Rollout], images: list[Any]) -> None:
+        metrics = rollout_metrics(self.scorer.names, scores, result, self.gamma.gamma)
+        self._metrics.add_rollout(metrics | reward_times(self.scorer.names, scores), len(scores.rewards))
+        if self.calibration is not None and self.is_world_process_zero():
+            record = rollout_record(self.args.scale_rewards, self.weight_of, result, metrics)
+            self.calibration.append(self.args, {"step": self.state.global_step + 1, **record})
+            self._show_images([_prompt_of(chunk, i) for chunk in chunks for i in range(len(chunk))], images)
         self._unscored = self._unscored + 1 if result.rewards.isnan().all() else 0
         if not self._unscored:
             problem = advantage_problem(result, self.args.min_group_std)
@@ -467,21 +498,20 @@ class SLASTrainer(PublishingTrainer):
         what = f"No image of the rollout after update {self.state.global_step} got a score"
         logger.warning(f"{what}: nothing to learn.")
         if self._unscored == UNSCORED_ROLLOUTS:
-            self._save_unfinished("No image had a score")
+            self.save_unfinished("No image had a score")
             raise ValueError(f"{what}, the {UNSCORED_ROLLOUTS}th in a row. The warnings above say why.")
 
+    def _show_images(self, prompts: list[str], images: list[Any]) -> None:
+        """The first eight in the trackers, but those without a score."""
+        shown = {i: still(image) for i, image in enumerate(images[:8]) if image is not None}
+        if shown:
+            trackers, callbacks = cast(list, self.args.report_to), self.callback_handler.callbacks
+            pictures = {f"samples/{i}": image for i, image in shown.items()}
+            show_images(trackers, callbacks, pictures, [prompts[i] for i in shown], self.state.global_step)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._last_log is not None:  # a training log
-            now, step = time.perf_counter(), self.state.global_step
-            logs["step_time"] = (now - self._last_log[0]) / max(1, step - self._last_log[1])
-            self._last_log = now, step
-            if self._images_sampled:  # which not every update begins with
-                logs["images_per_second"] = self._images_sampled / (now - self._last_images)
-                self._last_images, self._images_sampled = now, 0
-            means = {key: float(np.mean(values)) for key, values in self._metrics.items()}
-            everyone = gathered(means)
-            logs.update({key: float(np.mean([each[key] for each in everyone])) for key in means})
-            self._metrics.clear()
+        if "loss" in logs:  # a training log
+            logs.update(self._metrics.flush(self.state.global_step))
         super().log(logs, start_time)
 
 

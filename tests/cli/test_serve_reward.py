@@ -58,7 +58,7 @@ def test_with_a_token_all_may_come(started, monkeypatch):
         (["--token", ""], "visible ASCII"),
         (["--max_batch_size", "0"], "max_batch_size must be at least 1"),
         (["--max_waiting", "-1"], "max_waiting must be at least 0"),
-        (["--port", "70000"], "from 0 to 65535"),
+        (["--port", "70000"], "--port 70000"),
     ],
 )
 def test_options_that_cannot_be(capsys, started, options, message):
@@ -68,9 +68,8 @@ def test_options_that_cannot_be(capsys, started, options, message):
 
 def test_a_port_in_use(capsys, started):
     with socket.create_server(("127.0.0.1", 0)) as other:
-        assert "cannot listen at 127.0.0.1" in refused(
-            capsys, "shapes_coloured_area", "--port", str(other.getsockname()[1])
-        )
+        port = str(other.getsockname()[1])
+        assert f"--port {port}" in refused(capsys, "shapes_coloured_area", "--port", port)
 
 
 def test_the_model_is_loaded_before_it_listens(capsys, started, tmp_path):

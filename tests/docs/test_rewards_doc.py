@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from slas_trl.rewards.by_name import resolve_reward
+from slas_trl.rewards.resolve import resolve_reward
 from slas_trl.trainer.scoring import RewardScorer
 from tests.trainer.tiny_trainers import logged, trained
 
@@ -16,8 +16,8 @@ from tests.trainer.tiny_trainers import logged, trained
 TEXT = (Path(__file__).parents[2] / "docs" / "source" / "rewards.md").read_text(encoding="utf-8")
 OWN = TEXT[TEXT.index("## Your own") : TEXT.index("## While training samples")]
 EXAMPLES = re.findall(r"```python\n(.*?)```", OWN, re.DOTALL)[1:]  # the first is the signature
-PROMPTS, COLOURS = ["a red car", "the sky", "grass", "a"], ["red", "blue", "green", "pink"]
-DATA = Dataset.from_dict({"prompt": PROMPTS, "colour": COLOURS})
+PROMPTS, COLORS = ["a red car", "the sky", "grass", "a"], ["red", "blue", "green", "pink"]
+DATA = Dataset.from_dict({"prompt": PROMPTS, "color": COLORS})
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def rewards(names):
     torch.manual_seed(0)
     network = torch.nn.Conv2d(3, 4, 8, stride=8)
     closeness = names["Closeness"](network, Image.new("RGB", (8, 8), "red"))
-    return [names[name] for name in ("sharpness", "wanted_colour", "exposure", "asked_elsewhere")] + [closeness]
+    return [names[name] for name in ("sharpness", "wanted_color", "exposure", "asked_elsewhere")] + [closeness]
 
 
 def test_there_are_five():
@@ -42,13 +42,13 @@ def test_there_are_five():
 
 
 def test_their_scores(rewards):
-    images = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "white", "black")]
+    images = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "white", "black")]
     stripes = Image.new("L", (8, 8))
     stripes.putdata([255 * (x % 2) for _ in range(8) for x in range(8)])
-    scores = RewardScorer(rewards).score(PROMPTS, images, {"colour": COLOURS})
-    sharp, colour, exposed, elsewhere, close = scores.T.tolist()
+    scores = RewardScorer(rewards).score(PROMPTS, images, {"color": COLORS})
+    sharp, color, exposed, elsewhere, close = scores.T.tolist()
     assert sharp == [0, 0, 0, 0] and rewards[0](["x"], [stripes]) == [1.0]
-    assert colour[:2] == [0, 0] and colour[2] == pytest.approx(-(2**0.5)) and colour[3] != colour[3]  # NaN: no pink
+    assert color[:2] == [0, 0] and color[2] == pytest.approx(-(2**0.5)) and color[3] != color[3]  # NaN: no pink
     assert exposed == [1, 1, 0, 0] and elsewhere == [17, 15, 13, 9]
     assert close[0] == pytest.approx(1) and max(close[1:]) < 1
 
@@ -57,7 +57,7 @@ def test_they_train(tmp_path, rewards):
     trained(tmp_path, reward_funcs=rewards, train_dataset=DATA, max_steps=1)
     [line] = logged(tmp_path)
     assert line["rewards/exposure/burnt/mean"] >= 0 and line["rewards/Closeness/std"] > 0
-    assert 0 <= line["rewards/wanted_colour/nan_share"] < 1 and line["rewards/asked_elsewhere/mean"] > 0
+    assert 0 <= line["rewards/wanted_color/nan_share"] < 1 and line["rewards/asked_elsewhere/mean"] > 0
 
 
 def test_one_of_them_in_a_file(tmp_path):

@@ -15,9 +15,9 @@ from tests.trainer.tiny_trainers import logged
 def edits(tmp_path):
     (tmp_path / "photos").mkdir()
     lines = []
-    for i, colour in enumerate(["red", "green", "blue", "white"]):
-        Image.new("RGB", (16, 16), colour).save(tmp_path / "photos" / f"{i}.png")
-        lines.append({"prompt": "make it more colourful", "image": f"photos/{i}.png"})
+    for i, color in enumerate(["red", "green", "blue", "white"]):
+        Image.new("RGB", (16, 16), color).save(tmp_path / "photos" / f"{i}.png")
+        lines.append({"prompt": "make it more colorful", "image": f"photos/{i}.png"})
     (tmp_path / "edits.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return tmp_path / "edits.jsonl"
 
@@ -44,8 +44,8 @@ def test_its_rewards():
     ramp = Image.fromarray(np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))).convert("RGB")
     mirrored = ramp.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     assert layout(["x"] * 2, [ramp, mirrored], image=[ramp, ramp]) == pytest.approx([1.0, -1.0])
-    red, grey = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "grey")
-    assert vividness(["x"] * 2, [red, grey]) == [1.0, 0.0]
+    red, gray = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "gray")
+    assert vividness(["x"] * 2, [red, gray]) == [1.0, 0.0]
 
 
 def test_what_it_needs():

@@ -13,26 +13,17 @@ def test_pictures():
     assert pictures.dtype == np.float32
     assert 0 <= pictures.min() < pictures.max() <= 1
     assert {world.parse_caption(text).category for text in captions} == set(world.CATEGORIES)
-    grey = pictures.max(-1) - pictures.min(-1) < 0.1
-    assert (grey.mean((1, 2)) > 0.3).all()  # things on a ground
+    gray = pictures.max(-1) - pictures.min(-1) < 0.1
+    assert (gray.mean((1, 2)) > 0.3).all()  # things on a ground
 
 
 def test_drawing_is_reproducible():
-    captions, pictures = sample_pictures(20, np.random.default_rng(1), split="test", wrong=0.5)
-    again = sample_pictures(20, np.random.default_rng(1), split="test", wrong=0.5)
-    assert again[0] == captions
-    np.testing.assert_array_equal(again[1], pictures)
-    other = sample_pictures(20, np.random.default_rng(2), split="test", wrong=0.5)
-    assert other[0] != captions
-
-    one = [world.parse_caption("a circle")] * 2
-    first, second = draw(one, np.random.default_rng(3))
-    assert not np.array_equal(first, second)  # the caption leaves place, size, colour and ground open
-
-
-def test_split_of_the_pictures():
-    captions, _ = sample_pictures(50, np.random.default_rng(0), split="test")
-    assert set(captions) <= {caption.text for caption in world.captions_of("test")}
+    made, again, other = (sample_pictures(20, np.random.default_rng(seed), "test", wrong=0.5) for seed in (1, 1, 2))
+    assert again[0] == made[0] != other[0]
+    np.testing.assert_array_equal(again[1], made[1])
+    first, second = draw([world.parse_caption("a circle")] * 2, np.random.default_rng(3))
+    assert not np.array_equal(first, second)  # the caption leaves place, size, color and ground open
+    assert set(made[0]) <= {caption.text for caption in world.captions_of("test")}
 
 
 def test_wrong_captions_differ_in_one_respect():

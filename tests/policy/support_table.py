@@ -11,7 +11,7 @@ from collections import Counter
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from slas_trl.policy.doctor import denoisers_of
+from slas_trl.policy.checks import denoisers_of
 
 from .zoo.all import FAMILIES
 from .zoo.checks import free_frozen_components, largest_error, sampled

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import slas_trl
-from slas_trl.policy.doctor import denoisers_of
+from slas_trl.policy.checks import denoisers_of
 
 from .support_table import PAGE, written_rows
 from .zoo.all import FAMILIES

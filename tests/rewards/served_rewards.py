@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 
@@ -50,22 +49,13 @@ async def later(prompts, images, **columns):
 
 def in_process(prompts, images, scale: int = 1, **columns):
     """Numbers of the pictures, or what a prompt asks for: the process, an error, or its death."""
-    print("this is no answer")
+    print("a line that is printed")
     for prompt in prompts:
-        if prompt.startswith("raise "):
-            kinds = {"key": KeyError, "value": ValueError, "import": ImportError, "exit": SystemExit}
-            raise kinds[prompt[6:]]("of a kind")
+        if prompt == "raise":
+            raise KeyError("of a kind")
         if prompt == "exit":
             os._exit(3)
-        if prompt in ("slow", "hang"):
-            time.sleep(1 if prompt == "slow" else 600)
         if os.path.isfile(prompt):  # so that it happens once
             os.remove(prompt)
-            os.kill(os.getpid(), signal.SIGKILL)
-    asked = {"process": os.getpid, "gpu": torch.cuda.current_device}
-    scores = [
-        asked[prompt]() if prompt in asked else number_of(image) for prompt, image in zip(prompts, images, strict=True)
-    ]
-    if "by" in columns:
-        scores = {"own": scores, "by": [more["by"][0] for more in columns["by"]]}
-    return scores
+            time.sleep(600) if prompt.endswith("hang") else os.kill(os.getpid(), signal.SIGKILL)
+    return [os.getpid() if p == "process" else scale * number_of(i) for p, i in zip(prompts, images, strict=True)]

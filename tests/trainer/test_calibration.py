@@ -1,6 +1,5 @@
 """The record of every rollout, and the panel that a run leaves."""
 
-import json
 import os
 import signal
 
@@ -10,8 +9,9 @@ from PIL import Image
 from transformers import TrainerCallback
 
 from slas_trl.advantages import compute_advantages
+from slas_trl.run_files import read_lines
 from slas_trl.trainer import SLASConfig
-from tests.trainer.tiny_trainers import logged, redness, tiny_trainer, trained
+from tests.trainer.tiny_trainers import PROMPTS, logged, redness, tiny_trainer, trained
 
 
 def blueness(prompts, images, **columns):
@@ -24,11 +24,7 @@ def one_in_three(prompts, images, **columns):
 
 
 def lines_of(folder):
-    return [json.loads(line) for line in (folder / "calibration.jsonl").read_text().splitlines()]
-
-
-def test_it_is_on_by_default():
-    assert SLASConfig(use_cpu=True).log_completions
+    return read_lines(folder / "calibration.jsonl")
 
 
 def test_a_line_for_each_rollout_and_a_picture(tmp_path):
@@ -39,7 +35,8 @@ def test_a_line_for_each_rollout_and_a_picture(tmp_path):
         return rewards[-1]
 
     settings = {"reward_weights": [2.0, 0.0], "scale_rewards": "batch", "gamma": 1.0, "log_completions": True}
-    trained(tmp_path, reward_funcs=[keep, blueness], **settings, max_steps=3)
+    held_out = {"eval_reward_funcs": one_in_three, "eval_dataset": PROMPTS}
+    trained(tmp_path, reward_funcs=[keep, blueness], **held_out, **settings, max_steps=3)
     lines = lines_of(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3]
     rollouts = [rewards[i] + rewards[i + 1] for i in range(0, len(rewards), 2)]  # of two chunks each
@@ -48,7 +45,8 @@ def test_a_line_for_each_rollout_and_a_picture(tmp_path):
         assert line["group_std"] == pytest.approx(result.group_std.tolist(), rel=1e-4)
         groups = result.advantages.view(2, 4).abs().sum(1).tolist()
         assert line["group_abs_advantage"] == pytest.approx(groups, rel=1e-4)
-        assert line["weights"] == {"keep": 2.0, "blueness": 0.0} and line["scale_rewards"] == "batch"
+        assert line["weights"] == {"keep": 2.0, "blueness": 0.0, "one_in_three": 0.0}
+        assert line["scale_rewards"] == "batch"
         assert line["reward_std_of_images"] == pytest.approx(2 * np.std(scores), rel=1e-4)
         for key in ("reward", "rewards/blueness/mean", "rewards/blueness/std", "advantages/effective_share", "gamma"):
             assert line[key] == pytest.approx(metrics[key], rel=1e-4)
@@ -60,6 +58,7 @@ def test_a_line_for_each_rollout_and_a_picture(tmp_path):
 
 
 def test_not_where_it_is_not_wanted(tmp_path):
+    assert SLASConfig(use_cpu=True).log_completions
     trained(tmp_path, log_completions=False, max_steps=1)
     assert not list(tmp_path.glob("*calibration*")) and logged(tmp_path, "calibration/narrow_share")
 
@@ -85,12 +84,6 @@ def test_a_resumed_run_has_a_line_for_each_rollout(tmp_path):
         trainer = tiny_trainer(tmp_path, **settings)
         trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{checkpoint}"))
         assert lines_of(tmp_path) == whole
-
-
-def test_a_new_run_starts_a_new_file(tmp_path):
-    trained(tmp_path, log_completions=True, max_steps=2)
-    trained(tmp_path, log_completions=True, max_steps=1)
-    assert [line["step"] for line in lines_of(tmp_path)] == [1]
 
 
 def test_it_is_drawn_at_checkpoints_and_when_a_run_is_interrupted(tmp_path):

@@ -4,8 +4,12 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 from slas_trl.trainer.hacking import RewardHackingCallback
-from tests.trainer.test_evaluate import EVERY_UPDATE, HELD_OUT
-from tests.trainer.tiny_trainers import logged, redness, same, tiny_trainer, trained, trained_weights
+from tests.trainer.tiny_trainers import PROMPTS, logged, redness, same, tiny_trainer, trained, trained_weights
+
+
+HELD_OUT = PROMPTS.select(range(3))
+EVERY_UPDATE = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+WATCHED = {"eval_dataset": HELD_OUT, **EVERY_UPDATE, "max_steps": 5, "hacking_patience": 2}
 
 
 def blueness(prompts, images, **columns):
@@ -44,9 +48,9 @@ def test_a_held_out_reward_is_logged_in_evaluation_and_changes_nothing(tmp_path)
 
 
 def test_it_needs_prompts_and_a_name_of_its_own(tmp_path):
-    with pytest.raises(ValueError, match="no prompts; pass eval_dataset"):
+    with pytest.raises(ValueError, match="eval_dataset"):
         tiny_trainer(tmp_path, eval_reward_funcs=blueness)
-    with pytest.raises(ValueError, match="Two rewards have the name 'redness'"):
+    with pytest.raises(ValueError, match="redness"):
         tiny_trainer(tmp_path, eval_reward_funcs=redness, eval_dataset=HELD_OUT)
 
 
@@ -55,43 +59,18 @@ def test_it_is_said_when_nothing_is_evaluated(tmp_path, caplog):
     assert "eval_strategy is 'no'" in caplog.text
 
 
-def test_two_evaluations_at_a_step_count_once():
-    callback, control, state = RewardHackingCallback(["other"], 2, "stop"), TrainerControl(), TrainerState()
-    for step, reward, other in ((1, 1, 3), (1, 1, 3), (2, 2, 2), (2, 2, 2), (3, 3, 1)):
-        metrics = {"eval_reward": reward, "eval_rewards/other/mean": other}
-        state.log_history.append({**metrics, "step": step})
-        callback.on_evaluate(None, state, control, metrics=metrics)
-    assert control.should_training_stop
-
-
 @pytest.mark.parametrize(("action", "steps"), [("warn", 5), ("stop", 3)])
 def test_training_ends_where_it_is_asked_to(tmp_path, caplog, action, steps):
-    trainer = trained(
-        tmp_path,
-        reward_funcs=rising,
-        eval_reward_funcs=falling,
-        eval_dataset=HELD_OUT,
-        **EVERY_UPDATE,
-        max_steps=5,
-        hacking_patience=2,
-        hacking_action=action,
-    )
+    trainer = trained(tmp_path, reward_funcs=rising, eval_reward_funcs=falling, **WATCHED, hacking_action=action)
     assert trainer.state.global_step == steps  # the third evaluation is the second that moved
     warned = [record.getMessage() for record in caplog.records if "likely reward hacking" in record.getMessage()]
     assert len(warned) == steps - 2 and "the held-out 'falling' fell (-1.333 to -5.333)" in warned[0]
 
 
 def test_a_resumed_run_sees_what_was_before_it(tmp_path):
-    settings = {
-        "reward_funcs": rising,
-        "eval_reward_funcs": falling,
-        "eval_dataset": HELD_OUT,
-        **EVERY_UPDATE,
-        "hacking_patience": 2,
-        "hacking_action": "stop",
-    }
-    trained(tmp_path, **settings, max_steps=2)
-    trainer = tiny_trainer(tmp_path, **settings, max_steps=5)
+    settings = {"reward_funcs": rising, "eval_reward_funcs": falling, **WATCHED, "hacking_action": "stop"}
+    trained(tmp_path, **settings | {"max_steps": 2})
+    trainer = tiny_trainer(tmp_path, **settings)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 3
 
@@ -110,8 +89,9 @@ def verdict(trained_reward, held_out, patience=2, prefix="eval"):
     for step, (reward, other) in enumerate(zip(trained_reward, held_out, strict=True)):
         state.log_history.append({"loss": 0.1, "step": step})
         metrics = {f"{prefix}_reward": reward, f"{prefix}_rewards/other/mean": other}
-        state.log_history.append({**metrics, "step": step})
-        callback.on_evaluate(None, state, control, metrics=metrics)
+        for _ in range(2):  # two evaluations at a step count once
+            state.log_history.append({**metrics, "step": step})
+            callback.on_evaluate(None, state, control, metrics=metrics)
     return control.should_training_stop
 
 

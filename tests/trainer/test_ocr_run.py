@@ -3,18 +3,16 @@ Training on text that is read from pictures: the embedded pipeline learns in the
 then, from the reader's score alone, the one that its prompt asks for.
 """
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from PIL import Image, ImageDraw, ImageFont
 
-from slas_trl.rewards.ocr import OCR
+from slas_trl.rewards.quoted_text import OCR
 from slas_trl.shapes import ShapesPipeline, load_shapes_pipeline
 from slas_trl.trainer import SLASTrainer
-from tests.trainer.tiny_trainers import logged, same, tiny_config, trained_weights
+from tests.trainer.tiny_trainers import logged, tiny_config
 
 
 pytestmark = pytest.mark.rewards
@@ -74,11 +72,6 @@ def draws_words(steps: int, cats: float) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in denoiser.state_dict().items()}
 
 
-@pytest.fixture(scope="module")
-def words() -> dict[str, torch.Tensor]:
-    return draws_words(80, cats=0.5)
-
-
 def trainer_of(weights: dict[str, torch.Tensor], output_dir, **changes) -> SLASTrainer:
     pipe = load_shapes_pipeline()
     pipe.transformer.load_state_dict(weights)
@@ -93,29 +86,6 @@ def trainer_of(weights: dict[str, torch.Tensor], output_dir, **changes) -> SLAST
     }
     config = tiny_config(output_dir, **{**settings, **changes})
     return SLASTrainer(pipe, REWARD, config, train_dataset=Dataset.from_dict({"prompt": PROMPTS}))
-
-
-def test_text_is_a_reward(words, tmp_path, monkeypatch):
-    def no_network(*args, **kwargs):
-        raise AssertionError("a connection was opened")
-
-    monkeypatch.setattr("socket.socket.connect", no_network)
-    whole = trainer_of(words, tmp_path / "whole", max_steps=3, save_strategy="steps", save_steps=2)
-    before = trained_weights(whole)
-    whole.train()
-    assert not same(trained_weights(whole), before)
-    updates = logged(tmp_path / "whole")
-    assert len(updates) == 3
-    assert all(math.isfinite(line["loss"]) for line in updates)
-    scores = [line for line in updates if "rewards/ocr/mean" in line]
-    assert all(0 < line["rewards/ocr/mean"] < 1 and line["rewards/ocr/std"] > 0 for line in scores)
-    assert len(scores) == 3
-
-    # A run that was stopped goes on where it was.
-    resumed = trainer_of(words, tmp_path / "resumed", max_steps=3, save_strategy="steps", save_steps=2)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert same(trained_weights(resumed), trained_weights(whole))
-    assert logged(tmp_path / "resumed")[-1]["rewards/ocr/mean"] == scores[-1]["rewards/ocr/mean"]
 
 
 @pytest.mark.slow
@@ -140,4 +110,5 @@ def test_the_policy_learns_to_write_what_is_quoted(tmp_path):
     before = score(trainer.pipe)
     trainer.train()
     after = score(trainer.pipe)
+    assert all(0 < line["rewards/ocr/mean"] < 1 and line["rewards/ocr/std"] > 0 for line in logged(tmp_path))
     assert after > before + 0.1, f"{before:.3f} -> {after:.3f}"  # standard errors of 0.04

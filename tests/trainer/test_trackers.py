@@ -50,17 +50,8 @@ def test_tensorboard_shows_pictures_and_their_prompts(tmp_path):
 
 
 def test_every_tenth_rollout_is_shown(tmp_path):
-    trainer = tiny_trainer(
-        tmp_path,
-        report_to="tensorboard",
-        log_completions=True,
-        max_steps=11,
-        num_inference_steps=2,
-        height=8,
-        width=8,
-        num_generations=2,
-    )
-    trainer.train()
+    small = {"num_inference_steps": 2, "height": 8, "width": 8, "num_generations": 2}
+    tiny_trainer(tmp_path, report_to="tensorboard", log_completions=True, max_steps=11, **small).train()
     assert [event.step for event in recorded(tmp_path).Images("samples/0")] == [0, 10]
 
 

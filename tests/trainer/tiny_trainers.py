@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from diffusers import DiffusionPipeline
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL.Image import Image
 
 from slas_trl.policy import Rollout
@@ -16,12 +17,21 @@ from tests.tiny_pipelines import PIPELINES
 
 
 PROMPTS = Dataset.from_dict({"prompt": ["a cat", "two dogs", "a red car", "blue sky", "snow", "a tall tree"]})
+HELD_OUT = Dataset.from_dict({"prompt": ["a dog", "rain", "two cats"], "number": [1, 2, 3]})
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+DENOISERS = {"sd": "unet", "sd3": "transformer", "flux": "transformer"}
+SAVED = {"save_strategy": "steps", "save_steps": 1}  # after every update
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, **SAVED}
 
 
 def redness(prompts: list[str], images: list[Image], **columns: Any) -> list[float]:
     """The mean of the red channel, in [0, 1]."""
     return [float(np.asarray(image)[..., 0].mean()) / 255 for image in images]
+
+
+def blueness(prompts: list[str], images: list[Image], **columns: Any) -> list[float]:
+    """The mean of the blue channel, in [0, 1]."""
+    return [float(np.asarray(image)[..., 2].mean()) / 255 for image in images]
 
 
 def lora(**changes: Any) -> LoraConfig:
@@ -105,6 +115,13 @@ def trained(output_dir: Path, *args: Any, **kwargs: Any) -> SLASTrainer:
     return trainer
 
 
+def resumed(output_dir: Path, checkpoint: Path | bool, *args: Any, **kwargs: Any) -> SLASTrainer:
+    """A tiny trainer that has gone on from a checkpoint."""
+    trainer = tiny_trainer(output_dir, *args, **kwargs)
+    trainer.train(resume_from_checkpoint=checkpoint if isinstance(checkpoint, bool) else str(checkpoint))
+    return trainer
+
+
 def trained_weights(trainer: SLASTrainer) -> dict[str, torch.Tensor]:
     """Copies of the parameters that training changes, by name."""
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
@@ -113,6 +130,43 @@ def trained_weights(trainer: SLASTrainer) -> dict[str, torch.Tensor]:
 def same(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
     """Whether they are equal to the last bit."""
     return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def close(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor], **tolerance: float) -> None:
+    """Assert that they are equal but for rounding."""
+    assert weights.keys() == others.keys()
+    for name in weights:
+        torch.testing.assert_close(weights[name], others[name], **tolerance, msg=name)
+
+
+def publish(pipe: DiffusionPipeline, names: list[str], folder: Path, seed: int = 5, **changes: Any) -> Path:
+    """Add a random adapter to the denoisers `names`, and save it as an earlier run would have."""
+    torch.manual_seed(seed)
+    for name in names:
+        denoiser, config = pipe.components[name], lora(init_lora_weights=False, **changes)
+        denoiser.add_adapter(config)
+        if not hasattr(pipe, "save_lora_weights"):  # it knows nothing of adapters
+            denoiser.save_lora_adapter(folder)
+            continue
+        layers = {"lora_layers": get_peft_model_state_dict(denoiser), "lora_adapter_metadata": config.to_dict()}
+        pipe.save_lora_weights(
+            folder,
+            weight_name=None if name == names[0] else f"pytorch_lora_weights_{name}.safetensors",
+            **{f"{names[0]}_{key}": value for key, value in layers.items()},
+        )
+    return folder
+
+
+def picture(pipe: DiffusionPipeline, family: str) -> torch.Tensor:
+    """What a plain call of the pipeline draws."""
+    generator = torch.Generator().manual_seed(3)
+    return pipe("a cat", num_inference_steps=3, generator=generator, output_type="pt", **PIPELINES[family][1])[0]
+
+
+def call_of(family: str, count: int) -> dict[str, Any]:
+    """Arguments of a call for so many pictures of one prompt, each with noise of its own."""
+    generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
+    return {"prompt": ["a cat"] * count, "num_inference_steps": 4, "generator": generators, **PIPELINES[family][1]}
 
 
 def logged(output_dir: Path, key: str = "loss") -> list[dict[str, Any]]:

@@ -8,21 +8,33 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch.distributed.fsdp import FSDPModule
+from accelerate.utils import gather_object
+from diffusers.loaders.lora_base import LoraBaseMixin
 from torch.distributed.tensor import DTensor
 
-from slas_trl.trainer import lora as adapters
-from slas_trl.trainer import publishing
-from slas_trl.trainer.collectives import full_tensor, gathered, wait_together
 from tests.policy.zoo.all import FAMILIES
-from tests.test_trust_region import dense_fisher
 from tests.tiny_pipelines import PIPELINES
-from tests.trainer.tiny_trainers import PROMPTS, Watched, logged, lora, redness, tiny_trainer, trained_weights
+from tests.tiny_policies import dense_fisher
+from tests.trainer.tiny_sharding import shard_on_cpus
+from tests.trainer.tiny_trainers import (
+    PROMPTS,
+    SAVED,
+    Watched,
+    logged,
+    lora,
+    redness,
+    resumed,
+    tiny_trainer,
+    trained,
+    trained_weights,
+)
 from tests.trainer.zoo_trainers import zoo_trainer
 
 
 def whole(trainer) -> dict[str, torch.Tensor]:
-    return {name: full_tensor(weight) for name, weight in trained_weights(trainer).items()}
+    """The trained weights, also of a model that is sharded."""
+    weights = trained_weights(trainer).items()
+    return {name: weight.full_tensor() if isinstance(weight, DTensor) else weight for name, weight in weights}
 
 
 def one_update_for_each_rollout(folder: Path, processes: int, **settings: Any) -> dict[str, Any]:
@@ -31,16 +43,10 @@ def one_update_for_each_rollout(folder: Path, processes: int, **settings: Any) -
     gradients were: Adam makes 7e-6 of the last bits of gradients that are nearly 0, whatever their cause.
     """
     settings = {"steps_per_generation": 4 // processes, "max_steps": 3, "ema_decay": 0.5, **settings}
-    settings = {"optim": "sgd", "learning_rate": 10.0, **settings}
-    trainer = tiny_trainer(
-        folder,
-        "flux",
-        cls=Watched,
-        eval_dataset=PROMPTS.select(range(3)),
-        num_generations_eval=3,  # nine images: one process has a surplus one
-        per_device_eval_batch_size=2,
-        **settings,
-    )
+    settings = {"optim": "sgd", "learning_rate": 10.0, "cls": Watched, **settings}
+    # Nine images to evaluate: one process has a surplus one.
+    evaluation = {"eval_dataset": PROMPTS.select(range(3)), "num_generations_eval": 3, "per_device_eval_batch_size": 2}
+    trainer = tiny_trainer(folder, "flux", **evaluation, **settings)
     before, initial = trainer.evaluate()["eval_reward"], whole(trainer)
     trainer.train()
     chunks = {id(inputs["rollout"]): inputs["advantages"] for inputs in trainer.micro_steps}
@@ -51,37 +57,26 @@ def one_update_for_each_rollout(folder: Path, processes: int, **settings: Any) -
         "moved": max((weight - initial[name]).abs().max().item() for name, weight in whole(trainer).items()),
         "evaluated": [before, trainer.evaluate()["eval_reward"]],
         "shards": sum(isinstance(p, DTensor) and p.to_local().numel() < p.numel() for p in trainer.model.parameters()),
-        "sharded": isinstance(trainer.model, FSDPModule),
         "logs": [log for log in trainer.state.log_history if "loss" in log],
     }
 
 
-def resumed_within_a_rollout(folder: Path, *checkpoints: int, **settings: Any) -> dict[str, Any]:
-    """Two updates to a rollout; the uninterrupted run, and one that goes on from each of these checkpoints."""
+def resumed_within_a_rollout(folder: Path, at: int, **settings: Any) -> list[dict[str, torch.Tensor]]:
+    """Two updates to a rollout: the weights after the uninterrupted run, and after one that goes on from `at`."""
     settings = {"gradient_accumulation_steps": 3, "max_steps": 4, "beta": 0.1, **settings}
-    uninterrupted = tiny_trainer(folder / "whole", **settings, save_strategy="steps", save_steps=1)
-    uninterrupted.train()
-    found = {"whole": whole(uninterrupted)}
-    for at in checkpoints:
-        resumed = tiny_trainer(folder / f"from-{at}", **settings)
-        resumed.train(resume_from_checkpoint=str(folder / "whole" / f"checkpoint-{at}"))
-        found[f"from-{at}"] = whole(resumed)
-    return found
+    uninterrupted = trained(folder / "whole", **settings, **SAVED)
+    return [
+        whole(uninterrupted),
+        whole(resumed(folder / "resumed", folder / "whole" / f"checkpoint-{at}", **settings)),
+    ]
 
 
 def going_on_from_an_adapter(folder: Path, processes: int) -> dict[str, Any]:
     """With a copy of it as the reference."""
     pipe = PIPELINES["flux"][0]()
     torch.manual_seed(5)
-    adapters.add_adapter(pipe.transformer, lora(init_lora_weights=False))
+    pipe.transformer.add_adapter(lora(init_lora_weights=False))
     return one_update_for_each_rollout(folder, processes, model=pipe, peft_config=None, beta=0.1, use_ema=True)
-
-
-def adapter_saved(folder: Path) -> None:
-    settings = {"save_strategy": "steps", "save_steps": 1, "log_completions": True}
-    trainer = tiny_trainer(folder, max_steps=1, gradient_accumulation_steps=3, **settings)
-    trainer.train()
-    trainer.save_model()
 
 
 def one_of_the_zoo(name: str, folder: Path, processes: int) -> dict[str, torch.Tensor]:
@@ -96,8 +91,8 @@ def one_of_the_zoo(name: str, folder: Path, processes: int) -> dict[str, torch.T
 
 
 def nan_on_one_process(folder: Path, rank: int) -> list[float]:
-    """Both skip the update."""
-    trainer = tiny_trainer(folder, max_steps=2)
+    """Both skip the update. Of five prompts, one is left out: an epoch is one rollout of four groups."""
+    trainer = tiny_trainer(folder, train_dataset=PROMPTS.select(range(5)), num_train_epochs=2, max_steps=-1)
     sample = trainer.replayer.sample
 
     def poisoned(**call):
@@ -112,7 +107,7 @@ def nan_on_one_process(folder: Path, rank: int) -> list[float]:
 
 
 def components(folder: Path, rank: int) -> dict[str, Any]:
-    """A reward's components, and one that only the second process returns; held-out rewards in evaluation."""
+    """A reward's components, and one that only the second process returns; held-out rewards; what is saved."""
 
     def reward(prompts, images, **columns):
         return {"reward": redness(prompts, images), "rank": [float(rank)] * len(images)}
@@ -123,95 +118,41 @@ def components(folder: Path, rank: int) -> dict[str, Any]:
     def held_out(prompts, images, **columns):
         return [float(len(prompt)) for prompt in prompts]
 
-    data = PROMPTS.select(range(3))
-    trainer = tiny_trainer(folder, "sd3", reward, max_steps=1, eval_dataset=data, eval_reward_funcs=held_out)
-    trainer.train()
+    settings = {"gradient_accumulation_steps": 3, "max_steps": 1, "log_completions": True, **SAVED}
+    settings |= {"eval_dataset": PROMPTS.select(range(3)), "eval_reward_funcs": held_out, "num_generations_eval": 2}
+    trainer = trained(folder, reward_funcs=reward, **settings)
+    trainer.save_model()
     [line] = [log for log in trainer.state.log_history if "loss" in log]
-    expected = sum(len(prompt) for prompt in data["prompt"]) / 3
     try:
-        tiny_trainer(folder / "uneven", "sd3", uneven, max_steps=1).train()
+        trained(folder / "uneven", reward_funcs=uneven, max_steps=1)
     except ValueError as error:
         message = str(error)
-    return {**line, "held_out": trainer.evaluate()["eval_rewards/held_out/mean"] / expected, "uneven": message}
-
-
-def waited_for_both() -> int:
-    """How often both look whether something is done, of which the second one is ready at its third look."""
-    looks = []
-
-    def done() -> bool:
-        looks.append(1)
-        return PartialState().process_index == 0 or len(looks) == 3
-
-    wait_together(done)
-    return len(looks)
+    return {**line, "held_out": trainer.evaluate()["eval_rewards/held_out/mean"], "uneven": message}
 
 
 def pushed(folder: Path, **settings: Any) -> dict[str, Any]:
     """A run that pushes from its start to its end, and one whose token the Hub refuses."""
     repo = f"user/{folder.parent.name}-{folder.name}".replace("_", "-")
     settings = {"push_to_hub": True, "hub_model_id": repo, "max_steps": 1, **settings}
-    publishing.PATIENCE = 0.01  # so that several looks at an upload are needed
-    trainer = tiny_trainer(folder, hub_strategy="checkpoint", save_strategy="steps", save_steps=1, **settings)
-    trainer.train()
+    trainer = trained(folder, hub_strategy="checkpoint", **SAVED, **settings)
     trainer.save_model()
     returned = trainer.push_to_hub(commit_message="By both")
     os.environ["HF_TOKEN"], token = "hf_bad", os.environ["HF_TOKEN"]
-    refused = ""
     try:
         tiny_trainer(folder / "refused", **settings)
     except ValueError as error:
         refused = str(error)
     os.environ["HF_TOKEN"] = token
-    return {"looks": waited_for_both(), "repo": repo, "returned": returned is not None, "refused": refused}
+    return {"repo": repo, "returned": returned is not None, "refused": refused}
 
 
-def ddp(folder: Path, state: PartialState) -> dict[str, Any]:
-    if not state.is_main_process:
-
-        def save_denoiser(*args: Any) -> None:
-            raise PermissionError("the main process writes the weights")
-
-        adapters.LoraBaseMixin.write_lora_layers = save_denoiser
-    found = {
-        "compared": one_update_for_each_rollout(folder / "compared", state.num_processes),
-        # Every group lies half on the one and half on the other.
-        "spanning": one_update_for_each_rollout(folder / "spanning", 2, num_generations=8, max_steps=2),
-        "resumed": resumed_within_a_rollout(folder / "resumed", 1, 3, full=True),
-        "wan2.2": one_of_the_zoo("wan2.2", folder / "experts", 2),
-        "sd3.5-slg": one_of_the_zoo("sd3.5-slg", folder / "skipping", 2),
-        "continued": going_on_from_an_adapter(folder / "continued", 2),
-        "skipped": nan_on_one_process(folder / "skipped", state.process_index),
-        "components": components(folder / "components", state.process_index),
-        "pushed": pushed(folder / "pushed"),
-    }
-    uneven = tiny_trainer(folder / "uneven", train_dataset=PROMPTS.select(range(5)), num_train_epochs=2, max_steps=-1)
-    uneven.train()
-    adapter_saved(folder / "adapter")
-    found |= {"uneven": uneven.state.global_step, "gamma": gamma(folder / "gamma", state)}
-    return {**found, "failing": failing(folder / "failing", state)}  # the last: who knows what state it leaves
-
-
-def fsdp(folder: Path, state: PartialState) -> dict[str, Any]:
-    found = {
-        "lora": one_update_for_each_rollout(folder / "lora", 2, beta=0.1, use_ema=True),
-        "full": one_update_for_each_rollout(folder / "full", 2, full=True, beta=0.1, use_ema=True),
-    }
-    found["continued"] = going_on_from_an_adapter(folder / "continued", 2)
-    for kind, full, at in (("lora", False, 1), ("full", True, 3)):
-        found[f"{kind} bf16"] = one_update_for_each_rollout(folder / f"{kind}-bf16", 2, full=full, bf16=True, beta=0.1)
-        found[f"{kind} resumed"] = resumed_within_a_rollout(folder / f"{kind}-resumed", at, full=full, use_ema=True)
-    found |= {"gamma": gamma(folder / "gamma", state), "pushed": pushed(folder / "pushed", full=True)}
-    return {**found, "failing": failing(folder / "failing", state)}
-
-
-def failing(folder: Path, state: PartialState) -> dict[str, Any]:
+def failing(folder: Path, rank: int) -> dict[str, Any]:
     """A reward that raises on one process only, in the second rollout."""
     calls = []
 
     def moody(prompts, images, **columns):
         calls.append(len(images))
-        if state.process_index == 1 and len(calls) > 2:  # of two chunks in a rollout
+        if rank == 1 and len(calls) > 2:  # of two chunks in a rollout
             raise RuntimeError("out of paint")
         return redness(prompts, images)
 
@@ -220,49 +161,80 @@ def failing(folder: Path, state: PartialState) -> dict[str, Any]:
         trainer.train()
     except ValueError as error:
         return {"error": str(error), "updates": trainer.state.global_step}
-    return {"error": None, "logged": logged(folder)}
+    return {"error": "", "updates": trainer.state.global_step}
 
 
-def gamma(folder: Path, state: PartialState) -> dict[str, Any]:
+def gamma(folder: Path, dense: bool) -> dict[str, Any]:
     """A trust region over three rollouts of two updates each, resumed within the second."""
     settings = {"gamma_schedule": "trust_region", "kl_threshold": 9e-7, "fisher_update_steps": 2,
                 "peft_config": lora(r=1, target_modules=["to_q", "to_v"])}  # fmt: skip
     settings |= {"gradient_accumulation_steps": 3, "save_strategy": "steps", "save_steps": 3, "max_steps": 6}
-    trainer = tiny_trainer(folder / "run", cls=Watched, **settings)
-    trainer.train()
-    resumed = tiny_trainer(folder / "resumed", **settings)
-    resumed.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-3"))
-    state.wait_for_everyone()
+    trainer = trained(folder / "run", **settings)
+    second = resumed(folder / "resumed", folder / "run" / "checkpoint-3", **settings)
+    PartialState().wait_for_everyone()
     found = {
-        "weights": whole(trainer),
-        "resumed": whole(resumed),
-        "gammas": [line["gamma"] for line in logged(folder / "run", "gamma")],
-        "resumed gammas": [line["gamma"] for line in logged(folder / "resumed", "gamma")],
+        "weights": [whole(trainer), whole(second)],
+        "gammas": [[line["gamma"] for line in logged(folder / run, "gamma")] for run in ("run", "resumed")],
         "lambda_max": [line["trust_region/lambda_max"] for line in logged(folder / "run", "trust_region/lambda_max")],
-        "vector": [full_tensor(part) for part in trainer._gamma.state.vector],
-        "sharded": isinstance(trainer.model, FSDPModule),
     }
-    if found["sharded"]:
+    if not dense:
         return found
     # The dense matrix of the first rollout, before any update.
-    fresh = tiny_trainer(folder / "dense", cls=Watched, **{**settings, "learning_rate": 0.0, "max_steps": 2})
-    fresh.train()
+    fresh = trained(folder / "dense", cls=Watched, **{**settings, "learning_rate": 0.0, "max_steps": 2})
     outputs = [fresh.replayer.replay(fresh.rollouts[0], step) for step in (0, 2)]
     mine = dense_fisher(outputs, [p for p in fresh.model.parameters() if p.requires_grad])
-    both = sum(gathered(mine)) / state.num_processes
-    return {**found, "dense": largest(both), "alone": largest(mine)}
+    everyone = sum(gather_object([mine])) / PartialState().num_processes
+    return {**found, "dense": largest(everyone), "alone": largest(mine)}
 
 
 def largest(matrix: torch.Tensor) -> float:
     return torch.linalg.eigvalsh(matrix)[-1].item()
 
 
+def ddp(folder: Path, rank: int) -> dict[str, Any]:
+    if rank:
+
+        def write_lora_layers(*args: Any, **kwargs: Any) -> None:
+            raise PermissionError("the main process writes the weights")
+
+        LoraBaseMixin.write_lora_layers = write_lora_layers
+    return {
+        "compared": one_update_for_each_rollout(folder / "compared", 2),
+        # Every group lies half on the one and half on the other.
+        "spanning": one_update_for_each_rollout(folder / "spanning", 2, num_generations=8, max_steps=2),
+        "resumed": resumed_within_a_rollout(folder / "resumed", 3, full=True),
+        "wan2.2": one_of_the_zoo("wan2.2", folder / "experts", 2),
+        "sd3.5-slg": one_of_the_zoo("sd3.5-slg", folder / "skipping", 2),
+        "continued": going_on_from_an_adapter(folder / "continued", 2),
+        "skipped": nan_on_one_process(folder / "skipped", rank),
+        "components": components(folder / "components", rank),
+        "pushed": pushed(folder / "pushed"),
+        "gamma": gamma(folder / "gamma", dense=True),
+        "failing": failing(folder / "failing", rank),  # the last: who knows what state it leaves
+    }
+
+
+def fsdp(folder: Path, rank: int) -> dict[str, Any]:
+    return {
+        "full": one_update_for_each_rollout(folder / "full", 2, full=True, beta=0.1, use_ema=True),
+        "continued": going_on_from_an_adapter(folder / "continued", 2),
+        "lora bf16": one_update_for_each_rollout(folder / "lora-bf16", 2, bf16=True, beta=0.1),
+        "full bf16": one_update_for_each_rollout(folder / "full-bf16", 2, full=True, bf16=True, beta=0.1),
+        "lora resumed": resumed_within_a_rollout(folder / "lora", 1, use_ema=True),
+        "full resumed": resumed_within_a_rollout(folder / "whole", 3, full=True, use_ema=True),
+        "gamma": gamma(folder / "gamma", dense=False),
+        "pushed": pushed(folder / "pushed", full=True),
+        "failing": failing(folder / "failing", rank),
+    }
+
+
 def main(what: str, folder: Path) -> None:
     state = PartialState(cpu=True)
-    found = {"ddp": ddp, "fsdp": fsdp}[what](folder, state)
+    found = {"ddp": ddp, "fsdp": fsdp}[what](folder, state.process_index)
     torch.save(found, folder / f"result_{state.process_index}.pt")
     state.destroy_process_group()
 
 
 if __name__ == "__main__":
+    shard_on_cpus()
     main(sys.argv[1], Path(sys.argv[2]))

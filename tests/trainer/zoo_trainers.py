@@ -8,7 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from slas_trl.trainer import SLASConfig, SLASTrainer
-from slas_trl.trainer.lora import takes_adapter
+from slas_trl.trainer.adapters import takes_adapter
 from tests.policy.zoo.checks import attention_weights
 from tests.policy.zoo.family import Family
 

@@ -5,7 +5,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from slas_trl.policy import PipelineReplayer, Rollout
-from slas_trl.policy.doctor import denoisers_of
+from slas_trl.policy.checks import denoisers_of
 
 from .family import Family
 

@@ -1,61 +1,46 @@
-"""Tokenizers, language models, autoencoders and pictures that several families share."""
+"""What several families share: text encoders with their tokenizers, autoencoders and pictures."""
 
-from typing import Any
+import string
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKLQwenImage
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
-    Mistral3Config,
-    Mistral3ForConditionalGeneration,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
-    Qwen2VLProcessor,
     Qwen3Config,
-    Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from tests.tiny_pipelines import autoencoder, t5_encoder, t5_tokenizer
 
 
-SPECIAL_TOKENS = (
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-CHAT_TEMPLATE = """\
-{%- for message in messages %}<|im_start|>{{ message.role }}
-{{ message.content if message.content is string else message.content | map(attribute="text") | join }}<|im_end|>
-{% endfor %}
-{%- if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
+Module = TypeVar("Module", bound=torch.nn.Module)
 
-
-def byte_tokenizer() -> Qwen2Tokenizer:
-    """One token for each byte, and those of a chat."""
-    vocabulary = {"<|endoftext|>": 0, **{byte: i for i, byte in enumerate(sorted(ByteLevel.alphabet()), 1)}}
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], chat_template=CHAT_TEMPLATE)
-    tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
-    return tokenizer
-
-
-class ImageProcessorOnly(Qwen2VLProcessor):
-    """Without the processor for videos, which needs torchvision."""
-
-    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> type:
-        return type(argument)
-
-
-def vision_language_processor() -> Qwen2VLProcessor:
-    pictures = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56})
-    return ImageProcessorOnly(image_processor=pictures, tokenizer=byte_tokenizer(), video_processor=None)
-
-
+SMALL = {"height": 16, "width": 16}
+MEDIUM = {"height": 32, "width": 32}
+HEADS: dict[str, Any] = {"attention_head_dim": 8, "num_attention_heads": 2}
+# Of transformers like FLUX's.
+FLUX: dict[str, Any] = {
+    "in_channels": 16,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 16,
+}
+# Of every decoder-only text encoder; as many tokens as the largest of the vocabularies below.
 DECODER: dict[str, Any] = {
     "vocab_size": 264,
     "hidden_size": 16,
@@ -65,49 +50,123 @@ DECODER: dict[str, Any] = {
     "num_key_value_heads": 1,
     "head_dim": 8,
     "max_position_embeddings": 1024,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
     "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
-ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
-VISION_TOKENS = {
-    "vision_start_token_id": 259,
-    "vision_end_token_id": 260,
-    "image_token_id": 261,
-    "video_token_id": 262,
-}
+VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+LETTERS = [*string.ascii_letters, *string.digits, *string.punctuation]
+CHAT_TEMPLATE = """\
+{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content if message.content is string else message.content | map(attribute="text") | join }}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+# Numbered from 257.
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
-def qwen25_vl() -> Qwen2_5_VLForConditionalGeneration:
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
-    config = Qwen2_5_VLConfig(text_config={**DECODER, "rope_parameters": ROPE}, vision_config=vision, **VISION_TOKENS)
-    return Qwen2_5_VLForConditionalGeneration(config)
+def with_language_model(
+    kind: Callable, transformer: torch.nn.Module, scheduler: Any, text_encoder: torch.nn.Module, **parts: Any
+) -> Any:
+    """A pipeline whose `text_encoder` reads bytes, unless `parts` has another tokenizer."""
+    parts = {"vae": autoencoder(4), "tokenizer": byte_tokenizer(), **parts}
+    return kind(transformer=transformer, scheduler=scheduler, text_encoder=text_encoder, **parts)
+
+
+def with_t5(kind: Callable, transformer: torch.nn.Module, scheduler: Any, **parts: Any) -> Any:
+    parts = {"text_encoder": t5_encoder(), "tokenizer": t5_tokenizer(), **parts}
+    return with_language_model(kind, transformer, scheduler, **parts)
+
+
+def numbered(tokens: list[str]) -> dict[str, int]:
+    return {token: i for i, token in enumerate(tokens)}
+
+
+def byte_tokenizer(**options: Any) -> Qwen2Tokenizer:
+    """Qwen's: one token for each byte, and those of a chat."""
+    vocabulary = numbered(["<|endoftext|>", *sorted(ByteLevel.alphabet())])
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], chat_template=CHAT_TEMPLATE, **options)
+    tokenizer.add_tokens(list(CHAT_TOKENS), special_tokens=True)
+    return tokenizer
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *LETTERS]
+    return GemmaTokenizer(vocab=numbered(tokens), merges=[], add_bos_token=True)
+
+
+def umt5_encoder() -> UMT5EncoderModel:
+    return UMT5EncoderModel(UMT5Config(vocab_size=32, d_model=16, d_ff=32, d_kv=8, num_layers=1, num_heads=2))
+
+
+def gemma2() -> Gemma2Model:
+    return Gemma2Model(Gemma2Config(**DECODER, query_pre_attn_scalar=8))
 
 
 def qwen3() -> Qwen3Model:
     return Qwen3Model(Qwen3Config(**DECODER))
 
 
-def qwen3_causal() -> Qwen3ForCausalLM:
-    return Qwen3ForCausalLM(Qwen3Config(**DECODER))
+def _multimodal(layers: int, mrope_section: list[int]) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": mrope_section}
+    return {**DECODER, "num_hidden_layers": layers, "rope_parameters": rope}
 
 
-def mistral3() -> Mistral3ForConditionalGeneration:
-    vision = {
-        "model_type": "pixtral",
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-        "image_size": 28,
-        "patch_size": 14,
-    }
-    config = Mistral3Config(text_config={"model_type": "mistral", **DECODER}, vision_config=vision)
-    return Mistral3ForConditionalGeneration(config)
+def qwen25_vl(layers: int = 2) -> Qwen2_5_VLForConditionalGeneration:
+    config = Qwen2_5_VLConfig(
+        text_config=_multimodal(layers, [1, 1, 2]),
+        vision_config=VISION,
+        vision_start_token_id=259,
+        vision_end_token_id=260,
+        image_token_id=261,
+        video_token_id=262,
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def video_autoencoder(halvings: int = 1) -> AutoencoderKLQwenImage:
-    """Of Qwen-Image; it makes the sides `2**halvings` times smaller."""
+def qwen3_vl(layers: int = 2) -> Qwen3VLModel:
+    vision = {**VISION, "num_position_embeddings": 4, "deepstack_visual_indexes": [0]}
+    return Qwen3VLModel(Qwen3VLConfig(text_config=_multimodal(layers, [2, 1, 1]), vision_config=vision))
+
+
+def filled(module: Module) -> Module:
+    """Weights that start at zero, such as those of gates, drawn at random: behind a closed gate nothing is trained."""
+    for parameter in module.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return module
+
+
+def autoencoder_8x(latent_channels: int) -> AutoencoderKL:
+    """For pipelines that take a factor of 8 between latents and pictures for granted."""
+    return AutoencoderKL(
+        block_out_channels=(4,) * 4,
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=2,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        sample_size=32,
+        shift_factor=0.0,
+        scaling_factor=1.0,
+    )
+
+
+def autoencoder_flux2() -> AutoencoderKLFlux2:
+    return AutoencoderKLFlux2(
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+        sample_size=16,
+    )
+
+
+def autoencoder_qwen(halvings: int = 1) -> AutoencoderKLQwenImage:
+    """It makes the sides `2**halvings` times smaller."""
     return AutoencoderKLQwenImage(
         base_dim=4,
         z_dim=4,
@@ -121,7 +180,10 @@ def video_autoencoder(halvings: int = 1) -> AutoencoderKLQwenImage:
 
 def pictures(count: int, size: int = 16) -> list[Image.Image]:
     """Different ones, of noise."""
-    noise = torch.randint(
-        0, 256, (count, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5)
-    )
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=generator)
     return [Image.fromarray(each.numpy()) for each in noise]
+
+
+def a_picture_each(count: int) -> dict[str, Any]:
+    return {"image": pictures(count)}

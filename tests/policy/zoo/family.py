@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+
+from tests.tiny_pipelines import finished
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,7 @@ class Family:
     """
     Attributes:
         title: as the table in the documentation names it.
-        build: makes the pipeline, the same weights every time, in evaluation mode and frozen.
+        make: makes the pipeline.
         call: arguments of one call beside prompt, generator and num_inference_steps.
         task: "text-to-image", "image-to-image" or "image editing".
         images: the images of one call by argument name, for a task that needs some; called with the number of prompts.
@@ -21,11 +22,16 @@ class Family:
     """
 
     title: str
-    build: Callable[[], DiffusionPipeline]
+    make: Callable[[], Any]
     call: dict[str, Any] = field(default_factory=dict)
     task: str = "text-to-image"
     images: Callable[[int], dict[str, Any]] = lambda count: {}
     one_prompt: bool = False
+
+    def build(self) -> Any:
+        """The pipeline, with the same weights every time, in evaluation mode and frozen."""
+        torch.manual_seed(0)
+        return finished(self.make())
 
     def arguments(self, prompts: list[str], **changes: Any) -> dict[str, Any]:
         """Arguments of a call that makes `len(prompts)` images, each with a seed of its own."""

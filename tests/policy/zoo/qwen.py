@@ -1,6 +1,7 @@
 """Qwen-Image, its editing pipelines, and Z-Image."""
 
-import torch
+from typing import Any
+
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     QwenImageEditPipeline,
@@ -10,34 +11,36 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-
-from tests.tiny_pipelines import autoencoder, finished
+from transformers import Qwen2VLProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from .encoders import (
+    SMALL,
+    a_picture_each,
+    autoencoder_qwen,
     byte_tokenizer,
     pictures,
     qwen3,
     qwen25_vl,
-    video_autoencoder,
-    vision_language_processor,
+    with_language_model,
 )
 from .family import Family
 
 
-SIZE = {"height": 16, "width": 16}
 # The editing pipelines resize their images to 1024² pixels; their autoencoder makes 64 tokens of them.
 HALVINGS, EDIT_SIZE = 6, {"height": 256, "width": 256}
 GUIDANCE = {"true_cfg_scale": 3.0, "negative_prompt": ["blurry", "dark"]}
 
 
-def dynamic_shift() -> FlowMatchEulerDiscreteScheduler:
-    return FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, shift_terminal=0.02
-    )
+class ImageProcessorOnly(Qwen2VLProcessor):
+    """Without the processor for videos, which needs torchvision."""
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> type:
+        return type(argument)
 
 
-def qwen_transformer() -> QwenImageTransformer2DModel:
-    return QwenImageTransformer2DModel(
+def qwen_image(kind: type = QwenImagePipeline, halvings: int = 1, **parts: Any) -> Any:
+    transformer = QwenImageTransformer2DModel(
         patch_size=2,
         in_channels=16,
         out_channels=4,
@@ -47,37 +50,19 @@ def qwen_transformer() -> QwenImageTransformer2DModel:
         joint_attention_dim=16,
         axes_dims_rope=(4, 4, 8),
     )
-
-
-def qwen_image() -> QwenImagePipeline:
-    torch.manual_seed(0)
-    return finished(
-        QwenImagePipeline(
-            transformer=qwen_transformer(),
-            scheduler=dynamic_shift(),
-            vae=video_autoencoder(),
-            text_encoder=qwen25_vl(),
-            tokenizer=byte_tokenizer(),
-        )
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, shift_terminal=0.02
     )
+    return with_language_model(kind, transformer, scheduler, qwen25_vl(), vae=autoencoder_qwen(halvings), **parts)
 
 
-def qwen_image_edit(cls: type = QwenImageEditPipeline) -> QwenImageEditPipeline | QwenImageEditPlusPipeline:
-    torch.manual_seed(0)
-    return finished(
-        cls(
-            transformer=qwen_transformer(),
-            scheduler=dynamic_shift(),
-            vae=video_autoencoder(HALVINGS),
-            text_encoder=qwen25_vl(),
-            tokenizer=byte_tokenizer(),
-            processor=vision_language_processor(),
-        )
-    )
+def qwen_image_edit(kind: type = QwenImageEditPipeline) -> Any:
+    images = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56})
+    processor = ImageProcessorOnly(image_processor=images, tokenizer=byte_tokenizer(), video_processor=None)
+    return qwen_image(kind, HALVINGS, processor=processor)
 
 
 def z_image() -> ZImagePipeline:
-    torch.manual_seed(0)
     transformer = ZImageTransformer2DModel(
         in_channels=4,
         dim=32,
@@ -89,25 +74,13 @@ def z_image() -> ZImagePipeline:
         axes_dims=[8, 4, 4],
         axes_lens=[256, 32, 32],
     )
-    return finished(
-        ZImagePipeline(
-            transformer=transformer,
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            vae=autoencoder(4),
-            text_encoder=qwen3(),
-            tokenizer=byte_tokenizer(),
-        )
-    )
+    return with_language_model(ZImagePipeline, transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), qwen3())
 
 
 FAMILIES = {
-    "qwen-image": Family("Qwen-Image", qwen_image, {**SIZE, **GUIDANCE}),
+    "qwen-image": Family("Qwen-Image", qwen_image, {**SMALL, **GUIDANCE}),
     "qwen-image-edit": Family(
-        "Qwen-Image-Edit",
-        qwen_image_edit,
-        {**EDIT_SIZE, **GUIDANCE},
-        "image editing",
-        lambda count: {"image": pictures(count)},
+        "Qwen-Image-Edit", qwen_image_edit, {**EDIT_SIZE, **GUIDANCE}, "image editing", a_picture_each
     ),
     "qwen-image-edit-plus": Family(
         "Qwen-Image-Edit-Plus",
@@ -118,6 +91,6 @@ FAMILIES = {
         one_prompt=True,
     ),
     "z-image": Family(
-        "Z-Image", z_image, {**SIZE, "max_sequence_length": 128, "guidance_scale": 3.0, "cfg_normalization": True}
+        "Z-Image", z_image, {**SMALL, "max_sequence_length": 128, "guidance_scale": 3.0, "cfg_normalization": True}
     ),
 }

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -19,14 +18,13 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from tests.tiny_pipelines import autoencoder, clip_config, clip_tokenizer, finished
+from tests.tiny_pipelines import autoencoder, clip_config, clip_tokenizer
 
-from .encoders import pictures
+from .encoders import SMALL, a_picture_each, pictures
 from .family import Family
 
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-SIZE = {"height": 16, "width": 16}
 
 
 def unet(**changes: Any) -> UNet2DConditionModel:
@@ -80,69 +78,60 @@ def xl_unet(**changes: Any) -> UNet2DConditionModel:
 
 
 def stable_diffusion() -> StableDiffusionPipeline:
-    torch.manual_seed(0)
     scheduler = PNDMScheduler(**BETAS, set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1)
-    return finished(StableDiffusionPipeline(unet=unet(), scheduler=scheduler, **one_encoder()))
+    return StableDiffusionPipeline(unet=unet(), scheduler=scheduler, **one_encoder())
 
 
 def stable_diffusion_pag() -> StableDiffusionPAGPipeline:
-    torch.manual_seed(0)
     scheduler = DPMSolverMultistepScheduler(**BETAS, steps_offset=1)
-    return finished(
-        StableDiffusionPAGPipeline(unet=unet(), scheduler=scheduler, **one_encoder(), pag_applied_layers="mid")
-    )
+    return StableDiffusionPAGPipeline(unet=unet(), scheduler=scheduler, **one_encoder(), pag_applied_layers="mid")
 
 
 def stable_diffusion_inpainting() -> StableDiffusionInpaintPipeline:
-    torch.manual_seed(0)
     scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     denoiser = unet(in_channels=9)  # with the picture's latents and the mask
-    return finished(StableDiffusionInpaintPipeline(unet=denoiser, scheduler=scheduler, **one_encoder()))
+    return StableDiffusionInpaintPipeline(unet=denoiser, scheduler=scheduler, **one_encoder())
 
 
 def stable_diffusion_2() -> StableDiffusionPipeline:
-    torch.manual_seed(0)
     scheduler = DDIMScheduler(
         **BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction"
     )
     denoiser = unet(use_linear_projection=True)
-    return finished(StableDiffusionPipeline(unet=denoiser, scheduler=scheduler, **one_encoder()))
+    return StableDiffusionPipeline(unet=denoiser, scheduler=scheduler, **one_encoder())
 
 
 def stable_diffusion_xl() -> StableDiffusionXLPipeline:
-    torch.manual_seed(0)
-    return finished(StableDiffusionXLPipeline(unet=xl_unet(), **two_encoders()))
+    return StableDiffusionXLPipeline(unet=xl_unet(), **two_encoders())
 
 
 def instruct_pix2pix() -> StableDiffusionInstructPix2PixPipeline:
-    torch.manual_seed(0)
     scheduler = EulerAncestralDiscreteScheduler(**BETAS)
     denoiser = unet(in_channels=8)
-    return finished(StableDiffusionInstructPix2PixPipeline(unet=denoiser, scheduler=scheduler, **one_encoder()))
+    return StableDiffusionInstructPix2PixPipeline(unet=denoiser, scheduler=scheduler, **one_encoder())
 
 
 def instruct_pix2pix_xl() -> StableDiffusionXLInstructPix2PixPipeline:
-    torch.manual_seed(0)
-    return finished(StableDiffusionXLInstructPix2PixPipeline(unet=xl_unet(in_channels=8), **two_encoders()))
+    return StableDiffusionXLInstructPix2PixPipeline(unet=xl_unet(in_channels=8), **two_encoders())
 
 
 FAMILIES = {
-    "sd": Family("Stable Diffusion 1", stable_diffusion, {**SIZE, "guidance_scale": 5.0}),
+    "sd": Family("Stable Diffusion 1", stable_diffusion, {**SMALL, "guidance_scale": 5.0}),
     "sd-pag": Family(
         "Stable Diffusion 1 (perturbed-attention guidance)",
         stable_diffusion_pag,
-        {**SIZE, "guidance_scale": 5.0, "pag_scale": 2.0},
+        {**SMALL, "guidance_scale": 5.0, "pag_scale": 2.0},
     ),
     "sd2": Family(
         "Stable Diffusion 2 (v-prediction)",
         stable_diffusion_2,
-        {**SIZE, "guidance_scale": 3.0, "guidance_rescale": 0.7},
+        {**SMALL, "guidance_scale": 3.0, "guidance_rescale": 0.7},
     ),
-    "sdxl": Family("Stable Diffusion XL", stable_diffusion_xl, {**SIZE, "guidance_scale": 5.0}),
+    "sdxl": Family("Stable Diffusion XL", stable_diffusion_xl, {**SMALL, "guidance_scale": 5.0}),
     "sd-inpaint": Family(
         "Stable Diffusion inpainting",
         stable_diffusion_inpainting,
-        {**SIZE, "guidance_scale": 5.0},
+        {**SMALL, "guidance_scale": 5.0},
         "image editing",
         lambda count: {"image": pictures(count), "mask_image": [image.convert("L") for image in pictures(count)]},
     ),
@@ -151,13 +140,13 @@ FAMILIES = {
         instruct_pix2pix,
         {"guidance_scale": 5.0, "image_guidance_scale": 1.5},
         "image editing",
-        lambda count: {"image": pictures(count)},
+        a_picture_each,
     ),
     "pix2pix-xl": Family(
         "InstructPix2Pix XL",
         instruct_pix2pix_xl,
-        {**SIZE, "guidance_scale": 5.0, "image_guidance_scale": 1.5},
+        {**SMALL, "guidance_scale": 5.0, "image_guidance_scale": 1.5},
         "image editing",
-        lambda count: {"image": pictures(count)},
+        a_picture_each,
     ),
 }

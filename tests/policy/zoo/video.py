@@ -1,6 +1,5 @@
 """Video models as text-to-image models: Wan with one frame, LTX with one."""
 
-import torch
 from diffusers import (
     AutoencoderKLLTXVideo,
     AutoencoderKLWan,
@@ -12,15 +11,13 @@ from diffusers import (
     WanTransformer3DModel,
 )
 
-from tests.policy.zoo.family import Family
-from tests.policy.zoo.language_models import umt5_encoder
-from tests.tiny_pipelines import finished, t5_encoder, t5_tokenizer
+from .encoders import HEADS, MEDIUM, umt5_encoder, with_t5
+from .family import Family
 
 
 def wan_transformer() -> WanTransformer3DModel:
     return WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
+        **HEADS,
         in_channels=4,
         out_channels=4,
         text_dim=16,
@@ -32,7 +29,6 @@ def wan_transformer() -> WanTransformer3DModel:
 
 
 def wan(experts: int = 1) -> WanPipeline:
-    torch.manual_seed(0)
     vae = AutoencoderKLWan(
         base_dim=4,
         z_dim=4,
@@ -41,26 +37,16 @@ def wan(experts: int = 1) -> WanPipeline:
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     )
-    return finished(
-        WanPipeline(
-            tokenizer=t5_tokenizer(),
-            text_encoder=umt5_encoder(),
-            vae=vae,
-            scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-            transformer=wan_transformer(),
-            transformer_2=wan_transformer() if experts == 2 else None,
-            boundary_ratio=0.875 if experts == 2 else None,
-        )
-    )
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    second = {"transformer_2": wan_transformer(), "boundary_ratio": 0.875} if experts == 2 else {}
+    return with_t5(WanPipeline, wan_transformer(), scheduler, text_encoder=umt5_encoder(), vae=vae, **second)
 
 
 def ltx() -> LTXPipeline:
-    torch.manual_seed(0)
     transformer = LTXVideoTransformer3DModel(
+        **HEADS,
         in_channels=8,
         out_channels=8,
-        num_attention_heads=2,
-        attention_head_dim=8,
         cross_attention_dim=16,
         num_layers=2,
         caption_channels=16,
@@ -82,18 +68,10 @@ def ltx() -> LTXPipeline:
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024, shift_terminal=0.1
     )
-    return finished(
-        LTXPipeline(
-            scheduler=scheduler,
-            vae=vae,
-            text_encoder=t5_encoder(),
-            tokenizer=t5_tokenizer(),
-            transformer=transformer,
-        )
-    )
+    return with_t5(LTXPipeline, transformer, scheduler, vae=vae)
 
 
-ONE_FRAME = {"height": 32, "width": 32, "num_frames": 1, "max_sequence_length": 16}
+ONE_FRAME = {**MEDIUM, "num_frames": 1, "max_sequence_length": 16}
 
 FAMILIES = {
     "wan2.1": Family("Wan 2.1, one frame", wan, {**ONE_FRAME, "guidance_scale": 5.0}),

@@ -1,0 +1,88 @@
+"""Calling a reward, and checking what it returns: for the trainer and the server."""
+
+import asyncio
+import inspect
+import math
+import threading
+from collections.abc import Awaitable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image
+
+from ..images import still
+from .base import RewardFunc, load_once, unwrapped
+
+
+@torch.no_grad()
+def call_reward(reward: RewardFunc, prompts: list[str], images: list[Image], columns: dict[str, list[Any]]) -> Any:
+    """
+    What the reward returns, once it is there, as plain Python objects. The package's own rewards see the middle frame
+    of a video, and others all frames, in a list.
+    """
+    if not getattr(unwrapped(reward), "sees_videos", True):
+        images = [still(image) for image in images]
+    result = reward(prompts=prompts, images=images, completions=images, **columns)
+    if inspect.isawaitable(result):
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        result = asyncio.run_coroutine_threadsafe(_awaited(result, device), _loop()).result()
+    if isinstance(result, Mapping):
+        return {str(name): _plain(values) for name, values in result.items()}
+    return _plain(result)
+
+
+async def _awaited(result: Awaitable, device: int | None) -> Any:
+    if device is not None:  # that of the thread which waits
+        torch.cuda.set_device(device)
+    return await result
+
+
+@load_once
+def _loop() -> asyncio.AbstractEventLoop:
+    """One for all calls of async rewards: their clients and locks belong to the loop that they were first used in."""
+    loop = asyncio.new_event_loop()
+
+    def run() -> None:
+        torch.set_grad_enabled(False)  # of this thread
+        loop.run_forever()
+
+    threading.Thread(target=run, daemon=True, name="async rewards").start()
+    return loop
+
+
+def _plain(values: Any) -> Any:
+    """Without tensors, which could be on a GPU."""
+    if isinstance(values, (torch.Tensor, np.ndarray)):
+        return values.tolist()
+    if not isinstance(values, (list, tuple)):
+        return values
+    arrays = (torch.Tensor, np.ndarray, np.generic)
+    plain = [v.item() if isinstance(v, arrays) and math.prod(v.shape) == 1 else v for v in values]
+    several = isinstance(values, tuple) and any(isinstance(value, (list, Mapping, *arrays)) for value in plain)
+    return values if several else plain  # a tuple of scores and something else is refused as it is
+
+
+def numbers(values: Any, prompts: Sequence[str], who: str) -> list[float]:
+    """
+    Scores as floats, NaN for none, from what [`call_reward`] returned, or one component of it. Raises `TypeError` and
+    `ValueError` for what are no scores of these prompts, by `who`.
+    """
+    if not isinstance(values, list):
+        size = f" of {len(values)}" if isinstance(values, tuple) else ""
+        raise TypeError(f"{who} returned a {type(values).__name__}{size}; expected a list of {len(prompts)} numbers.")
+    if len(values) != len(prompts):
+        raise ValueError(f"{who} returned {len(values)} values for {len(prompts)} images; expected one for each.")
+    scores = []
+    for i, value in enumerate(values):
+        where = f"for image {i}, prompt {prompts[i]!r}"
+        if value is not None and not isinstance(value, Real):
+            raise TypeError(f"{who} returned {value!r} ({type(value).__name__}) {where}; expected a number or None.")
+        try:
+            scores.append(math.nan if value is None else float(value))
+        except OverflowError:  # a whole number
+            scores.append(math.inf)
+        if math.isinf(scores[-1]):
+            raise ValueError(f"{who} returned {scores[-1]} {where}; expected a finite number.")
+    return scores

@@ -1,0 +1,92 @@
+"""LAION's aesthetic predictor: a CLIP and a head as they are published, small and with random weights."""
+
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPTextModelWithProjection
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from slas_trl import rewards
+from slas_trl.rewards import Aesthetic
+from slas_trl.rewards.resolve import resolve_reward
+from tests.rewards.tiny_models import deep, head_shapes, pictures, random_weights, save_clip
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A folder with CLIP and the head, CLIP itself, and the head's tensors."""
+    folder = tmp_path_factory.mktemp("aesthetic")
+    clip = save_clip(folder, width=48)
+    head = random_weights(head_shapes(48))
+    torch.save(head, folder / "aesthetic-model.pth")
+    return folder, clip, head
+
+
+def expected_scores(folder, clip, head, images):
+    """Step by step, in float64 after CLIP: with nothing between them, five linear layers are one."""
+    processor = CLIPImageProcessorPil.from_pretrained(folder)
+    scores = []
+    for image in images:
+        pixels = processor(image.convert("RGB"), return_tensors="pt", input_data_format="channels_last")
+        features = clip.get_image_features(**pixels).pooler_output[0].double()
+        features = features / (features**2).sum() ** 0.5
+        for i in (0, 2, 4, 6, 7):
+            features = head[f"layers.{i}.weight"].double() @ features + head[f"layers.{i}.bias"].double()
+        scores.append(features.item())
+    return scores
+
+
+def test_features_of_clip_and_a_linear_head(published):
+    folder, clip, head = published
+    images = pictures()
+    expected = expected_scores(folder, clip, head, images)
+    assert len({round(score, 5) for score in expected}) == len(images)  # they differ, so that this test says something
+
+    reward = Aesthetic(str(folder), str(folder), batch_size=4)
+    scores = reward(["a cat"] * len(images), images)
+    assert scores == pytest.approx(expected, abs=1e-6)
+    assert all(type(score) is float for score in scores)
+    assert reward([f"{i} dogs" for i in range(len(images))], images, completions=images) == scores  # no prompt is read
+    half = Aesthetic(str(folder), str(folder), dtype="bfloat16")([""] * len(images), images)
+    assert half != scores and half == pytest.approx(scores, abs=0.01)
+    assert reward([""], [deep(images[1])]) == reward([""], [images[1].convert("L")])
+    assert reward([], []) == []
+
+
+def test_a_head_in_a_file_of_its_own(published, tmp_path):
+    folder, _, head = published
+    torch.save(head, tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
+    images = pictures()[:2]
+    reward = resolve_reward(f"aesthetic:model={folder},head={tmp_path / 'sac+logos+ava1-l14-linearMSE.pth'}")
+    assert reward(["", ""], images) == Aesthetic(str(folder), str(folder))(["", ""], images)
+    assert reward.__name__ == "aesthetic"
+
+
+def test_what_is_not_there(published, monkeypatch, tmp_path):
+    folder, *_ = published
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    image = Image.new("RGB", (8, 8))
+    with pytest.raises(FileNotFoundError, match="hf download trl-lib/ddpo-aesthetic-predictor aesthetic-model.pth"):
+        rewards.aesthetic(["a cat"], [image])
+    with pytest.raises(FileNotFoundError, match="hf download openai/clip-vit-large-patch14"):
+        Aesthetic(head=str(folder))([""], [image])
+    for model, head in ((folder, tmp_path), (folder, tmp_path / "head.pth"), (tmp_path, folder)):
+        with pytest.raises(FileNotFoundError, match=f"{tmp_path}.*Check the path"):
+            Aesthetic(str(model), str(head))([""], [image])
+
+
+def test_what_does_not_fit_is_not_used(published, tmp_path):
+    folder, clip, head = published
+    torch.save(random_weights(head_shapes(64)), tmp_path / "wide.pth")  # for another CLIP
+    torch.save({**head, "layers.8.weight": torch.ones(1, 1)}, tmp_path / "long.pth")
+    # Half of a CLIP: the other half would be random.
+    CLIPTextModelWithProjection(CLIPConfig.from_pretrained(folder).text_config).save_pretrained(tmp_path)
+    clip.config.save_pretrained(tmp_path)
+    for model, given, message in (
+        (folder, tmp_path / "wide.pth", r"wide\.pth, as head .*size mismatch for 0\.weight"),
+        (folder, tmp_path / "long.pth", r"five linear layers.*8\.weight"),
+        (tmp_path, folder, "lack some"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Aesthetic(str(model), str(given))([""], [Image.new("RGB", (8, 8))])

@@ -1,0 +1,263 @@
+"""CLIPScore: the cosine that the model's own library gives, whichever library that is."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, CLIPTextConfig
+
+from slas_trl.rewards import ClipScore, clip_score
+from slas_trl.rewards.clip import load_clip
+from slas_trl.rewards.resolve import resolve_reward
+from tests.rewards.tiny_clips import (
+    OPEN_CLIP_ARCHITECTURE,
+    Harmful,
+    in_hub_cache,
+    picture,
+    save_open_clip,
+    save_transformers_clip,
+)
+from tests.rewards.tiny_models import deep
+
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = ["a red dot", "a red dot", "two blue boxes on a table", "x", "a red dot", "a text of more than 16 tokens"]
+IMAGES = [
+    picture(32, 32),
+    picture(90, 41, mode="L"),
+    picture(17, 200, mode="RGBA"),
+    picture(64, 64, mode="P"),
+    picture(50, 3),
+    picture(33, 47, mode="LA"),
+]
+
+
+@pytest.fixture(scope="module")
+def transformers_clip(tmp_path_factory) -> str:
+    return str(save_transformers_clip(tmp_path_factory.mktemp("clips") / "transformers"))
+
+
+@pytest.fixture(scope="module")
+def open_clip_folder(tmp_path_factory) -> str:
+    pytest.importorskip("open_clip")
+    cfg = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bilinear", "resize_mode": "squash"}
+    return str(save_open_clip(tmp_path_factory.mktemp("clips") / "open_clip", **cfg))
+
+
+def test_defaults():
+    assert (clip_score.model, clip_score.__name__) == ("openai/clip-vit-large-patch14", "clip_score")
+    paper = resolve_reward("clip_score:model=apple/DFN5B-CLIP-ViT-H-14-378,device=cpu")
+    assert paper == ClipScore("apple/DFN5B-CLIP-ViT-H-14-378", device="cpu")
+
+
+@pytest.mark.parametrize(("option", "value"), [("device", "gpu"), ("dtype", "int8"), ("batch_size", "0")])
+def test_options_of_all_models_are_checked_before_one_is_loaded(option, value):
+    with pytest.raises(ValueError, match=f"{option} .*{value}"):
+        resolve_reward(f"clip_score:{option}={value}")
+    assert ClipScore(device="cuda:7").device == "cuda:7"  # whether there is one is seen where it runs
+
+
+def test_cosine_of_transformers(transformers_clip):
+    model = CLIPModel.from_pretrained(transformers_clip).eval()
+    tokenizer = AutoTokenizer.from_pretrained(transformers_clip)
+    processor = AutoImageProcessor.from_pretrained(transformers_clip, backend="pil")
+    expected = []
+    for prompt, image in zip(PROMPTS, IMAGES, strict=True):  # one at a time, so without padding
+        tokens = tokenizer(prompt, truncation=True, max_length=16, return_tensors="pt")
+        pixels = processor(image.convert("RGB"), return_tensors="pt", input_data_format="channels_last")
+        with torch.no_grad():
+            out = model(**tokens, **pixels)
+        expected.append(cosine_similarity(out.image_embeds, out.text_embeds).item())
+    scores = ClipScore(transformers_clip, batch_size=4)(PROMPTS, IMAGES, completions=IMAGES)
+    assert scores == pytest.approx(expected, abs=1e-6)
+    assert max(scores) - min(scores) > 0.03  # so much more than the tolerance
+    assert all(isinstance(score, float) and abs(score) <= 1 for score in scores)
+
+
+@pytest.mark.rewards
+@pytest.mark.parametrize("repository", [False, True], ids=["folder", "both kinds of files"])
+def test_cosine_of_open_clip(open_clip_folder, transformers_clip, tmp_path, repository):
+    """With open_clip's own preprocessing; and by open_clip where files of both libraries are there."""
+    import open_clip
+
+    folder = open_clip_folder
+    if repository:
+        for place in (transformers_clip, open_clip_folder):
+            for path in Path(place).iterdir():
+                (tmp_path / path.name).symlink_to(path)
+        folder = str(tmp_path)
+    model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{open_clip_folder}")
+    texts = open_clip.tokenize(PROMPTS)
+    pixels = torch.stack([preprocess(image.convert("RGB")) for image in IMAGES])
+    with torch.no_grad():
+        expected = cosine_similarity(model.eval().encode_image(pixels), model.encode_text(texts)).tolist()
+    scores = ClipScore(folder, batch_size=4)(PROMPTS, IMAGES)
+    assert scores == pytest.approx(expected, abs=1e-6)
+    assert max(scores) - min(scores) > 0.03  # so much more than the tolerance
+
+
+@pytest.mark.rewards
+def test_architectures_of_open_clip_have_their_weights_named(open_clip_folder, tmp_path, monkeypatch):
+    import open_clip
+
+    config = json.loads((Path(open_clip_folder) / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-tiny", config)
+    weights = Path(open_clip_folder) / "open_clip_model.safetensors"
+    named = ClipScore("ViT-tiny", str(weights))(PROMPTS, IMAGES)
+    assert named != ClipScore(open_clip_folder)(PROMPTS, IMAGES)  # other preprocessing
+    assert len(set(named)) == len(named)
+
+    for name, tag in (("ViT-B-33", None), ("ViT-B-32", None), ("ViT-B-32", "no_such_tag")):
+        with pytest.raises(FileNotFoundError, match=f"{name}.*pretrained"):
+            ClipScore(name, tag)(PROMPTS, IMAGES)
+    with pytest.raises(ValueError, match="use 'ViT-B-32-quickgelu'"):
+        ClipScore("ViT-B-32", "openai")(PROMPTS, IMAGES)
+
+
+def test_a_prompt_is_embedded_once_for_all_its_images(transformers_clip):
+    encoder = load_clip(transformers_clip)
+    assert encoder is load_clip(transformers_clip)
+    lengths = []
+    handle = encoder.model.text_model.register_forward_hook(lambda m, args, out: lengths.append(len(out[0])))
+    try:
+        scores = encoder.cosines(["a", "b"] * 3, IMAGES, batch_size=4)
+    finally:
+        handle.remove()
+    assert lengths == [2]
+    assert not scores.requires_grad and scores.dtype == torch.float32
+    assert clip_score([], []) == []  # and no model is loaded for it
+    with pytest.raises(ValueError, match="1 prompts and 6 images"):
+        clip_score(["a"], IMAGES)
+    with pytest.raises(ValueError, match="leave out pretrained='openai'"):
+        ClipScore(transformers_clip, "openai")(PROMPTS, IMAGES)
+
+
+def test_threads_share_a_model(transformers_clip):
+    """As rewards do that are scored at the same time."""
+    reward = ClipScore(transformers_clip)
+    prompts = [[f"{letter} {prompt}" for prompt in PROMPTS] for letter in "abcdefgh"]
+    with ThreadPoolExecutor(8) as pool:
+        scores = list(pool.map(lambda texts: reward(texts, IMAGES), prompts * 4))
+    assert scores == [reward(texts, IMAGES) for texts in prompts] * 4
+
+
+def test_what_makes_no_difference(transformers_clip):
+    """16 bits of gray, and a training step's autocast; but a coarser model does."""
+    reward = ClipScore(transformers_clip)
+    assert reward(PROMPTS, [deep(image) for image in IMAGES]) == reward(PROMPTS, [i.convert("L") for i in IMAGES])
+    expected = reward(PROMPTS, IMAGES)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert reward(PROMPTS, IMAGES) == expected
+    coarse = dataclasses.replace(reward, dtype="bfloat16")(PROMPTS, IMAGES)
+    assert coarse != expected and coarse == pytest.approx(expected, abs=0.05)
+
+
+def test_what_is_no_clip_is_refused(tmp_path, transformers_clip):
+    """transformers itself would make up the weights that it does not find."""
+    text_only = tmp_path / "text"
+    CLIPTextConfig().save_pretrained(text_only)
+    with pytest.raises(ValueError, match="of type 'clip_text_model'"):
+        ClipScore(str(text_only))(PROMPTS, IMAGES)
+
+    lacking = save_transformers_clip(tmp_path / "lacking")
+    model = CLIPModel.from_pretrained(lacking)
+    weights = model.state_dict()
+    del weights["visual_projection.weight"]
+    model.save_pretrained(lacking, state_dict=weights)
+    with pytest.raises(ValueError, match="lack some of .* visual_projection.weight"):
+        ClipScore(str(lacking))(PROMPTS, IMAGES)
+
+    (lacking / "preprocessor_config.json").unlink()
+    (empty := tmp_path / "empty").mkdir()
+    (no_weights := tmp_path / "no_weights").mkdir()  # open_clip itself would go on with random ones
+    (no_weights / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP_ARCHITECTURE}))
+    for folder in (lacking, empty, *([no_weights] if importlib.util.find_spec("open_clip") else [])):
+        with pytest.raises((FileNotFoundError, ValueError), match=str(folder)):
+            ClipScore(str(folder))(PROMPTS, IMAGES)
+
+
+@pytest.mark.rewards
+@pytest.mark.parametrize("kind", ["transformers", "open_clip"])
+def test_nothing_but_tensors_is_unpickled(kind, tmp_path, monkeypatch, request):
+    monkeypatch.chdir(tmp_path)
+    source = Path(request.getfixturevalue("transformers_clip" if kind == "transformers" else "open_clip_folder"))
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            (tmp_path / path.name).symlink_to(path)
+    name = "pytorch_model.bin" if kind == "transformers" else "open_clip_pytorch_model.bin"
+    torch.save({"logit_scale": Harmful()}, tmp_path / name)
+    with pytest.raises((pickle.UnpicklingError, RuntimeError, ValueError), match="(?i)weights.only"):
+        ClipScore(str(tmp_path))(PROMPTS, IMAGES)
+    assert not (tmp_path / "unpickled").exists()
+
+
+def run(code: str, names: list[str], **environ: str) -> dict:
+    """In a process of its own: what is installed, and whether there is a network, is looked at on import."""
+    code = f"""
+import json, sys
+{code}
+from slas_trl.rewards.resolve import resolve_reward
+from tests.rewards.tiny_clips import picture
+from tests.rewards.test_clip import IMAGES, PROMPTS
+said = {{}}
+for name in json.loads(sys.argv[1]):
+    try:
+        said[name] = resolve_reward(name)(PROMPTS, IMAGES)
+    except Exception as error:
+        said[name] = f"{{type(error).__name__}}: {{error}}"
+print(json.dumps(said))
+"""
+    command, environ = [sys.executable, "-c", code, json.dumps(names)], {**os.environ, **environ}
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.rewards
+def test_offline(tmp_path, transformers_clip, open_clip_folder):
+    """From the cache where it is there; and otherwise, which repository goes where."""
+    in_hub_cache(tmp_path, "someone/clip", Path(transformers_clip))
+    in_hub_cache(tmp_path, "someone/open-clip", Path(open_clip_folder))
+    config_alone = tmp_path / "config"
+    config_alone.mkdir()
+    (config_alone / "open_clip_config.json").symlink_to(Path(open_clip_folder) / "open_clip_config.json")
+    in_hub_cache(tmp_path, "someone/half-of-it", config_alone)
+    missing = {
+        "clip_score": "openai/clip-vit-large-patch14",
+        "clip_score:model=apple/DFN5B-CLIP-ViT-H-14-378": "apple/DFN5B-CLIP-ViT-H-14-378",
+        "clip_score:model=someone/half-of-it": "someone/half-of-it",
+        "clip_score:model=ViT-B-32,pretrained=laion2b_s34b_b79k": "laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
+        "pick_score": "yuvalkirstain/PickScore_v1",
+        "pick_score:model=someone/clip": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        "hpsv2": "xswu/HPSv2 HPS_v2.1_compressed.pt",
+        "hpsv2:version=v2.0": "xswu/HPSv2 HPS_v2_compressed.pt",
+    }
+    names = ["clip_score:model=someone/clip", "clip_score:model=someone/open-clip", *missing]
+    environ = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+    said = run("", names, **environ)
+    assert said["clip_score:model=someone/clip"] == ClipScore(transformers_clip)(PROMPTS, IMAGES)
+    assert said["clip_score:model=someone/open-clip"] == ClipScore(open_clip_folder)(PROMPTS, IMAGES)
+    for name, files in missing.items():
+        assert said[name].startswith("FileNotFoundError: "), said[name]
+        assert f"`hf download {files}`" in said[name]
+
+
+@pytest.mark.slow
+def test_without_the_optional_packages(transformers_clip, tmp_path):
+    """The same scores without torchvision; and without open_clip, the command that installs it."""
+    (tmp_path / "open_clip_config.json").write_text("{}", encoding="utf-8")
+    kinds = [f"clip_score:model={transformers_clip}", f"clip_score:model={tmp_path}", "clip_score:model=ViT-B-32"]
+    said = run("sys.modules.update(torchvision=None, open_clip=None, timm=None)", [*kinds, "hpsv2"])
+    assert said[kinds[0]] == ClipScore(transformers_clip)(PROMPTS, IMAGES)
+    for name in [*kinds[1:], "hpsv2"]:
+        assert said[name].startswith("ImportError: The package open_clip is needed")
+        assert 'pip install "slas-trl[rewards]"' in said[name]

@@ -1,0 +1,336 @@
+"""
+GenEval's checks on pictures: real models with random weights, and a detector of one's own.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+from transformers import (
+    DetrConfig,
+    DetrForObjectDetection,
+    DetrForSegmentation,
+    DetrImageProcessor,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerImageProcessor,
+    ResNetConfig,
+    SwinConfig,
+    YolosConfig,
+    YolosForObjectDetection,
+    YolosImageProcessor,
+)
+
+from examples.shapes_pictures import draw
+from slas_trl.rewards.detector import ObjectDetector, box_of, cut_out
+from slas_trl.rewards.geneval import COLORS, Detection
+from slas_trl.rewards.resolve import resolve_reward
+from slas_trl.shapes import verifier, world
+from slas_trl.trainer.prompts import load_prompts
+from tests.rewards.tiny_models import deep, save_clip
+
+
+LABELS = {0: "cat", 1: "dog", 2: "remote"}
+KNOWN = {"id2label": LABELS, "label2id": {label: index for index, label in LABELS.items()}}
+SIZE = {"shortest_edge": 64, "longest_edge": 64}
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
+
+
+TINY = {"d_model": 128, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+
+
+def yolos():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    image = {"image_size": [64, 64], "num_detection_tokens": 6, "use_mid_position_embeddings": False}
+    return YolosForObjectDetection(YolosConfig(**sizes, **image, **KNOWN)), YolosImageProcessor(size=SIZE)
+
+
+def detr(cls=DetrForObjectDetection):
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, out_features=STAGES)
+    own = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None}
+    return cls(DetrConfig(backbone_config=backbone, num_queries=6, **own, **TINY, **KNOWN)), DetrImageProcessor(
+        size=SIZE
+    )
+
+
+def mask2former():
+    swin = {"embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4, "window_size": 2, "out_features": STAGES}
+    sizes = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 8}
+    layers = {"encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2, "dim_feedforward": 8}
+    backbone = SwinConfig(image_size=64, **swin)
+    config = Mask2FormerConfig(backbone_config=backbone, num_queries=6, **sizes, **layers, **KNOWN)
+    return Mask2FormerForUniversalSegmentation(config), Mask2FormerImageProcessor(size={"height": 64, "width": 64})
+
+
+SEGMENTATION = {"detr-segmentation": lambda: detr(DetrForSegmentation), "mask2former": mask2former}
+MODELS = {"yolos": yolos, "detr": detr, **SEGMENTATION}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request, tmp_path_factory):
+    """A folder as `save_pretrained` leaves it, of a model with random weights that sees different things."""
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    made, processor = MODELS[request.param]()
+    for parameter in made.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
+    made.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def noise(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3))
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+ANY = [{"class": label, "count": 1} for label in ("cat", "dog", "tv remote")]
+
+
+def test_a_model_of_transformers(model):
+    reward = ObjectDetector(model=str(model), threshold=0.0, counting_threshold=0.0)
+    images = [noise(0), noise(1, (48, 80)), noise(2), noise(3)]
+    scores = reward(prompts=["a"] * 4, images=images, include=[ANY] * 4)
+    assert scores.keys() == {"reward", "strict"}
+    assert all(type(score) is float and 0 <= score <= 1 for values in scores.values() for score in values)
+    assert reward([], [], include=[]) == {"reward": [], "strict": []}
+
+    found = reward._detect(dict(enumerate(images)), dict.fromkeys(range(4), {"cat", "dog", "tv remote"}))
+    assert any(found.values())
+    for index, objects in found.items():
+        for one in objects:
+            assert one.label in LABELS.values() and 0 <= one.score <= 1
+            if any(model.name.startswith(name) for name in SEGMENTATION):
+                assert one.mask.shape == images[index].size[::-1] and one.box == box_of(one.mask)
+    # Only what is asked for is kept, since masks are large.
+    cats = reward._detect({0: images[0]}, {0: {"cat"}})[0]
+    assert [one.box for one in cats] == [one.box for one in found[0] if one.label == "cat"]
+
+    # A score depends on its own row only, whatever the sizes and the batches.
+    single = [reward(["a"], [image], include=[ANY])["reward"][0] for image in images]
+    assert single == scores["reward"]
+    assert dataclasses.replace(reward, batch_size=1)(["a"] * 4, images, include=[ANY] * 4) == scores
+    gray, sixteen = ([into(image) for image in images] for into in (lambda image: image.convert("L"), deep))
+    assert reward(["a"] * 4, sixteen, include=[ANY] * 4) == reward(["a"] * 4, gray, include=[ANY] * 4)
+
+
+def test_a_class_that_the_model_does_not_know(model):
+    with pytest.raises(ValueError, match="no class 'remotes'; did you mean 'remote'"):
+        resolve_reward(f"object_detector:model={model}")(["a"], [noise(0)], include=[[{"class": "remotes"}]])
+
+
+def test_weights_that_are_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="hf download nobody/nothing"):
+        ObjectDetector(model="nobody/nothing")(["a"], [noise(0)], include=[ANY])
+    yolos()[0].config.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}.*safetensors"):
+        ObjectDetector(model=str(tmp_path))(["a"], [noise(0)], include=[ANY])
+    save_clip(tmp_path)
+    with pytest.raises(ValueError, match="models for object detection or instance segmentation"):
+        ObjectDetector(model=str(tmp_path))(["a"], [noise(0)], include=[ANY])
+
+
+@pytest.mark.parametrize("other", [None, (9, 16)])
+def test_weights_without_the_head(tmp_path, other):
+    head = "class_labels_classifier.layers.2.weight"
+    made, processor = yolos()
+    weights = {key: value for key, value in made.state_dict().items() if key != head}
+    if other is not None:
+        weights[head] = torch.zeros(other)
+    made.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=head):
+        ObjectDetector(model=str(tmp_path))(["a"], [noise(0)], include=[ANY])
+
+
+# A detector of one's own, which sees what is in the pictures of the shapes world.
+
+
+@dataclass(frozen=True)
+class Given(ObjectDetector):
+    """Its checks on the objects that `find` finds."""
+
+    find: Callable[[list[Image.Image]], list[list[Detection]]] = field(kw_only=True)
+    classes: tuple[str, ...] = ("dog", "cat")
+
+    def _known_classes(self) -> dict[str, str]:
+        return {name: name for name in self.classes}
+
+    def _run(self, images: list[Image.Image], names: list[set[str]]) -> list[list[Detection]]:
+        return self.find(images)
+
+
+def find_shapes(images: list[Image.Image]) -> list[list[Detection]]:
+    return [
+        [Detection(one.shape or "unknown", 0.95, tuple(image.width / 32 * side for side in one.box)) for one in things]
+        for image, things in zip(images, verifier.find(verifier.to_pixels(images)), strict=True)
+    ]
+
+
+def asked(caption: world.Caption) -> dict:
+    """What a caption of the shapes world says, colors aside, in GenEval's format."""
+    include = [{"class": thing.shape, "count": caption.count} for thing in caption.things]
+    row = {"tag": caption.category, "include": include}
+    if caption.relation:
+        # "a left of b" is of a, which must come after what it is left of.
+        row["include"] = [include[1], {**include[0], "position": [caption.relation, 0]}]
+    if caption.category == "counting":
+        row["exclude"] = [{**include[0], "count": caption.count + 1}]
+    return row
+
+
+def pictures(category: str) -> tuple[list[world.Caption], list[Image.Image]]:
+    captions = [caption for caption in world.captions_of("test") if caption.category == category]
+    drawn = draw(captions, np.random.default_rng(0))
+    return captions, [Image.fromarray((picture * 255).round().astype(np.uint8)) for picture in drawn]
+
+
+SHAPES = Given(find=find_shapes, classes=world.SHAPES)
+
+
+@pytest.mark.parametrize("category", ["single_object", "two_object", "counting", "position"])
+def test_pictures_of_shapes(category):
+    captions, images = pictures(category)
+    rows = [asked(caption) for caption in captions]
+    scores = SHAPES([caption.text for caption in captions], images, metadata=rows)
+    assert np.mean(scores["strict"]) > 0.95  # shapes that touch may be taken for one
+    # Another picture shows something else.
+    half = len(images) // 2
+    others = SHAPES([caption.text for caption in captions], images[half:] + images[:half], metadata=rows)
+    assert np.mean(others["strict"]) < 0.5
+    assert np.mean(others["strict"]) <= np.mean(others["reward"]) < np.mean(scores["reward"])
+
+
+def test_strict():
+    captions, images = pictures("counting")
+    rows = [asked(caption) for caption in captions]
+    images = images[1:] + images[:1]
+    graded = SHAPES([""] * len(rows), images, metadata=rows)
+    strict = dataclasses.replace(SHAPES, strict=True)([""] * len(rows), images, metadata=rows)
+    assert strict["reward"] == strict["strict"] == graded["strict"] != graded["reward"]
+
+
+def test_the_specification_may_be_columns_or_one_column(tmp_path):
+    """Rows of GenEval's kind differ in their keys; tables fill the gaps."""
+    kinds = [pictures(category) for category in ("counting", "position", "single_object")]
+    images = [image for _, of_kind in kinds for image in of_kind[:4]]
+    rows = [{"prompt": one.text, **asked(one)} for of_kind, _ in kinds for one in of_kind[:4]]
+    expected = SHAPES([""] * len(rows), images, metadata=rows, completions=images, trainer_state=None)
+    assert set(expected["strict"]) == {1.0}
+    assert SHAPES([""] * len(rows), images, metadata=[json.dumps(row) for row in rows]) == expected
+
+    plain, nested = tmp_path / "rows.jsonl", tmp_path / "nested.jsonl"
+    plain.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    nested.write_text("".join(json.dumps({"prompt": row["prompt"], "metadata": row}) + "\n" for row in rows))
+    for file in (plain, nested):
+        data = load_prompts(str(file))
+        columns = {key: [row[key] for row in data] for key in data.column_names if key != "prompt"}
+        assert SHAPES(data["prompt"][:], images, **columns) == expected
+    # Without positions, Arrow has a column for each key, and None in it.
+    data = Dataset.from_list([{key: row.get(key) for key in ("tag", "include", "exclude")} for row in rows[:4]])
+    assert set(SHAPES([""] * 4, images[:4], **{key: data[key][:] for key in data.features})["strict"]) == {1.0}
+
+
+def test_rows_of_which_nothing_is_asked_have_no_score():
+    _, images = pictures("single_object")
+    rows = [{"include": [{"class": "circle"}]}, None, {"include": None}]
+    for scores in SHAPES([""] * 3, images[:3], metadata=rows).values():
+        assert scores[0] is not None and scores[1:] == [None, None]
+    with pytest.raises(ValueError, match="metadata"):
+        SHAPES([""] * 3, images[:3], category=["colors"] * 3)
+
+
+# Colors
+
+
+RGB = dict(
+    zip(
+        COLORS,
+        ((220, 30, 30), (250, 140, 20), (250, 230, 30), (30, 160, 50), (30, 60, 210))
+        + ((130, 30, 160), (250, 150, 190), (120, 70, 30), (15, 15, 15), (245, 245, 245)),
+        strict=True,
+    )
+)
+
+
+class Clip:
+    """In the place of a CLIP: sees the nearest color of what is not background, and reads the color in a text."""
+
+    def images(self, images, batch_size):
+        seen = []
+        for image in images:
+            pixels = np.asarray(image, float).reshape(-1, 3)
+            mean = pixels[(pixels != 0x99).any(1)].mean(0)
+            seen.append(np.argmin([np.abs(mean - RGB[color]).sum() for color in COLORS]))
+        return torch.eye(len(COLORS))[seen]
+
+    def texts(self, texts, batch_size):
+        return torch.eye(len(COLORS))[[next(i for i, color in enumerate(COLORS) if color in text) for text in texts]]
+
+
+@pytest.fixture
+def clip(monkeypatch):
+    monkeypatch.setattr("slas_trl.rewards.detector.load_clip", lambda name, *options: Clip())
+    return "any"
+
+
+def square(color: str, background: str = "white") -> Image.Image:
+    image = Image.new("RGB", (64, 64), RGB[background])
+    ImageDraw.Draw(image).rectangle((16, 16, 47, 47), fill=RGB[color])
+    return image
+
+
+def dog_in_the_middle(images: list[Image.Image]) -> list[list[Detection]]:
+    return [[Detection("dog", 0.9, (16, 16, 48, 48))] for _ in images]
+
+
+def a_dog(color: str) -> list[dict]:
+    return [{"class": "dog", "count": 1, "color": color}]
+
+
+@pytest.mark.parametrize("color", COLORS)
+def test_colors_by_clip(clip, color):
+    reward = Given(clip=clip, find=dog_in_the_middle)
+    scores = reward([""] * len(COLORS), [square(color)] * len(COLORS), include=[a_dog(asked) for asked in COLORS])
+    assert scores["strict"] == [float(asked == color) for asked in COLORS]
+    assert scores["reward"] == [1.0 if asked == color else 0.5 for asked in COLORS]
+
+
+def test_a_mask_keeps_the_background_out(clip):
+    mask = np.zeros((64, 64), dtype=bool)
+    mask[28:36, 28:36] = True
+    picture = square("blue")
+    picture.paste(RGB["red"], (28, 28, 36, 36))  # a small red dog, in a box that is mostly blue
+
+    def whole(images, mask=None):
+        return [[Detection("dog", 0.9, (16, 16, 48, 48), mask)] for _ in images]
+
+    def masked(images):
+        return whole(images, mask)
+
+    asked = {"include": [a_dog("red"), a_dog("blue")]}
+    assert Given(clip=clip, find=whole)([""] * 2, [picture] * 2, **asked)["strict"] == [0, 1]
+    cut = np.asarray(cut_out(picture, masked([picture])[0][0]))
+    assert cut.shape == (32, 32, 3)
+    assert {tuple(pixel) for pixel in cut.reshape(-1, 3).tolist()} == {RGB["red"], (0x99,) * 3}
+
+
+@pytest.mark.parametrize("box", [(-5, -5, 200, 200), (63.7, 63.7, 63.9, 63.9), (70, 70, 80, 80), (10, 10, 10, 10)])
+def test_boxes_at_the_edge_are_cut_out_within_the_picture(box):
+    part = cut_out(square("red"), Detection("dog", 0.9, box))
+    assert 1 <= part.width <= 64
+    assert 1 <= part.height <= 64
+
+
+def test_clip_is_loaded_only_for_colors():
+    reward = Given(clip="nobody/nothing", find=dog_in_the_middle)
+    assert reward([""], [square("red")], include=[[{"class": "dog"}]])["reward"] == [1.0]

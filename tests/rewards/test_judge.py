@@ -1,0 +1,412 @@
+"""A judge behind a server that speaks OpenAI's chat completions: a real one, of the standard library."""
+
+import base64
+import io
+import json
+import logging
+import math
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from PIL import Image
+
+from slas_trl.rewards import UnifiedReward, VLMJudge, vlm_judge
+from slas_trl.rewards.base import RewardUnavailableError
+from slas_trl.rewards.judge import KEY_VARIABLE, UNIFIED_REWARD_PROMPT, _NoScoreError
+from slas_trl.rewards.resolve import resolve_reward, reward_name
+from tests.rewards.served_rewards import number_of, picture
+
+
+IMAGES = [picture(number) for number in range(6)]
+PROMPTS = ["a cat"] * 6
+
+
+class Completions(BaseHTTPRequestHandler):
+    """Answers with what `judge(number of the picture, attempt)` returns: a status and a body, or a choice."""
+
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        head, _, data = body["messages"][0]["content"][0]["image_url"]["url"].partition(",")
+        assert head == "data:image/png;base64"
+        image = Image.open(io.BytesIO(base64.b64decode(data)))
+        with server.lock:
+            server.requests.append((self.path, self.headers, body, image))
+            server.running += 1
+            server.most = max(server.most, server.running)
+            number = number_of(image)
+            attempt = server.attempts[number] = server.attempts.get(number, 0) + 1
+        answer = server.judge(number, attempt)
+        status, content = answer if isinstance(answer, tuple) else (200, {"choices": [answer]})
+        with server.lock:
+            server.running -= 1
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(content if isinstance(content, bytes) else json.dumps(content).encode())
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr("slas_trl.rewards.http._FIRST_WAIT", 0.02)
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Completions)
+    server.lock, server.running, server.most, server.requests, server.attempts = threading.Lock(), 0, 0, [], {}
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def says(text, *tokens):
+    """A choice, with the likeliest tokens in the place of each token, and their probabilities."""
+    content = [
+        {
+            "token": max(place, key=place.get),
+            "top_logprobs": [{"token": token, "logprob": math.log(p)} for token, p in place.items()],
+        }
+        for place in tokens
+    ]
+    return {"message": {"content": text}, "logprobs": {"content": content} if tokens else None}
+
+
+def warnings(caplog):
+    return [record.message for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def question(request):
+    """The text of a request."""
+    return request[2]["messages"][0]["content"][1]["text"]
+
+
+def read(content, logprobs=None, finish_reason="stop", **options):
+    """What a judge makes of an answer, without a server."""
+    judge = VLMJudge("http://127.0.0.1:1", "another-model", **options)
+    choice = {"message": {"content": content}, "logprobs": logprobs, "finish_reason": finish_reason}
+    try:
+        return judge._read({"choices": [choice]})
+    except _NoScoreError:
+        return None
+
+
+# What is asked
+
+
+def test_what_is_asked(server, tmp_path):
+    server.judge = lambda number, attempt: says("yes", {"yes": 1.0})
+    images = [Image.effect_noise((300, 200), 50), picture(7, (20, 10)).convert("RGBA")]
+    judge = VLMJudge(server.url + "/v1/", "a-model", template="{x} {prompt}?", max_image_side=150, concurrency=1)
+    judge(["a {prompt}", "b"], images)
+    (path, headers, body, first), (_, _, _, second) = server.requests
+    assert path == "/v1/chat/completions" and headers["Authorization"] is None
+    assert (body["model"], body["temperature"], body["logprobs"], body["top_logprobs"]) == ("a-model", 0, True, 20)
+    assert list(map(question, server.requests)) == ["{x} a {prompt}?", "{x} b?"]
+    assert first.size == (150, 100) and second.size == (32, 32) and second.mode == "RGB"
+    assert images[0].size == (300, 200)
+
+    (file := tmp_path / "question.txt").write_text("Is it, well, {prompt}?")
+    judge = resolve_reward(f"vlm_judge:url={server.url},model=a-model,template={file}")
+    assert judge(["green"], IMAGES[:1]) == [1.0] and question(server.requests[-1]) == "Is it, well, green?"
+
+
+@pytest.mark.parametrize(
+    ("size", "sent"), [((40, 2048), (32, 1024)), ((5000, 1), (1024, 32)), ((26, 28), (32, 32)), ((33, 40), (33, 40))]
+)
+def test_no_side_is_too_small_for_a_server(server, size, sent):
+    server.judge = lambda number, attempt: says("yes", {"yes": 1.0})
+    assert VLMJudge(server.url, "a-model")(["a"], [Image.new("I;16", size, 65535)]) == [1.0]
+    assert server.requests[0][3].size == sent and server.requests[0][3].getextrema() != ((0, 0),) * 3
+
+
+def test_servers_that_want_another_body(server, tmp_path):
+    """Such as those that take neither max_tokens nor a temperature."""
+    server.judge = lambda number, attempt: says("yes")
+    extra = {"max_completion_tokens": 32, "max_tokens": None, "temperature": None, "seed": 1}
+    (file := tmp_path / "extra.json").write_text(json.dumps(extra))
+    for given in (extra, json.dumps(extra), str(file)):
+        assert VLMJudge(server.url, "a-model", extra_body=given)(["a"], IMAGES[:1]) == [1.0]
+        sent = server.requests[-1][2]
+        assert sent.keys() == {"model", "messages", "logprobs", "top_logprobs", "max_completion_tokens", "seed"}
+        assert (sent["max_completion_tokens"], sent["seed"]) == (32, 1)
+
+
+def test_keys(server, monkeypatch):
+    server.judge = lambda number, attempt: says("yes")
+    judge = VLMJudge(server.url, "a-model", api_key="s3cret")
+    monkeypatch.setenv("MY_KEY", "from-the-environment")
+    monkeypatch.setenv("OPENAI_API_KEY", "not-meant-for-it")
+    others = VLMJudge(server.url, "a-model", api_key_env="MY_KEY"), VLMJudge(server.url, "a-model")
+    for one, sent in zip((judge, *others), ("Bearer s3cret", "Bearer from-the-environment", None), strict=True):
+        one(["a"], IMAGES[:1])
+        assert server.requests[-1][1]["Authorization"] == sent
+    assert "s3cret" not in repr(judge)
+
+
+def test_so_many_requests_at_a_time(server):
+    server.judge = lambda number, attempt: time.sleep(0.03) or says("yes", {"yes": 1.0})
+    VLMJudge(server.url, "a-model", concurrency=3)(PROMPTS, IMAGES)
+    assert len(server.requests) == 6 and server.most == 3
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("answer", "maybe"), ("template", "is it good?"), ("low", 1), ("concurrency", 0)),
+        *(("max_image_side", 0), ("timeout", -1), ("url", "http://me:s3cret@host")),
+        *(("extra_body", value) for value in ('{"seed": 1', "[1]", {"messages": []})),
+    ],
+)
+def test_options_that_cannot_be(option, value):
+    with pytest.raises(ValueError, match=option) as error:
+        vlm_judge(**{"url": "http://127.0.0.1:1", "model": "a-model", option: value})
+    assert "s3cret" not in str(error.value)
+
+
+# Yes and no
+
+
+def test_the_probability_of_yes(server, caplog):
+    choices = [
+        says("Yes", {"Yes": 0.6, "No": 0.2, "Maybe": 0.2}),
+        says("Yes", {" yes": 0.25, "YES": 0.25, '"Yes': 0.25, "▁no": 0.25}),
+        says("\n\nNo.", {"\n\n": 0.9, "Yes": 0.1}, {"No.": 0.9, "Yes": 0.1}),
+        says("yes", {"yes": 1.0}),
+        says("Sure", {"Sure": 0.99, "Yes": 0.005, "No": 0.005}),
+        says("yesterday", {"yesterday": 0.8, "nothing": 0.2}),
+    ]
+    server.judge = lambda number, attempt: choices[number]
+    scores = VLMJudge(server.url, "a-model")(PROMPTS, IMAGES)
+    assert scores == pytest.approx([0.75, 0.75, 0.1, 1.0, None, None])
+    assert len(server.requests) == 6
+    (warning,) = warnings(caplog)
+    assert "2 of 6 images" in warning and "'Sure'" in warning
+
+
+THOUGHT = [{"type": "thinking", "thinking": "No."}, {"type": "text", "text": "Ye"}, {"type": "text", "text": "s"}]
+SAID = {
+    1.0: [
+        *('{"answer": "yes"}', "Answer: yes", r"\boxed{yes}", "The answer is yes.", "**Yes**", "Yes or no? Yes."),
+        *("<answer>yes</answer>", "It is all there. So, yes.", "- Yes", "There is no doubt: yes"),
+        *("Yes, and there is no cat.", "Answer yes or no: yes", "<think>\n\n</think>\n\nyes", THOUGHT),
+        "<think>Is it a dog? No. Answer: no</think> Yes",
+    ],
+    0.0: ["Final answer: **No**", '{"verdict": "no", "reason": "blue"}', "No cat is there."],
+    None: [
+        *("I cannot answer yes or no.", "There is no way to tell", "yesterday", "", "yes/no?", "Yes and no"),
+        *("Is the answer yes? No.", "No doubt, yes", "Not a yes", "not yes", [{"type": "image"}]),
+        "<think>Is it a dog? The answer is yes",
+    ],
+}
+
+
+@pytest.mark.parametrize(("text", "score"), [(text, score) for score, texts in SAID.items() for text in texts])
+def test_how_yes_and_no_are_said(text, score):
+    assert read(text) == score
+
+
+def test_yes_and_no_by_a_pattern():
+    assert read("No doubt. Verdict: YES", pattern=r"Verdict: (\w+)") == 1.0
+    assert read("Yes", says("Yes", {"Yes": 1.0})["logprobs"], pattern=r"Verdict: (\w+)") is None
+    assert read("Verdict: maybe", pattern=r"Verdict: (\w+)") is None
+
+
+YES = {"yes": 0.6, "no": 0.2}
+THINK, NO = {"<think>": 1.0}, {"no": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "score"),
+    [
+        ("Yes", [THINK, NO, {"</think>": 1.0}, {"\n\n": 1.0}, YES], 0.75),  # a reasoning parser
+        ("<think>no</think>Yes", [THINK, NO, {"</think>": 1.0}, YES], 0.75),
+        ("Yes", [THINK, {"It": 1.0}], 1.0),
+        ('{"answer": "yes"}', [{'{"': 1.0}, {"answer": 1.0}, {'": "': 1.0}, YES, {'"}': 1.0}], 0.75),
+        ("Nothing is odd. Answer: yes", [{"No": 1.0}, {"thing is odd.": 1.0}, {" Answer:": 1.0}, {" yes": 1.0}], 1.0),
+        ("", [THINK, {"yes": 1.0}], None),
+    ],
+)
+def test_the_token_that_says_it(text, tokens, score):
+    assert read(text, says("", *tokens)["logprobs"]) == (score and pytest.approx(score))
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "score"),
+    [
+        ("The picture shows 3 cats on 2 chairs. Looking", "number", None),
+        ("Yes, it sho", "yes_no", 1.0),
+        ("There is a cat with no", "yes_no", None),
+    ],
+)
+@pytest.mark.parametrize("reason", ["length", "content_filter", "MAX_TOKENS"])
+def test_an_answer_that_is_cut_off(text, answer, score, reason):
+    assert read(text, finish_reason=reason, answer=answer) == score
+
+
+def test_without_log_probabilities(server, caplog):
+    words = ["Yes, it does.", "NO", "**yes**", "I cannot say", "", "yesterday"]
+    server.judge = lambda number, attempt: says(words[number])
+    for _ in range(2):
+        assert VLMJudge(server.url, "a-quiet-model")(PROMPTS, IMAGES) == [1.0, 0.0, 1.0, None, None, None]
+    once, *others = warnings(caplog)
+    assert "log-probabilities" in once and len(others) == 2
+
+
+def candidates(*logprobs):
+    top = [{"token": token, "logprob": value} for token, value in zip(("Yes", "No", "no"), logprobs, strict=False)]
+    return {"content": [{"token": "Yes", "logprob": None, "top_logprobs": top}]}
+
+
+@pytest.mark.parametrize(
+    "logprobs",
+    [
+        *({"content": content} for content in ([{"token": 1}], ["yes"], {"a": 1}, [], None, [{}])),
+        *(candidates(value) for value in (None, "x", -math.inf, math.nan)),
+        *(candidates(-9.0, None), candidates(math.log(0.5), None, -math.inf), [], "x"),
+    ],
+)
+def test_log_probabilities_that_say_nothing_against_it(server, logprobs):
+    """The word itself is there. JSON has no NaN and infinities, but servers send them."""
+    server.judge = lambda number, attempt: {"message": {"content": "Yes"}, "logprobs": logprobs}
+    assert VLMJudge(server.url, "a-model")(["a"], IMAGES[:1]) == [1.0]
+
+
+# Numbers
+
+
+def test_numbers(server, caplog):
+    texts = ["It is good. Score: 8", "7.5/10", "I give 3 out of 10", "-2", "11", "none"]
+    server.judge = lambda number, attempt: says(texts[number])
+    judge = VLMJudge(server.url, "a-model", answer="number", template="{prompt}: 0 to 10?")
+    assert judge(PROMPTS, IMAGES) == [8.0, 7.5, 3.0, -2.0, 11.0, None]
+    assert "logprobs" not in server.requests[0][2]
+    judge = resolve_reward(f"vlm_judge:url={server.url},model=a-model,answer=number,low=0,high=10,name=taste")
+    assert reward_name(judge) == "taste"
+    assert judge(PROMPTS, IMAGES) == [0.8, 0.75, 0.3, None, None, None]
+    judge = VLMJudge(server.url, "a-model", answer="number", pattern=r"Score: (\d+)")
+    assert judge(PROMPTS, IMAGES) == [8.0, None, None, None, None, None]
+    assert "5 of 6 images" in warnings(caplog)[-1]
+
+
+SCALES = (
+    "8 / 10|8/ 10|8 out  of 10|8 out of\n10|8 of 10|8／10|８ ／ １０|8 ⁄ 10|8 on a 1-10 scale",
+    "**8**/10|*8* / **10**|Score: 8 (out of 10)|8 from 10|8 on a scale of 10|1-10: 8|Rating (0–10): 8|8/10.|8 of 10.",
+    "8 out of a possible 10|8 points out of 10|\\frac{8}{10}|8 (max. 10)|8, where 10 is best|8 (0 = worst, 10 = best)",
+    '8,0/10,0|with 0 being worst and 10 being best: 8|between 0 and 10: 8|{"score": 8, "max": 10}|8 in [0, 10]',
+    "8 on a scale from 0 (bad) to 10 (good)|8 on a 10-point scale|a score of 8|It is out of frame: 8|I'd go with 8",
+    "8:10|8 per 10|8 (10 max)|8 out of a perfect 10|Criterion 1: 8",
+    "8 out of about 10|8 out of around 10",
+    "8 (min 0, max 10)|8 (0 worst, 10 best)|8 (1 being the worst and 10 the best)|8 (lowest 0, highest 10)",
+    "7 / 10, no, 8 / 10|8, on a scale from 0 to 10|I would rate it 8. Scale: 0 to 10",
+)
+
+
+@pytest.mark.parametrize("text", "|".join(SCALES).split("|"))
+def test_the_numbers_of_a_scale_are_no_score(text):
+    assert read(text, answer="number", low=0, high=10) == 0.8
+
+
+@pytest.mark.parametrize(
+    ("text", "scores"),
+    [
+        (
+            "**Alignment Score (1-5 scale):** 2\nCoherence Score: **3.5**\n### style score（1–5）: 5/5",
+            [0.25, 0.625, 1],
+        ),
+        ("Alignment Score (1-5): 2\nCoherence Score (1-5): 3.5\nStyle Score (1-5): 5", [0.25, 0.625, 1.0]),
+        ("Alignment Score (1-5): 2\nStyle Score (1-5): 5", [None] * 3),
+    ],
+)
+def test_unified_reward(server, text, scores):
+    server.judge = lambda number, attempt: says(text)
+    judge = resolve_reward(f"unified_reward:url={server.url}")
+    assert reward_name(judge) == "unified_reward"
+    names = ("alignment", "coherence", "style")
+    assert judge(["a cat"], IMAGES[:1]) == {name: [score] for name, score in zip(names, scores, strict=True)}
+    assert server.requests[0][2]["model"].startswith("CodeGoat24/UnifiedReward")
+    assert question(server.requests[0]) == UNIFIED_REWARD_PROMPT.replace("{prompt}", "a cat")
+    for options in ({"version": "1.0"}, {"template": "{prompt}"}):
+        with pytest.raises(ValueError, match="use vlm_judge"):
+            UnifiedReward(server.url, **options)
+
+
+# Servers that are busy, away, or broken
+
+
+def test_it_is_asked_again_when_it_is_busy(server):
+    def judge(number, attempt):
+        if attempt <= 3:
+            status = (429, 500, 200)[attempt - 1]
+            return status, {"error": {"message": "slow down", "code": None if status == 200 else status}}
+        return says("yes", {"yes": 0.5, "no": 0.5})
+
+    server.judge = judge
+    assert VLMJudge(server.url, "a-model")(PROMPTS, IMAGES) == [0.5] * 6
+    assert set(server.attempts.values()) == {4}
+
+
+def test_a_server_that_fails_for_ever(server):
+    server.judge = lambda number, attempt: (500, {"error": {"message": "out of memory"}})
+    with pytest.raises(RewardUnavailableError, match=r"completions did not answer in 3 attempts.*500: out of memory"):
+        VLMJudge(server.url, "a-model", retries=2, concurrency=2)(PROMPTS, IMAGES)
+    assert len(server.requests) < 18  # the others did not wait as long
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+@pytest.mark.parametrize("bad", [0, 3])
+def test_a_server_that_fails_at_one_image(server, caplog, concurrency, bad):
+    server.judge = lambda number, attempt: (520, {"error": "26x28"}) if number == bad else says("yes")
+    scores = VLMJudge(server.url, "a-model", retries=1, concurrency=concurrency)(PROMPTS, IMAGES)
+    assert scores == [None if number == bad else 1.0 for number in range(6)]
+    assert server.attempts[bad] == 2 and "520: 26x28" in warnings(caplog)[-1]
+
+
+@pytest.mark.parametrize("body", [b"<html>", []])
+def test_answers_that_are_none(server, body):
+    server.judge = lambda number, attempt: (200, body)
+    with pytest.raises(ValueError, match=f"{server.url}.* answered something else than expected"):
+        VLMJudge(server.url, "a-model")(["a"], IMAGES[:1])
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [[{"finish_reason": "content_filter"}], [{"message": None}], [], None, [{"message": {"content": "I cannot."}}]],
+)
+@pytest.mark.parametrize("answer", ["yes_no", "number"])
+def test_answers_without_a_score_end_the_training_when_there_are_no_others(server, choices, answer):
+    server.judge = lambda number, attempt: (200, {"choices": choices}) if number == 2 else says("yes 1")
+    judge = VLMJudge(server.url, "a-model", answer=answer)
+    for _ in range(4):
+        assert judge(["a"], [IMAGES[2]]) == [None]
+    assert judge(["a"] * 2, IMAGES[2:4]) == [None, 1.0]
+    for _ in range(4):
+        judge(["a"], [IMAGES[2]])
+    with pytest.raises(ValueError, match="in 5 calls in a row"):
+        judge(["a"], [IMAGES[2]])
+
+
+def test_images_that_are_refused(server, caplog):
+    def judge(number, attempt):
+        if number == 2:
+            return 400, {"error": {"message": "against our policy"}}
+        if number == 3:
+            return {"message": {"content": None, "refusal": "I will not"}}
+        return says("yes", {"yes": 0.5, "no": 0.5})
+
+    server.judge = judge
+    assert VLMJudge(server.url, "a-model")(PROMPTS, IMAGES) == [0.5, 0.5, None, None, 0.5, 0.5]
+    (warning,) = warnings(caplog)
+    assert all(part in warning for part in ("2 of 6 images have no score: ", "against our policy", "I will not"))
+
+
+@pytest.mark.parametrize("status", [401, 404])
+def test_what_is_no_matter_of_an_image(server, status):
+    """Not even if others are answered."""
+    server.judge = lambda number, attempt: (status, {"error": "no such model"}) if number == 2 else says("yes")
+    with pytest.raises(ValueError, match=f"answered {status}: no such model"):
+        VLMJudge(server.url, "a-model")(PROMPTS, IMAGES)

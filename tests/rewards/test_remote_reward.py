@@ -1,0 +1,199 @@
+"""A reward on a server: the same scores, whatever is sent, and through the death of the server."""
+
+import itertools
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from PIL import Image
+
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+
+from slas_trl.images import to_rgb  # noqa: E402
+from slas_trl.rewards import RemoteReward, remote  # noqa: E402
+from slas_trl.rewards.resolve import resolve_reward, reward_name  # noqa: E402
+from tests.rewards.served_rewards import later, numbers, picture, redness, with_columns  # noqa: E402
+from tests.rewards.serving import HERE, ServedProcess, answering, served  # noqa: E402
+from tests.trainer.tiny_trainers import logged, tiny_trainer  # noqa: E402
+
+
+pytestmark = pytest.mark.rewards
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr("slas_trl.rewards.http._FIRST_WAIT", 0.02)
+    monkeypatch.setattr("slas_trl.rewards.http._LONGEST_WAIT", 0.2)
+
+
+@pytest.fixture(scope="module")
+def url():
+    with served(numbers, max_batch_size=4) as url:
+        yield url
+
+
+# What it returns
+
+
+def test_scores_are_those_of_the_reward_itself(url):
+    images = [picture(number) for number in (0, 1, 77777, 2**24 - 1)]
+    prompts = ["a", "b", "none", "d"]
+    assert RemoteReward(url)(prompts, images) == numbers(prompts, images, images) == [0.0, 0.125, None, 2097151.875]
+    assert RemoteReward(url)([], []) == []
+    with served(later) as other:  # an asynchronous one
+        assert RemoteReward(other)(["a"], [picture(3)]) == [3.0]
+
+
+def test_more_images_than_the_server_takes_at_a_time(url):
+    images = [picture(number) for number in range(11)]
+    assert RemoteReward(url)(["a"] * 11, images) == [number / 8 for number in range(11)]
+    images = [Image.effect_noise((64, 64), 50) for _ in range(5)]
+    with served(numbers, max_request_bytes=24_000) as other:
+        assert RemoteReward(other)(["a"] * 5, images, before=images) == numbers(["a"] * 5, images, images)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "HSV", "I;16", "I", "F"])
+def test_pictures_arrive_with_their_pixels(mode):
+    arrived = []
+
+    def keep(prompts, images, **columns):
+        arrived.extend(images)
+        return [0.0] * len(images)
+
+    noise = Image.merge("RGB", [Image.effect_noise((7, 5), 90) for _ in range(3)])
+    image = Image.new(mode, (7, 5), 40000) if mode[0] in "IF" else noise.convert(mode)
+    with served(keep) as url:
+        RemoteReward(url)(["a", "b"], [image, [image, image]])  # the second is a video
+    if mode in ("CMYK", "HSV", "I", "F"):
+        image = to_rgb(image)
+    for found in (arrived[0], *arrived[1]):
+        assert (found.size, found.mode, found.tobytes()) == (image.size, image.mode, image.tobytes())
+    assert len(arrived[1]) == 2
+
+
+def test_columns_and_components():
+    images = [picture(number) for number in (5, 6)]
+    columns = {
+        "offset": [{"by": [1, "é", None]}, {"by": (2.5,)}],
+        "reference": [picture(9), None],
+        "trainer_state": object(),  # not one value for each image: no column
+    }
+    with served(with_columns, max_batch_size=1) as url:
+        scores = RemoteReward(url)(["a", "b"], images, completions=images, **columns)
+    assert scores == {"own": [6, 8.5], "reference": [9, None]}
+
+
+def test_an_error_there_is_an_error_here(url):
+    with pytest.raises(ValueError, match="remote: .* answered 500: ValueError: the prompt is bad"):
+        RemoteReward(url)(["a", "bad"], [picture(1), picture(8)])
+    assert RemoteReward(url)(["a"], [picture(8)]) == [1.0]
+
+
+LIMITS = (200, b'{"limits": {"max_batch_size": 4, "max_image_pixels": 1000, "max_request_bytes": 10000}}')
+
+
+@pytest.mark.parametrize("scores", ["[1, 2]", "[]", '["1"]', "[1e999]", "1", "null", "{}", '{"a": 1}', "[[1]]"])
+def test_scores_that_are_none(monkeypatch, scores):
+    monkeypatch.setattr("uuid.uuid4", lambda: type("Known", (), {"hex": "known"}))
+    answer = (200, f'{{"id": "known", "scores": {scores}}}'.encode())
+    other = (200, b'{"id": "other", "scores": [1]}')
+    for answers in ((LIMITS, answer), (LIMITS, other), ((200, b"{}"),)):
+        with answering(*answers) as server, pytest.raises(ValueError, match="something else than expected"):
+            RemoteReward(server.url)(["a"], [picture(8)])
+
+
+# What it sends
+
+
+def test_columns_that_json_does_not_have(url):
+    reward, images = RemoteReward(url), [picture(8), picture(8)]
+    for value in (object(), float("nan"), {1: 2}, {"image/png": "text"}, [b"bytes"]):
+        with pytest.raises(ValueError, match="'strange' holds .*columns=first"):
+            reward(["a", "b"], images, strange=[1, value], usual=[1, 2])
+    for columns in ("usual", ["usual"], ""):
+        assert RemoteReward(url, columns=columns)(["a", "b"], images, strange=[1, object()], usual=[1, 2]) == [1, 1]
+    with pytest.raises(ValueError, match="'usal'"):
+        RemoteReward(url, columns="usal")(["a", "b"], images, usual=[1, 2])
+    with pytest.raises(ValueError, match="'usual' has 3 values for 2 images"):
+        reward(["a", "b"], images, usual=[1, 2, 3])
+
+
+def test_by_name(url):
+    reward = resolve_reward(f"remote:url={url},name=hps,timeout=20,columns=first+second")
+    assert reward == remote(url, timeout=20, columns="first+second", name="hps")
+    assert reward_name(reward) == "hps"
+    for wrong in ("", ":url=x", f":url={url},retries=-1", f":url={url},token=two words"):
+        with pytest.raises(ValueError, match="remote"):
+            resolve_reward(f"remote{wrong}")
+
+
+def test_tokens(monkeypatch):
+    with served(numbers, token="s3cret-s3cret") as locked:
+        reward = RemoteReward(locked, token="s3cret-s3cret")
+        assert reward(["a"], [picture(8)]) == [1.0]
+        monkeypatch.setenv("SLAS_TRL_REWARD_TOKEN", "s3cret-s3cret")
+        assert RemoteReward(locked)(["a"], [picture(8)]) == [1.0]
+        wrong = RemoteReward(locked, token="wr0ng-wr0ng")
+        with pytest.raises(ValueError, match="answered 401: The token is missing or wrong") as error:
+            wrong(["a"], [picture(8)])
+    assert not {"s3cret", "wr0ng"} & set(repr([reward, wrong, error.value]).split("-"))
+
+
+# Kills
+
+
+@pytest.mark.parametrize("signals", [[], [signal.SIGTERM]], ids=["kill", "SIGTERM"])
+def test_many_requests_through_a_kill(tmp_path, signals):
+    """Of eight clients, while the server ends and is started again: every score is there, once, and in its place."""
+    done, ids = itertools.count(1), itertools.count(1)
+    numbered = [[next(ids) for _ in range(1 + request % 3)] for request in range(400)]
+    middle = threading.Event()
+
+    def ask(request: int) -> list[float | None]:
+        own = numbered[request]
+        scores = reward([f"prompt {number}" for number in own], [picture(number) for number in own])
+        if next(done) == 150:
+            middle.set()
+        return scores
+
+    with ServedProcess(f"{HERE}:numbers", "--max_batch_size", "2", log=tmp_path / "log", grace=0.01) as server:
+        reward = RemoteReward(server.url, retries=2000)
+        assert server.name == "numbers"
+        with ThreadPoolExecutor(8) as clients:
+            answers = [clients.submit(ask, request) for request in range(400)]
+            while not middle.is_set():
+                time.sleep(0.01)
+            server.stop(*signals) if signals else server.kill()
+            before = sum(answer.done() for answer in answers)
+            server.start()
+            scores = [answer.result() for answer in answers]
+    assert before < 360
+    assert scores == [[number / 8 for number in own] for own in numbered]
+
+
+def test_training_through_a_kill(tmp_path):
+    """The rewards, and so the run, are those of the reward in the trainer's own process."""
+    local = tiny_trainer(tmp_path / "local", max_steps=3, reward_funcs=redness)
+    local.train()
+
+    with ServedProcess(f"{HERE}:redness", log=tmp_path / "log") as server:
+        far = RemoteReward(server.url, retries=2000, name="redness")
+        calls = itertools.count(1)
+
+        def killed_before_the_third_call(prompts, images, **columns):
+            if next(calls) == 3:
+                server.kill()
+                threading.Timer(0.2, server.start).start()
+            return far(prompts, images, **columns)
+
+        killed_before_the_third_call.__name__ = "redness"
+        trainer = tiny_trainer(tmp_path / "far", max_steps=3, reward_funcs=killed_before_the_third_call)
+        trainer.train()
+    keys = ("loss", "reward", "reward_std", "rewards/redness/mean", "grad_norm")
+    expected = [[line[key] for key in keys] for line in logged(tmp_path / "local")]
+    assert [[line[key] for key in keys] for line in logged(tmp_path / "far")] == expected
+    assert len(expected) == 3 and next(calls) > 3

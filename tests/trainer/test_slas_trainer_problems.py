@@ -1,0 +1,285 @@
+"""`SLASTrainer` when something is wrong: settings that do not fit, failing rewards, pictures and updates with NaN."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from tests.tiny_pipelines import nan_in, sd3_pipeline, sd_pipeline, with_safety_checker
+from tests.trainer.tiny_trainers import (
+    HELD_OUT,
+    PROMPTS,
+    SAVED,
+    Watched,
+    blueness,
+    logged,
+    lora,
+    redness,
+    same,
+    tiny_config,
+    tiny_trainer,
+    trained,
+    trained_weights,
+)
+
+
+def told(caplog, part: str) -> list[str]:
+    """The warnings with these words."""
+    return [text for text in (record.getMessage() for record in caplog.records) if part in text]
+
+
+def column(folder, key: str) -> list[float]:
+    """One figure of every update."""
+    return [line[key] for line in logged(folder)]
+
+
+# What does not fit
+
+
+def without_columns(prompts, images):
+    return [0.5] * len(images)
+
+
+def with_dropout():
+    pipe = sd3_pipeline()
+    pipe.transformer.transformer_blocks[0].ff.net[1].p = 0.1
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "named"),
+    [
+        ({"train_dataset": PROMPTS.select([0])}, ValueError, "2 prompts .*8 / num_generations 4.* 1"),
+        ({"train_dataset": Dataset.from_dict({"text": ["a"] * 4})}, ValueError, r"'prompt'.*\['text'\]"),
+        ({"peft_config": lora(lora_dropout=0.05)}, ValueError, "lora_dropout"),
+        ({"peft_config": {"r": 4}}, TypeError, "peft_config"),
+        ({"model": with_dropout()}, ValueError, "transformer has dropout"),
+        ({"model": sd3_pipeline().transformer}, TypeError, "SD3Transformer2DModel"),
+        ({"model": sd3_pipeline().to(torch.bfloat16), "full": True}, ValueError, "torch.bfloat16"),
+        ({"model": sd3_pipeline().to(torch.float16), "full": True}, ValueError, "torch.float16"),
+        ({"reward_funcs": without_columns}, TypeError, "'without_columns'"),
+        ({"reward_funcs": [redness, blueness], "reward_weights": [1.0] * 3}, ValueError, "reward_weights.* 3 .* 2 "),
+    ],
+)
+def test_what_does_not_fit_is_refused_at_once(tmp_path, changes, error, named):
+    with pytest.raises(error, match=named):
+        tiny_trainer(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_steps": 0},
+        {"num_train_epochs": 0},
+        {"num_train_epochs": -1},
+        {"report_to": "dvclive"},
+        {"report_to": ["tensorboard", "nonsense"]},
+        {"model_init_kwargs": "[1]"},
+        {"pipeline_kwargs": "strength"},
+        {"torch_compile_mode": "nonsense"},
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be(tmp_path, changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        tiny_config(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(("below", "step"), [(2000, "[012]"), (800, "2")], ids=["always", "at the last step"])
+def test_a_noisy_denoiser(tmp_path, below, step):
+    """The ratio of every trained step is checked before the first update."""
+    pipe, generator, calls = sd3_pipeline(), torch.Generator(), []
+
+    def noisy(module, args, kwargs, output):
+        calls.append(torch.is_grad_enabled())
+        noise = 1e-2 * torch.randn(output[0].shape, generator=generator)
+        return (output[0] + noise,) if kwargs["timestep"][0] < below else output
+
+    pipe.transformer.register_forward_hook(noisy, with_kwargs=True)
+    trainer = tiny_trainer(tmp_path, model=pipe)
+    before = trained_weights(trainer)
+    with pytest.raises(ValueError, match=f"ratio of step {step} should be 1"):
+        trainer.train()
+    assert calls.count(True) == 3 and same(before, trained_weights(trainer))  # all three steps, and no update
+
+
+# Rewards and pictures
+
+
+def scoreless(prompts, images, **columns):
+    return [None] * len(images)
+
+
+def constant(prompts, images, **columns):
+    return [0.5] * len(images)
+
+
+def with_nan(*rows):
+    pipe = sd3_pipeline()
+    nan_in(pipe.vae, *rows)
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"reward_funcs": scoreless}, "scoreless"),
+        ({"reward_funcs": [redness, scoreless], "reward_weights": [0.0, 1.0]}, "scoreless"),  # only it is trained on
+        ({"model": with_nan(0, 1, 2, 3)}, "vae in torch.float32"),
+        ({"family": "sd", "model": with_safety_checker(sd_pipeline(), threshold=-2.0)}, "safety checker"),
+    ],
+)
+def test_no_score_at_all_is_an_error(tmp_path, changes, named):
+    with pytest.raises(ValueError, match=f"first rollout got a score: .*{named}"):
+        trained(tmp_path, **changes)
+
+
+def test_later_rollouts_without_a_score(tmp_path, caplog):
+    """One is told, and five in a row end the run."""
+    calls = iter(range(100))
+
+    def tired(prompts, images, **columns):
+        return redness(prompts, images) if next(calls) < 2 else [None] * len(images)
+
+    with pytest.raises(ValueError, match="update 5 got a score, the 5th in a row"):
+        trained(tmp_path, reward_funcs=tired, max_steps=40, beta=0.1)
+    assert len(told(caplog, "after update 1 got a score")) == 1
+    assert (tmp_path / "checkpoint-5" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_pictures_without_a_score_have_no_part_in_it(tmp_path, caplog):
+    """The decoder makes one NaN, and the reward gives another no score."""
+    seen = []
+
+    def picky(prompts, images, **columns):
+        seen.append(len(images))
+        return [*redness(prompts, images)[:-1], None]
+
+    trainer = trained(tmp_path, model=with_nan(0), reward_funcs=picky, cls=Watched, max_steps=1)
+    assert seen == [3, 3]  # of each chunk of four
+    advantages = trainer.micro_steps[0]["advantages"]
+    assert (advantages[[0, 3]] == 0).all() and (advantages[1:3] != 0).all()
+    assert column(tmp_path, "rewards/picky/nan_share") == [0.5]
+    warned = told(caplog, "1 of 4 pictures of a chunk")
+    assert len(warned) == 2 and any(repr(prompt) in warned[0] for prompt in PROMPTS["prompt"])
+    assert trainer.evaluate(HELD_OUT)["eval_rewards/picky/nan_share"] > 0
+
+
+def test_a_reward_that_fails_is_named_and_nothing_is_left_half_done(tmp_path):
+    def broken(prompts, images, **columns):
+        raise RuntimeError("no such layer")
+
+    trainer = tiny_trainer(tmp_path, reward_funcs=broken, cls=Watched, steps_per_generation=4, **SAVED)
+    with pytest.raises(ValueError, match="'broken' raised RuntimeError: no such layer"):
+        trainer.train()
+    assert len(trainer.rollouts) == 1  # the rest is not sampled
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_coarse_reward_gets_a_warning(tmp_path, caplog):
+    def rounded(prompts, images, **columns):
+        return [round(value, 2) for value in redness(prompts, images)]
+
+    def half_precision(prompts, images, **columns):
+        return torch.tensor([0.4 + value / 20 for value in redness(prompts, images)]).half()
+
+    trained(tmp_path, "sd", [rounded, half_precision, redness], max_steps=1)
+    warned = told(caplog, "resolves differences")
+    assert len(warned) == 2 and "'rounded'" in warned[0] and "'half_precision'" in warned[1]
+
+
+def test_rewards_that_differ_in_no_group_are_told_once(tmp_path, caplog):
+    trained(tmp_path, reward_funcs=constant, max_steps=3)
+    assert len(told(caplog, "In no group do the rewards differ")) == 1
+
+
+# Updates with NaN or infinity
+
+
+class Break(TrainerCallback):
+    """Multiplies trained weights by a factor after some updates, for the next one; keeps what each began with."""
+
+    def __init__(self, *updates: int, factor: float = math.nan):
+        self.updates, self.factor, self.whole, self.changed = updates, factor, None, []
+
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        self.begun = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+
+    def on_optimizer_step(self, args, state, control, model, **kwargs):
+        now = [p.detach() for p in model.parameters() if p.requires_grad]
+        pairs = zip(self.begun, now, strict=True)
+        self.changed.append(any(not torch.equal(old, new) for old, new in pairs if new.isfinite().all()))
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        if self.whole is not None:
+            for parameter, whole in zip(parameters, self.whole, strict=True):
+                parameter.data.copy_(whole)
+            self.whole = None
+        if state.global_step in self.updates:
+            self.whole = [p.detach().clone() for p in parameters]
+            parameters[0].data.mul_(self.factor)
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_an_update_with_nan_is_skipped_and_the_image_named(tmp_path, caplog, factor):
+    """Others follow: single ones do not end the run. A skipped one changes nothing, by momentum or decay either."""
+    breaks = Break(2, 4, factor=factor)
+    settings = {"max_steps": 6, "max_skipped_updates": 1, "weight_decay": 0.1}
+    trainer = trained(tmp_path, callbacks=[breaks], **settings)
+    assert column(tmp_path, "update_skipped") == [0.0, 0.0, 1.0, 0.0, 1.0, 0.0]
+    assert breaks.changed == [True, True, False, True, False, True]
+    assert all(math.isfinite(loss) for loss in column(tmp_path, "loss")[3::2])  # NaN is not carried on
+    warning, _ = told(caplog, "is skipped")
+    assert "Update 3 is skipped" in warning and "(image 0 of its chunk, step" in warning
+    assert any(repr(prompt) in warning for prompt in PROMPTS["prompt"])
+    assert {state["step"].item() for state in trainer.optimizer.state.values()} == {4.0}
+    assert all(weight.isfinite().all() for weight in trained_weights(trainer).values())
+
+
+def test_the_last_update_is_never_skipped(tmp_path):
+    """Whoever reads "done" takes the weights that are written for what training made of them."""
+    with pytest.raises(ValueError, match="Update 3 of 3 had NaN"):
+        trained(tmp_path, callbacks=[Break(2)], max_steps=3)
+    assert (tmp_path / "checkpoint-2" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_a_loss_that_is_not_finite_is_no_update_even_where_its_gradient_is(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=1)
+    trainer.args.epsilon = math.nan  # min(x, nan) has the gradient of nan, a constant
+    before = trained_weights(trainer)
+    with pytest.raises(ValueError, match="Update 1 of 1 had NaN"):
+        trainer.train()
+    assert same(trained_weights(trainer), before)
+
+
+def test_too_many_in_a_row_end_the_run_and_keep_what_was_learned(tmp_path):
+    with pytest.raises(ValueError, match="Update 4 of 9 .*max_skipped_updates"):
+        trained(tmp_path, callbacks=[Break(*range(1, 9))], max_steps=9, max_skipped_updates=2)
+    assert (tmp_path / "checkpoint-3" / "pytorch_lora_weights.safetensors").is_file()
+    assert column(tmp_path, "update_skipped") == [0.0, 1.0, 1.0]
+
+
+def test_an_image_that_is_nan_has_no_part_in_the_rewards(tmp_path):
+    """As of a denoiser that overflows for one prompt."""
+    trainer = tiny_trainer(tmp_path, max_steps=2)
+    sample, poison = trainer.replayer.sample, iter([math.nan])
+
+    def poisoned(**call):
+        rollout = sample(**call)
+        rollout.log_probs[1] += next(poison, 0.0)
+        return rollout
+
+    trainer.replayer.sample = poisoned
+    trainer.train()
+    line, _ = logged(tmp_path)
+    assert line["update_skipped"] == 1.0 and math.isfinite(line["reward"]) and math.isfinite(line["advantages/std"])
+
+
+def test_nan_before_any_update_is_no_divergence(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    next(p for p in trainer.model.parameters() if not p.requires_grad).data.fill_(math.nan)
+    with pytest.raises(ValueError, match="before any update"):
+        trainer.train()
