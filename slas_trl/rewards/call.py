@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import math
+import sys
 import threading
 from collections.abc import Awaitable, Mapping, Sequence
 from numbers import Real
@@ -36,7 +37,10 @@ def call_reward(reward: RewardFunc, prompts: list[str], images: list[Image], col
 async def _awaited(result: Awaitable, device: int | None) -> Any:
     if device is not None:  # that of the thread which waits
         torch.cuda.set_device(device)
-    return await result
+    try:
+        return await result
+    except (SystemExit, KeyboardInterrupt) as error:  # either would end the loop, and whoever waits would never know
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 @load_once
@@ -79,10 +83,8 @@ def numbers(values: Any, prompts: Sequence[str], who: str) -> list[float]:
         where = f"for image {i}, prompt {prompts[i]!r}"
         if value is not None and not isinstance(value, Real):
             raise TypeError(f"{who} returned {value!r} ({type(value).__name__}) {where}; expected a number or None.")
-        try:
-            scores.append(math.nan if value is None else float(value))
-        except OverflowError:  # a whole number
-            scores.append(math.inf)
-        if math.isinf(scores[-1]):
-            raise ValueError(f"{who} returned {scores[-1]} {where}; expected a finite number.")
+        size: Any = 0 if value is None else abs(value)
+        if size > sys.float_info.max:  # infinite, or a whole number that is too large
+            raise ValueError(f"{who} returned {str(value)[:20]} {where}; expected a finite number.")
+        scores.append(math.nan if value is None else float(value))
     return scores

@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ class Buffer:
         return {"rollout": self.chunks[chunk], "advantages": self.advantages[chunk], "step": self.steps[step]}
 
 
-class BaseTrainer(Trainer):
+class BaseTrainer(Trainer, ABC):
     """
     A Trainer whose micro-step is one chunk of a rollout at one timestep, and whose checkpoints hold the rollout under
     way. The subclass samples.
@@ -83,13 +84,13 @@ class BaseTrainer(Trainer):
 
     # What the subclass defines
 
+    @abstractmethod
     def batches(self, indices: list[int], rollout_index: int) -> list[Batch]:
         """The pipeline's inputs for the chunks of a rollout of these rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sample_rollout(self, indices: list[int], rollout_index: int) -> Buffer:
         """Sample these rows, and score what was sampled."""
-        raise NotImplementedError
 
     def note_gradient_norm(self, norm: Any) -> None:
         """Is called before every update with the norm of the gradient, which is the same on all processes."""

@@ -244,7 +244,6 @@ class SLASTrainer(BaseTrainer):
         args, first = self.args, self.accelerator.process_index * len(indices)
         group = args.num_generations if args.init_same_noise else 1
         keys = [(args.seed, sampling.INITIAL_NOISE, rollout_index, (first + i) // group) for i in range(len(indices))]
-        size = args.per_device_train_batch_size
         generators, size = sampling.generators(keys), args.per_device_train_batch_size
         batches, error = [], None
         try:
@@ -455,8 +454,7 @@ class SLASTrainer(BaseTrainer):
     ) -> "CommitInfo | Future[CommitInfo] | None":
         """
         Push the trained weights, the model card and its pictures, in one commit, to `args.hub_model_id` (by default a
-        repository by the name of `args.output_dir`). What is there already makes no commit. Collective: every rank
-        must call this.
+        repository by the name of `args.output_dir`). Collective: every rank must call this.
 
         Args:
             commit_message (`str`, *optional*, defaults to `"End of training"`): of the commit.

@@ -18,6 +18,7 @@ from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.training_utils import EMAModel
 from diffusers.utils import CONFIG_NAME
 from peft import LoraConfig, PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
@@ -334,7 +335,7 @@ def plain_class(denoiser: Any) -> Any:
 def _rounded(denoisers: Any) -> Iterator[None]:
     """Within, trained adapters have the precision that diffusers loads them in: that of the layers they change."""
     kept: list[tuple[nn.Module, str, nn.Parameter]] = []
-    layers = [layer for denoiser in denoisers for layer in denoiser.modules() if hasattr(layer, "get_base_layer")]
+    layers: list[Any] = [x for denoiser in denoisers for x in denoiser.modules() if isinstance(x, BaseTunerLayer)]
     for layer in layers:
         base = layer.get_base_layer()
         # A quantized layer's weights are integers; it names the type that it computes with.

@@ -300,7 +300,7 @@ def test_a_chunk_without_any_score_may_be_without_components():
         ([0.5, "good", 1.0], TypeError, r"strange' returned 'good' \(str\) for image 1, prompt 'a cat'"),
         (torch.ones(3, 1), TypeError, r"strange' returned \[1.0\] \(list\) for image 0"),
         ([0.5, math.inf, 1.0], ValueError, "strange' returned inf for image 1, prompt 'a cat'"),
-        ([10**400, 0, 0], ValueError, "strange' returned inf"),
+        ([10**400, 0, 0], ValueError, f"strange' returned {10**19} for image 0"),
     ],
 )
 def test_what_is_no_list_of_numbers_is_refused_and_the_reward_named(values, error, message):
@@ -371,3 +371,16 @@ def test_an_image_that_cannot_be_used_has_no_score_and_no_components():
         scores = scoring.gather(usable=torch.tensor([True, False, True]))
     assert scores.rewards[:, 0].isnan().tolist() == [False, True, False]
     assert scores.components["strange/shape"].isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, asyncio.CancelledError, RuntimeError])
+def test_an_async_reward_that_raises_is_an_error_and_the_next_one_is_awaited(kind):
+    async def broken(prompts, images, **columns):
+        raise kind("no more")
+
+    async def works(prompts, images, **columns):
+        return red(prompts, images)
+
+    with pytest.raises(ValueError, match=f"'broken'.*{kind.__name__}"):
+        score(broken)
+    assert score(works).shape == (3, 1)
