@@ -83,8 +83,8 @@ def numbers(values: Any, prompts: Sequence[str], who: str) -> list[float]:
         where = f"for image {i}, prompt {prompts[i]!r}"
         if value is not None and not isinstance(value, Real):
             raise TypeError(f"{who} returned {value!r} ({type(value).__name__}) {where}; expected a number or None.")
-        size: Any = 0 if value is None else abs(value)
-        if size > sys.float_info.max:  # infinite, or a whole number that is too large
+        magnitude: Any = 0 if value is None else abs(value)
+        if magnitude > sys.float_info.max:  # infinite, or a whole number that is too large
             raise ValueError(f"{who} returned {str(value)[:20]} {where}; expected a finite number.")
         scores.append(math.nan if value is None else float(value))
     return scores
