@@ -29,7 +29,7 @@ ROOMS: dict[str, tuple[set[str], int]] = {
     "shapes": ({"images"}, 335),
     "rewards": ({"images", "shapes"}, 1605),
     "evaluation": ({"shapes", "statistics"}, 95),
-    "reports": ({"statistics", "run_files", "images"}, 480),
+    "reports": ({"statistics", "run_files", "images", "publishing"}, 480),
     "loading": ({"policy", "shapes", "run_files"}, 125),
     "publishing": ({"run_files", "statistics"}, 495),
     "trainer": (

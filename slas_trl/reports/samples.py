@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..publishing.facts import Sample
 from ..run_files import SAMPLES
 from ..statistics import evenly_spaced
 
@@ -23,21 +23,6 @@ COMPARED, SIDE, SHEET_FONT_SIZE = 6, 360, 24
 CAPTION_LINES = 6  # at most; longer captions end in an ellipsis
 
 Inputs = Mapping[str, Image.Image | list[Image.Image]]  # the pictures to edit, by argument of the pipeline's call
-
-
-@dataclass
-class Sample:
-    """A prompt and its pictures, by their paths in the run's folder; the seed is that of both."""
-
-    prompt: str
-    after: str
-    before: str | None = None
-    seed: int = 0
-    inputs: dict[str, str | list[str]] = field(default_factory=dict)  # by argument of the pipeline's call
-
-    @property
-    def input_paths(self) -> list[str]:
-        return _flat(self.inputs)
 
 
 def sample_grid(

@@ -109,8 +109,8 @@ class Publisher(TrainerCallback):
                     [data["prompt"][i] for i in self._rows],
                     self.trainer.inputs.pictures(data, self._rows),
                 )
-                samples, self.sheet = save_samples(self.trainer.args.run_dir, prompts, after, before, inputs)
-                self.samples = [Sample(**vars(sample)) for sample in samples]
+                folder = self.trainer.args.run_dir
+                self.samples, self.sheet = save_samples(folder, prompts, after, before, inputs)
             except (OSError, ValueError) as raised:
                 error = ValueError(f"The pictures for the card could not be written: {raised}")
         raise_together(error)

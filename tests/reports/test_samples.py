@@ -69,7 +69,7 @@ class TestSaveSamples:
         mask = pictures(1)[0]
         given = [{"image": pictures(3), "mask": mask}]
         [sample], _ = save_samples(tmp_path, ["a"], pictures(1), None, given)
-        assert sample.inputs["mask"] == "samples/1_input_4.png" and len(sample.input_paths) == 4
+        assert sample.inputs["mask"] == "samples/1_input_4.png" and len(sample.paths) == 5
         for other in ({"image": pictures(4), "mask": mask}, {"image": pictures(5)}, {"image": []}):
             [sample], _ = save_samples(tmp_path / "more", ["a"], pictures(1), None, [other])
             assert not sample.inputs and not list((tmp_path / "more" / "samples").glob("*input*"))
@@ -81,6 +81,6 @@ class TestSaveSamples:
         with Image.open(tmp_path / "photo.jpg") as photo:
             assert photo.getexif()
             [sample], _ = save_samples(tmp_path, ["a"], [photo], None, [{"image": photo}])
-        for path in (sample.after, *sample.input_paths):
+        for path in sample.paths:
             with Image.open(tmp_path / path) as written:
                 assert not written.getexif()
