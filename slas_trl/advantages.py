@@ -11,7 +11,7 @@ Super-Linear Advantage Shaping". Where it is silent, or we depart from it:
 
 - Order: the paper does not say whether to scale or to shape first; the two differ by one scalar per batch. We scale
   first, so that differences above one batch std are amplified and those below it damped. It gives no γ; 0.5 is ours.
-- Batch std: that of the centred Δr, so without the variance between prompts that TRL's and Flow-GRPO's contains.
+- Batch std: that of the centered Δr, so without the variance between prompts that TRL's and Flow-GRPO's contains.
   Every std has ddof 0, as in the paper's ±1.342 example; TRL, DanceGRPO and Lemma 1 have ddof 1.
 - No additive eps: it would eat gaps of 5e-3. A group whose std is below float32 resolution of its rewards gets 0.
 - Clipping comes before shaping, in std units: a bound of 5 after it would cut at 2.24 std for γ = 1.
@@ -70,7 +70,7 @@ class AdvantageOptions:
 
     Args:
         scale_rewards (`str` or `bool`, *optional*, defaults to `"batch"`):
-            Std that divides centred rewards: of the `"batch"` (SLAS), of the `"group"` (GRPO, or `True`), or `"none"`
+            Std that divides centered rewards: of the `"batch"` (SLAS), of the `"group"` (GRPO, or `True`), or `"none"`
             (or `False`).
         gamma (`float`, *optional*, defaults to `0.5`):
             γ of A = sign(x)|x|^(1+γ) (Eq. 20). 0 leaves advantages linear.
@@ -86,13 +86,13 @@ class AdvantageOptions:
         reward_weights (`list[float]` of length K, *optional*):
             Weights of the K rewards; by default 1. A reward of weight 0 is logged and not trained on.
         multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
-            `"sum_then_normalize"` sums the weighted rewards first. `"normalize_then_sum"` centres and scales each one
+            `"sum_then_normalize"` sums the weighted rewards first. `"normalize_then_sum"` centers and scales each one
             by itself, then sums, as DanceGRPO does; with a batch std the sum is divided by its own, before it is
             shaped.
     """
 
     scale_rewards: str = option(
-        "batch", "Divide centred rewards by the std of the batch or the group.", choices=["batch", "group", "none"]
+        "batch", "Divide centered rewards by the std of the batch or the group.", choices=["batch", "group", "none"]
     )
     gamma: NotNegative = option(0.5, "A = sign(x)|x|^(1+gamma) of scaled rewards x.")
     batch_std_of: str = option("centered", "Rewards the batch std is taken of.", choices=["centered", "raw"])
