@@ -62,15 +62,16 @@ def t5_encoder(d_model: int = 16) -> T5EncoderModel:
     )
 
 
-def autoencoder(latent_channels: int) -> AutoencoderKL:
+def autoencoder(latent_channels: int, levels: int = 2) -> AutoencoderKL:
+    """It makes the sides `2 ** (levels - 1)` times smaller."""
     return AutoencoderKL(
-        block_out_channels=(4, 4),
+        block_out_channels=(4,) * levels,
         layers_per_block=1,
         latent_channels=latent_channels,
         norm_num_groups=2,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        sample_size=8 * levels,
         shift_factor=0.0,
         scaling_factor=1.0,
     )

@@ -109,7 +109,7 @@ class TestARunThatCouldNotBePushed:
         data = yaml.safe_load(card.split("---\n")[1])
         assert (data["base_model"], data["base_model_relation"]) == ("org/base", "adapter")
         assert "license" not in data and "**Unknown.**" in card  # nothing of that name is there to ask
-        assert server.info(REPO)["private"] is True
+        assert server.store.repos[REPO]["private"] is True
         assert server.commits(REPO, "try")[0]["title"] == "Here it is"
 
     def test_a_card_that_was_edited_stays(self, unpushed, at_home, server, online, capsys):

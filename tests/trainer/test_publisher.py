@@ -83,7 +83,7 @@ def test_end(tmp_path, tmp_path_factory, uploads):
         trainer = trained(tmp_path, **PUSHED, hub_strategy="end", **EVERY_UPDATE, hub_private_repo=True)
         assert titles(server) == ["initial commit"]
         trainer.save_model()
-        assert titles(server) == ["Model save", "initial commit"] and server.info(REPO)["private"] is True
+        assert titles(server) == ["Model save", "initial commit"] and server.store.repos[REPO]["private"] is True
         files = server.files(REPO)
         pictures = {f"samples/{i}_{when}.png" for i in range(1, 5) for when in ("before", "after")}
         assert files.keys() == {"README.md", ADAPTER, "training.png", "samples/comparison.png", *pictures}

@@ -140,17 +140,7 @@ def filled(module: Module) -> Module:
 
 def autoencoder_8x(latent_channels: int) -> AutoencoderKL:
     """For pipelines that take a factor of 8 between latents and pictures for granted."""
-    return AutoencoderKL(
-        block_out_channels=(4,) * 4,
-        layers_per_block=1,
-        latent_channels=latent_channels,
-        norm_num_groups=2,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        sample_size=32,
-        shift_factor=0.0,
-        scaling_factor=1.0,
-    )
+    return autoencoder(latent_channels, levels=4)
 
 
 def autoencoder_flux2() -> AutoencoderKLFlux2:
