@@ -129,12 +129,6 @@ def test_groups_scaled_by_themselves_do_not_see_each_other():
     torch.testing.assert_close(slas_advantages(rewards, 8, **options), alone)
 
 
-def test_a_million_rewards_are_one_vectorized_computation():
-    rewards = torch.rand(1_000_000, generator=torch.Generator().manual_seed(0)) ** 4
-    advantages = slas_advantages(rewards, 8, gamma=0.7, shaping_baseline="zero_sum")
-    assert advantages.shape == (1_000_000,) and advantages.isfinite().all()
-
-
 @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, -7.7e5, 1e-12, 2.4e-38])
 @pytest.mark.parametrize("scale_rewards", SCALINGS)
 def test_a_constant_group_gets_exactly_0(scale_rewards, value):

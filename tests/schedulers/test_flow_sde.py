@@ -1,6 +1,5 @@
 import math
 
-import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -49,35 +48,6 @@ def test_one_step_by_hand(noise_schedule, index, mean, std):
     got_mean, got_std = scheduler.transition(v, x, index)
     assert got_mean.item() == pytest.approx(mean, abs=1e-6)
     assert got_std.item() == pytest.approx(std, abs=1e-6)
-
-
-def reference_transition(noise_schedule, level, x, v, sigma, sigma_next, second_sigma):
-    """docs: the step policy, in float64 and without the package."""
-    dt = sigma_next - sigma
-    if noise_schedule == "cps":
-        std = sigma_next * np.sin(level * np.pi / 2)
-        x0, x1 = x - sigma * v, x + (1 - sigma) * v
-        return (1 - sigma_next) * x0 + np.sqrt(sigma_next**2 - std**2) * x1, std
-    s = level if noise_schedule == "dance_grpo" else level * np.sqrt(sigma / (1 - min(sigma, second_sigma)))
-    mean = x * (1 + s**2 * dt / (2 * sigma)) + v * dt * (1 + s**2 * (1 - sigma) / (2 * sigma))
-    return mean, s * np.sqrt(-dt)
-
-
-@pytest.mark.parametrize("noise_schedule", SCHEDULES)
-@pytest.mark.parametrize("steps", [1, 2, 10])
-def test_every_step_agrees_with_the_formulas_in_float64(noise_schedule, steps):
-    level = SCHEDULES[noise_schedule]
-    scheduler = FlowSDEScheduler(shift=3.0, noise_schedule=noise_schedule, noise_level=level)
-    scheduler.set_timesteps(steps)
-    x, v = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)
-    sigmas = scheduler.sigmas.double().numpy()
-    for index in range(steps):
-        mean, std = scheduler.transition(v, x, index)
-        expected_mean, expected_std = reference_transition(
-            noise_schedule, level, x.double().numpy(), v.double().numpy(), sigmas[index], sigmas[index + 1], sigmas[1]
-        )
-        np.testing.assert_allclose(mean.numpy(), expected_mean, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(std.numpy(), expected_std, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("noise_schedule", SCHEDULES)
