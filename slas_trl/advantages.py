@@ -66,29 +66,15 @@ class Advantages:
 class AdvantageOptions:
     """
     What advantages depend on beside the rewards. A field of this class is an argument of [`slas_advantages`], of
-    [`~slas_trl.trainer.SLASConfig`] and of the command line, and is written into model cards and checkpoints.
+    [`~slas_trl.trainer.SLASConfig`] and of the command line, and is written into model cards and checkpoints. Each has
+    its meaning as `help`.
 
-    Args:
-        scale_rewards (`str` or `bool`, *optional*, defaults to `"batch"`):
-            Std that divides centered rewards: of the `"batch"` (SLAS), of the `"group"` (GRPO, or `True`), or `"none"`
-            (or `False`).
-        gamma (`float`, *optional*, defaults to `0.5`):
-            γ of A = sign(x)|x|^(1+γ) (Eq. 20). 0 leaves advantages linear.
-        batch_std_of (`str`, *optional*, defaults to `"centered"`):
-            Batch std of the `"centered"` rewards, or of the `"raw"` ones as in TRL.
-        shaping_baseline (`str`, *optional*, defaults to `"mean"`):
-            What is shaped around: the group's `"mean"` or, so that its shaped advantages sum to 0 before clipping, the
-            root of Eq. 13, `"zero_sum"`. The std is about the mean in both cases.
-        advantage_clip (`float`, *optional*, defaults to `5.0`):
-            Bound on |x| before shaping, in std units (the batch's for `"none"`). `None` is no bound.
-        min_group_std (`float`, *optional*, defaults to `0.0`):
-            Groups whose summed rewards have a std below this, in units of the reward, get 0.
-        reward_weights (`list[float]` of length K, *optional*):
-            Weights of the K rewards; by default 1. A reward of weight 0 is logged and not trained on.
-        multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
-            `"sum_then_normalize"` sums the weighted rewards first. `"normalize_then_sum"` centers and scales each one
-            by itself, then sums, as DanceGRPO does; with a batch std the sum is divided by its own, before it is
-            shaped.
+    `scale_rewards="batch"` is SLAS, `"group"` or `True` GRPO, `"none"` or `False` no scaling; the std is always about
+    the mean. `batch_std_of="raw"` is TRL's. `shaping_baseline="zero_sum"` shapes around the root of Eq. 13, so that a
+    group's shaped advantages sum to 0 before clipping. `advantage_clip` is in std units (the batch's for `"none"`),
+    `min_group_std` in units of the reward. A reward of weight 0 is logged and not trained on. `"normalize_then_sum"`
+    centers and scales each reward by itself, then sums, as DanceGRPO does; with a batch std the sum is divided by its
+    own, before it is shaped.
     """
 
     scale_rewards: str = option(

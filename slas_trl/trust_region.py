@@ -35,7 +35,7 @@ import torch
 from scipy.special import lambertw
 from torch import Tensor
 
-from .advantages import effective_share
+from .advantages import check_number, effective_share
 
 
 # A constant of Eq. 96 that holds for every k >= 2, with the norm of Eq. 94: E[y^p] ≤ Γ(p + 1) E[e^y - 1] for p >= 1.
@@ -62,9 +62,9 @@ def kl_budget(kl_threshold: float, learning_rate: float, lambda_max: float, g_ma
 
     Returns a `float`, infinite if one of the last three is 0. Raises `ValueError` for values out of range.
     """
-    _check("kl_threshold", kl_threshold, positive=True)
+    check_number("kl_threshold", kl_threshold, "(0, inf]")
     for name, value in (("learning_rate", learning_rate), ("lambda_max", lambda_max), ("g_max", g_max)):
-        _check(name, value)
+        check_number(name, value, "[0, inf]")
     divisor = learning_rate**2 * lambda_max * g_max
     return 2 * kl_threshold / divisor if divisor > 0 else math.inf
 
@@ -76,15 +76,10 @@ def largest_gamma(x: Tensor, budget: float, gamma_max: float) -> float:
     log M is convex in γ, but falls at first where many |x| are below 1: the γ that meet B are an interval, and 0 need
     not be among them. Where none is, the γ of the least moment is returned, which comes nearest.
 
-    Args:
-        x (`torch.Tensor` of shape `(N,)`): Scaled rewards.
-        budget (`float`): B > 0.
-        gamma_max (`float`): Upper end, >= 0.
-
-    Returns a `float`. Raises `ValueError` for values out of range.
+    `x` are scaled rewards `(N,)`, `budget` B > 0, and `gamma_max` >= 0. Raises `ValueError` for values out of range.
     """
-    _check("budget", budget, positive=True)
-    _check("gamma_max", gamma_max)
+    check_number("budget", budget, "(0, inf]")
+    check_number("gamma_max", gamma_max, "[0, inf]")
     size = x.detach().double().abs()
     if not (size > 0).any() or reward_moment(size, gamma_max) <= budget:
         return gamma_max
@@ -127,14 +122,10 @@ def gamma_bound_bounded(budget: float, r_max: float) -> GammaRange:
     The paper's Eq. 91 is its case R > 1. For R < 1 the logarithm is negative and the inequality turns round: γ has a
     lower bound, above which more shaping is safer. For R = 1 all γ are admissible, or none.
 
-    Args:
-        budget (`float`): B > 0.
-        r_max (`float`): R >= 0, a bound on |x|.
-
-    Returns a [`GammaRange`]. Raises `ValueError` for values out of range.
+    `budget` is B > 0, and `r_max` R >= 0, a bound on |x|. Raises `ValueError` for values out of range.
     """
-    _check("budget", budget, positive=True)
-    _check("r_max", r_max)
+    check_number("budget", budget, "(0, inf]")
+    check_number("r_max", r_max, "[0, inf]")
     if r_max == 0:
         return EVERY_GAMMA
     if r_max == 1:
@@ -161,9 +152,9 @@ def gamma_bound_sub_gaussian(budget: float, norm: float, constant: float = SUB_G
 
     Returns a [`GammaRange`]. Raises `ValueError` for values out of range.
     """
-    _check("budget", budget, positive=True)
-    _check("norm", norm)
-    _check("constant", constant, positive=True)
+    check_number("budget", budget, "(0, inf]")
+    check_number("norm", norm, "[0, inf]")
+    check_number("constant", constant, "(0, inf]")
     c, log_budget = 2 * constant**2 * norm**2, math.log(budget)
     if c == 0:
         return EVERY_GAMMA
@@ -227,15 +218,10 @@ def power_iteration(
     """
     The largest eigenvalue of a positive semi-definite matrix that is known by its products with vectors alone.
 
-    Args:
-        product (`Callable`): Returns the matrix times a vector.
-        start (`list[torch.Tensor]`): A vector that is not 0; the eigenvector of a similar matrix saves products.
-        min_products (`int`, *optional*, defaults to `2`): At least so many products.
-        max_products (`int`, *optional*, defaults to `20`): At most so many.
-        tolerance (`float`, *optional*, defaults to `0.01`): Relative change of the eigenvalue at which it ends.
-        inner (`Callable`, *optional*): Inner product of two vectors.
-
-    Returns an [`Eigenpair`]; its value, vᵀHv, is never above the largest eigenvalue. It is 0 where all products are.
+    `product` returns the matrix times a vector, and `inner` an inner product. It begins with `start`, which is not 0
+    (the eigenvector of a similar matrix saves products), and ends after `min_products` to `max_products` when the
+    eigenvalue changes by less than `tolerance` of itself. The value, vᵀHv, is never above the largest eigenvalue, and
+    0 where all products are.
     """
     vector, value = _normalized(start, inner), 0.0
     for count in range(1, max_products + 1):
@@ -260,11 +246,10 @@ class FisherProduct:
     parameters; the mean over elements, samples and steps, see "Units" above. It is the Hessian of that KL (Eq. 82) at
     the present weights.
 
-    J v is a central difference of the mean along v, and Jᵀ one backward pass. A second backward pass through the first
-    would be exact, but fused attention kernels have none, checkpointed and sharded layers have trouble with it, and it
-    keeps all activations twice. A difference takes two more forward passes and works wherever training does. Its two
-    points are where the mean has moved by `shift` standard deviations (RMS), as far as the curvature is known. The
-    weights are put back to the last bit, and no gradients are left behind by the default `gradients`.
+    J v is a central difference of the mean along v, which takes two forward passes and works wherever training does
+    (fused attention has no second backward pass), and Jᵀ one backward pass. The two points are where the mean has
+    moved by `shift` standard deviations (RMS), as far as the curvature is known. The weights are put back to the last
+    bit.
 
     Args:
         policies (`list[Callable]`): Each returns one step's policy at the present weights, a [`GaussianStep`].
@@ -364,8 +349,3 @@ def _first(holds: Callable[[float], bool], low: float, high: float) -> float:
         middle = (low + high) / 2
         low, high = (low, middle) if holds(middle) else (middle, high)
     return low
-
-
-def _check(name: str, value: float, positive: bool = False) -> None:
-    if math.isnan(value) or value < 0 or (positive and value == 0):
-        raise ValueError(f"{name} must be {'> 0' if positive else '>= 0'}, got {value!r}.")
