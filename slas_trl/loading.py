@@ -29,18 +29,12 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 def load_pipeline(name_or_path: str, init_kwargs: Mapping[str, Any] | None = None) -> DiffusionPipeline:
     """
-    Load a pipeline.
+    Load a pipeline: `"shapes"` for the embedded one, a folder, a file with all weights of a model, or a Hub id.
 
-    Args:
-        name_or_path (`str`):
-            `"shapes"` for the embedded pipeline, a folder, a file with all weights of a model, or a Hub id.
-        init_kwargs (`Mapping[str, Any]`, *optional*):
-            Arguments of `from_pretrained` or `from_single_file`. `dtype` (or `torch_dtype`) may be a name such as
-            "bfloat16", or one for each component; `quantization_config` the arguments of a
-            `PipelineQuantizationConfig`.
-
-    Raises:
-        `ValueError`: when there is no such pipeline, or one without a denoiser, and for arguments that do not fit.
+    `init_kwargs` are arguments of `from_pretrained` or `from_single_file`. `dtype` (or `torch_dtype`) may be a name
+    such as "bfloat16", or one for each component, `quantization_config` the arguments of a
+    `PipelineQuantizationConfig`. Raises `ValueError` when there is no such pipeline, or one without a denoiser, and
+    for arguments that do not fit.
     """
     given, path = dict(init_kwargs or {}), Path(name_or_path)
     if path.is_dir() and name_or_path != EMBEDDED and not (path / "model_index.json").is_file():
@@ -91,17 +85,9 @@ def _dtype(value: Any) -> Any:
 def load_with_adapter(
     name: str | None, adapter: str | None, init_kwargs: Mapping[str, Any] | None = None, token: str | None = None
 ) -> DiffusionPipeline:
-    """
-    [`load_pipeline`], by default the embedded one, and [`load_adapter`] if an adapter is named.
-
-    Raises:
-        `ValueError`: when one of them is not there, or they do not fit each other.
-    """
+    """[`load_pipeline`], by default the embedded one, and [`load_adapter`] if an adapter is named."""
     if name is None and adapter is not None and (base := base_model_of(adapter, token)) is not None:
-        raise ValueError(
-            f"the adapter {adapter} was trained on {base}, not on the embedded pipeline: add --model_name_or_path "
-            f"{base}."
-        )
+        raise ValueError(f"the adapter {adapter} was trained on {base}: add --model_name_or_path {base}.")
     pipe = load_pipeline(name or EMBEDDED, init_kwargs)
     if adapter is not None:
         load_adapter(pipe, adapter, token)

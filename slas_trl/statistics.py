@@ -16,20 +16,12 @@ from scipy.special import stdtrit
 
 @dataclass(frozen=True)
 class Estimate:
-    """
-    A mean, and how sure it is. `f"{estimate:.3f}"` is "0.123 ± 0.045".
+    """A mean, and how sure it is. `f"{estimate:.3f}"` is "0.123 ± 0.045"."""
 
-    Attributes:
-        mean (`float`): in units of the score, or a difference of two such means; NaN without any score.
-        se (`float`): standard error; NaN with a single prompt.
-        half_width (`float`): of the 95% interval around the mean; NaN with a single prompt.
-        prompts (`int`): number of prompts that have a score.
-    """
-
-    mean: float
-    se: float
-    half_width: float
-    prompts: int
+    mean: float  # in units of the score, or a difference of two such means; NaN without any score
+    se: float  # standard error; NaN with a single prompt
+    half_width: float  # of the 95% interval around the mean; NaN with a single prompt
+    prompts: int  # number of prompts that have a score
 
     @property
     def low(self) -> float:

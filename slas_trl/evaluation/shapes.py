@@ -31,19 +31,11 @@ Estimates = dict[str, dict[str, Estimate]]  # by category and "overall", of each
 
 @dataclass(frozen=True, eq=False)
 class ShapesReport:
-    """
-    The scores of one pipeline.
-
-    Attributes:
-        prompts (`tuple[str, ...]`): P prompts.
-        scores (`dict[str, np.ndarray]`):
-            `"graded"`, `"lenient"` and `"strict"` of every image, each `(P, images_per_prompt)`.
-        seed (`int`): of the sampling.
-    """
+    """The scores of one pipeline on P prompts."""
 
     prompts: tuple[str, ...]
-    scores: dict[str, np.ndarray]
-    seed: int
+    scores: dict[str, np.ndarray]  # "graded", "lenient" and "strict" of every image, each (P, images_per_prompt)
+    seed: int  # of the sampling
     spec: ClassVar[str] = ".3f"  # of estimates in tables
 
     @property
@@ -116,12 +108,8 @@ def evaluate_shapes(
         batch_size (`int`, *optional*, defaults to `48`): images at a time.
         call: further arguments of the pipeline, such as `num_inference_steps`.
 
-    Returns:
-        [`ShapesReport`]: per category and overall, the mean of the graded, lenient and strict score.
-
     Raises:
-        `ValueError`: for prompts of another world, none or equal ones, numbers below 1, and arguments that are set
-            here.
+        `ValueError`: for prompts of another world, none or equal ones, numbers below 1, and what is set here.
     """
     prompts = [c.text for c in world.captions_of("test")] if prompts is None else list(prompts)
     for prompt in prompts:
@@ -150,12 +138,9 @@ def evaluate_shapes(
 
 def paired_difference(before: ShapesReport, after: ShapesReport) -> ShapesDifference:
     """
-    The change, prompt by prompt, between two pipelines that were evaluated on the same prompts with the same seeds.
-    What makes a prompt hard for both falls out of the standard error, which is smaller than those of the two reports
-    suggest.
-
-    Raises:
-        `ValueError`: when prompts, seeds or numbers of images differ.
+    The change, prompt by prompt, between two pipelines that were evaluated on the same prompts with the same seeds:
+    the standard error is without what makes a prompt hard for both. Raises `ValueError` when prompts, seeds or numbers
+    of images differ.
     """
     for name in ("prompts", "seed", "images_per_prompt"):
         if getattr(before, name) != getattr(after, name):

@@ -84,14 +84,9 @@ def _is_cached(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class RatioReport:
-    """
-    |ratio - 1| before any update, for each trained step of a rollout.
+    """|ratio - 1| before any update, for each trained step of a rollout."""
 
-    Attributes:
-        deviations (`dict[int, float]`): largest |ratio - 1| over the batch, by step.
-    """
-
-    deviations: dict[int, float]
+    deviations: dict[int, float]  # the largest over the batch, by step
 
     @property
     def worst(self) -> tuple[int, float]:

@@ -43,31 +43,17 @@ class StepOutput:
 
 @dataclass
 class Rollout:
-    """
-    A batch of trajectories, sampled by one pipeline call.
+    """A batch of B trajectories of T steps, sampled by one pipeline call."""
 
-    Attributes:
-        images: the first field of the pipeline's output: B `PIL.Image.Image` unless `output_type` says otherwise.
-        log_probs (`torch.Tensor`): `(B, T)`, float32, mean over non-batch elements; NaN at deterministic steps.
-        trainable_steps (`tuple[int, ...]`): positions in `steps` that have a density.
-        steps (`list[Step]`): the T recorded steps.
-        call (`dict[str, Any]`): arguments of the pipeline's `__call__`, as they were given.
-        random_states (`list[torch.Tensor]`):
-            uint8 states of the call's generators, then of torch's global ones, from before the call.
-        window (`range`, *optional*): schedule indices of the stochastic steps; `None` for all.
-        memo (`list[FrozenOutput]`): what frozen components returned, in call order.
-        problems (`list[str | None]`): for each of the B images why it cannot be scored, or `None`.
-    """
-
-    images: Any
-    log_probs: torch.Tensor
-    trainable_steps: tuple[int, ...]
+    images: Any  # the first field of the pipeline's output: B `PIL.Image.Image` unless `output_type` says otherwise
+    log_probs: torch.Tensor  # (B, T) float32, mean over non-batch elements; NaN at deterministic steps
+    trainable_steps: tuple[int, ...]  # positions in `steps` that have a density
     steps: list[Step]
-    call: dict[str, Any]
-    random_states: list[torch.Tensor]
-    window: range | None = None
-    memo: list[FrozenOutput] = field(default_factory=list)
-    problems: list[str | None] = field(default_factory=list)
+    call: dict[str, Any]  # arguments of the pipeline's `__call__`, as they were given
+    random_states: list[torch.Tensor]  # uint8: the call's generators, then torch's global ones, before the call
+    window: range | None = None  # schedule indices of the stochastic steps; `None` for all
+    memo: list[FrozenOutput] = field(default_factory=list)  # in call order
+    problems: list[str | None] = field(default_factory=list)  # for each image why it cannot be scored, or `None`
 
     def __len__(self) -> int:
         return self.log_probs.shape[0]

@@ -38,9 +38,6 @@ def shapes_prompts(split: str) -> "Dataset":
         [`~datasets.Dataset`]: grouped by category, with columns `prompt` and `category`, one of GenEval's six.
         `"test"` has each held-out prompt once. `"train"` has 96 rows of each category, since the score counts
         categories equally: prompts come several times in the small ones, and are a sample of the large ones.
-
-    Raises:
-        `ValueError`: for another split.
     """
     from datasets import Dataset
 

@@ -36,22 +36,13 @@ _NEIGHBORS = ndimage.generate_binary_structure(2, 1)  # four of them
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """
-    A thing seen in a picture. Coordinates are in pixels of the 32x32 picture, x to the right and y down.
+    """A thing seen in a picture. Coordinates are in pixels of the 32x32 picture, x to the right and y down."""
 
-    Attributes:
-        shape (`str` or `None`): one of `world.SHAPES`; `None` for a component that resembles none of them.
-        color (`str`): one of `world.COLORS`.
-        box (`tuple[int, int, int, int]`): left, top, right and bottom edge.
-        center (`tuple[float, float]`): of the box.
-        area (`int`): number of pixels.
-    """
-
-    shape: str | None
-    color: str
-    box: tuple[int, int, int, int]
-    center: tuple[float, float]
-    area: int
+    shape: str | None  # one of `world.SHAPES`; `None` for a component that resembles none of them
+    color: str  # one of `world.COLORS`
+    box: tuple[int, int, int, int]  # left, top, right and bottom edge
+    center: tuple[float, float]  # of the box
+    area: int  # number of pixels
 
     @property
     def size(self) -> str:
@@ -62,17 +53,10 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """
-    What [`verify`] says of one picture.
+    """What [`verify`] says of one picture."""
 
-    Attributes:
-        category (`str`): GenEval category of the prompt, one of `world.CATEGORIES`.
-        demands (`dict[str, float]`):
-            How far each demand of the prompt is met, in [0, 1], such as `{"circle": 1.0, "circle is red": 0.0,
-            "nothing else": 1.0}`.
-    """
-
-    category: str
+    category: str  # GenEval category of the prompt, one of `world.CATEGORIES`
+    # How far each is met, in [0, 1], such as {"circle": 1.0, "circle is red": 0.0, "nothing else": 1.0}.
     demands: dict[str, float]
 
     @property
@@ -99,11 +83,8 @@ def to_pixels(pictures: Sequence[Image.Image] | np.ndarray) -> np.ndarray:
         pictures (`Sequence[PIL.Image.Image]` or `np.ndarray`):
             N images of any mode and size, resized to 32x32; or an array `(N, 32, 32, 3)`, floating point in [0, 1].
 
-    Returns:
-        `np.ndarray`: `(N, 32, 32, 3)`, uint8. Arrays are rounded as PIL images are, so both give the same verdicts.
-
-    Raises:
-        `ValueError`, `TypeError`: for an array of another shape, type or range; for something that is no PIL image.
+    Returns `(N, 32, 32, 3)`, uint8; arrays are rounded as PIL images are, so both give the same verdicts. Raises
+    `ValueError` or `TypeError` for an array of another shape, type or range, and for what is no PIL image.
     """
     side = world.RESOLUTION
     if isinstance(pictures, np.ndarray):
@@ -276,15 +257,10 @@ def verify(prompts: Sequence[str], images: Sequence[Image.Image] | np.ndarray) -
 
     Args:
         prompts (`Sequence[str]`): N sentences of the world, see [`world.all_captions`].
-        images (`Sequence[PIL.Image.Image]` or `np.ndarray`):
-            N pictures: PIL images of any size, or `(N, 32, 32, 3)`, floating point in [0, 1].
-
-    Returns:
-        `list[Verdict]`: of each picture.
+        images (`Sequence[PIL.Image.Image]` or `np.ndarray`): N pictures, see [`to_pixels`].
 
     Raises:
-        `ValueError`: for a prompt that is not of this world, for numbers of prompts and images that differ, and for
-            arrays of another shape or range.
+        `ValueError`: for a prompt that is not of this world, and for numbers of prompts and images that differ.
     """
     if len(prompts) != len(images):
         raise ValueError(f"Expected a prompt for each image, got {len(prompts)} prompts and {len(images)} images.")
