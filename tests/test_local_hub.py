@@ -1,10 +1,9 @@
 """The Hub of the tests, asked by the clients that users have: huggingface_hub and diffusers."""
 
 import httpx2
-import huggingface_hub
 import pytest
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from tests.local_hub import HubServer
 
@@ -47,25 +46,6 @@ def test_files_go_up_and_come_back(hub):
         hf_hub_download(NAME, "none.png")
     api.delete_repo(NAME)
     assert not api.repo_exists(NAME)
-
-
-def test_who_may_do_what(hub):
-    huggingface_hub.create_repo("org/private", private=True)
-    for token, name, status in (("hf_good", "other/repo", 403), ("hf_read", NAME, 403), ("hf_bad", NAME, 401)):
-        with pytest.raises(HfHubHTTPError, match=str(status)):
-            HfApi(token=token).create_repo(name)
-    with pytest.raises(RepositoryNotFoundError):
-        HfApi(token=False).model_info("org/private")
-
-
-@pytest.mark.parametrize(("fault", "error"), [("fail", HfHubHTTPError), ("drop", httpx2.RemoteProtocolError)])
-def test_what_fails_leaves_nothing(hub, fault, error):
-    huggingface_hub.create_repo(NAME)
-    getattr(hub, fault)("commit")
-    with pytest.raises(error):
-        commit(FILES)
-    hub.heal()
-    assert hub.files(NAME) == {}
 
 
 def test_no_other_address(hub):

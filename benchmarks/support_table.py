@@ -1,7 +1,7 @@
 """
 Writes the table of supported pipelines into the documentation, from the checks that the tests make:
 
-    python -m tests.policy.support_table
+    python -m benchmarks.support_table
 """
 
 import io
@@ -12,13 +12,12 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from slas_trl.policy.checks import denoisers_of
+from tests.policy.zoo.all import FAMILIES
+from tests.policy.zoo.checks import free_frozen_components, largest_error, sampled
+from tests.policy.zoo.family import Family
 
-from .zoo.all import FAMILIES
-from .zoo.checks import free_frozen_components, largest_error, sampled
-from .zoo.family import Family
 
-
-PAGE = Path(__file__).parents[2] / "docs" / "source" / "pipelines.md"
+PAGE = Path(__file__).parents[1] / "docs" / "source" / "pipelines.md"
 BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
 COLUMNS = (
     "family",
@@ -62,12 +61,6 @@ def updates(family: Family) -> bool:
         trainer = zoo_trainer(family, Path(folder))
         trainer.train()
     return trainer.state.global_step == 1
-
-
-def written_rows(page: str) -> list[str]:
-    """The table's rows, without its header."""
-    table = page.split(BEGIN)[1].split(END)[0].strip().splitlines()
-    return table[len(HEADER) :]
 
 
 def main() -> None:
