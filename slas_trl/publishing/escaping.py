@@ -3,6 +3,7 @@ Text that somebody else wrote, in Markdown and Python: it is read as it was writ
 names come from users, and a card is shown on a website that allows HTML in Markdown.
 """
 
+import math
 import re
 from typing import Any
 
@@ -60,7 +61,7 @@ def as_python(value: Any) -> str:
         return "{" + ", ".join(f"{as_python(key)}: {as_python(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(as_python, value)) + "]"
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+    if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")'
     return repr(value)
 

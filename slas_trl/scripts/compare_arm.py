@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,25 +59,20 @@ class ArmEvaluation(TrainerCallback):
         self.trainer, self.folder, self.spec, self.base = trainer, folder, spec, base
         self.data: Any = trainer.eval_dataset
         self.size = trainer.args.per_device_train_batch_size
-        self.done: dict[str, Any] = {"seconds": 0.0, "evaluations": {}}  # training, without evaluations
-        self._last = time.perf_counter()
+        self.done: dict[str, Any] = {}  # by update
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step:  # resumed; time that is spent again counts again
-            self.done = json.loads((self.folder / EVALUATIONS).read_text(encoding="utf-8"))
-            known = self.done["evaluations"]
-            self.done["evaluations"] = {step: known[step] for step in known if int(step) <= state.global_step}
-        self._last = time.perf_counter()
+        if state.global_step:  # resumed
+            done = json.loads((self.folder / EVALUATIONS).read_text(encoding="utf-8"))
+            self.done = {step: done[step] for step in done if int(step) <= state.global_step}
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.spec["eval_every"] == 0 or state.global_step == state.max_steps:
             self.evaluate(state.global_step)
 
     def evaluate(self, step: int) -> None:
-        self.done["seconds"] += time.perf_counter() - self._last
-        self.done["evaluations"][str(step)] = {"scores": self._scores(), "kl": self._kl() if step else 0.0}
+        self.done[str(step)] = {"scores": self._scores(), "kl": self._kl() if step else 0.0}
         write_text(self.folder / EVALUATIONS, json.dumps(self.done))
-        self._last = time.perf_counter()
 
     def _scores(self) -> dict[str, list[float]]:
         """By measure, the mean of each prompt."""
@@ -147,7 +141,7 @@ def run_arm(folder: Path) -> None:
         trainer.save_model()
     result = {
         **spec,
-        **evaluation.done,
+        "evaluations": evaluation.done,
         "first_rollout": _first_rewards(folder),
         "reward_weights": trainer.weight_of,
         "prompts": list(data["prompt"]),
