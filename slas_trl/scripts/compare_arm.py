@@ -121,7 +121,8 @@ class ArmEvaluation(TrainerCallback):
 def run_arm(folder: Path) -> None:
     """Do what the folder's `arm.json` says, and write `result.json` into it."""
     spec: Mapping[str, Any] = json.loads((folder / SPEC).read_text(encoding="utf-8"))
-    own = ["--seed", str(spec["seed"]), "--output_dir", str(folder), "--eval_strategy", "no", "--logging_first_step"]
+    own = ["--seed", str(spec["seed"]), "--output_dir", str(folder)]
+    own += ["--eval_strategy", "no", "--logging_first_step", "true", "--disable_tqdm", "true"]
     script, lora, config = parse([*spec["options"], *own], "slas-trl compare", settings=spec["config"])
     prompts = held_out_prompts(script, config, "slas-trl compare")
     data = prompts.select(evenly_spaced(len(prompts), spec["eval_prompts"]))

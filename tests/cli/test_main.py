@@ -1,6 +1,8 @@
 """`slas-trl` as a person types it: what it prints, and the exit status."""
 
+import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,23 +18,12 @@ from slas_trl.cli.main import COMMANDS, main
 ROOT = Path(__file__).parents[2]
 
 
-def slas_trl(*argv: str, **environ: str) -> subprocess.CompletedProcess:
-    """Run the command in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "slas_trl.cli.main", *argv],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "SLAS_TRL_DEBUG": "0", **environ},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def test_help_lists_the_commands():
-    done = slas_trl("--help")
-    assert done.returncode == 0
-    assert all(command in done.stdout for command in COMMANDS)
-    assert slas_trl().stdout == done.stdout
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(command in printed for command in COMMANDS)
+    assert main([]) == 0 and capsys.readouterr().out == printed
 
 
 def test_version(capsys):
@@ -45,7 +36,7 @@ def test_version(capsys):
 def test_unknown_words_are_named(capsys, argv):
     with pytest.raises(SystemExit, match="2"):
         main(argv)
-    assert {"tran", "--sede"} & {word.strip("',:") for word in capsys.readouterr().err.split()}
+    assert re.search("tran|--sede", capsys.readouterr().err)
 
 
 def test_env(capsys):
@@ -70,31 +61,53 @@ def test_generate_refuses_bad_input(capsys, tmp_path, monkeypatch, options, name
     monkeypatch.chdir(tmp_path)
     assert main(["generate", "--prompt", "x", "--output", "x.png", *options]) == 2
     printed = capsys.readouterr()
-    assert named in printed.err and printed.out == "" and "Traceback" not in printed.err
-    assert list(tmp_path.iterdir()) == []
+    assert named in printed.err and "SLAS_TRL_DEBUG=1" in printed.err and "Traceback" not in printed.err
+    assert printed.out == "" and list(tmp_path.iterdir()) == []
 
 
-def test_debug_shows_the_traceback():
-    argv = ("generate", "--prompt", " ", "--output", "x.png")
-    quiet, loud = slas_trl(*argv), slas_trl(*argv, SLAS_TRL_DEBUG="1")
-    assert quiet.returncode == 2 and "Traceback" not in quiet.stderr and "SLAS_TRL_DEBUG=1" in quiet.stderr
-    assert "Traceback" in loud.stderr and "--prompt is empty" in loud.stderr
+def test_debug_shows_the_traceback(monkeypatch):
+    monkeypatch.setenv("SLAS_TRL_DEBUG", "1")
+    with pytest.raises(ValueError, match="--prompt"):
+        main(["generate", "--prompt", " ", "--output", "x.png"])
+
+
+def test_a_terminal_that_lacks_a_character_ends_no_run(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr("slas_trl.scripts.env.main", lambda argv: print("±"))
+    assert main(["env"]) == 0
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 2), (TypeError("t"), 2)]
+    ("error", "status"),
+    [(KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 2), (RuntimeError("a bug"), None)],
 )
 def test_exit_status_of_errors(monkeypatch, capsys, error, status):
     def raising(argv):
         raise error
 
     monkeypatch.setattr("slas_trl.scripts.env.main", raising)
-    assert main(["env"]) == status
-    assert "slas-trl env: " in capsys.readouterr().err
+    if status is None:  # other errors are bugs, and show themselves
+        with pytest.raises(RuntimeError, match="a bug"):
+            main(["env"])
+    else:
+        assert main(["env"]) == status
+        assert "slas-trl env: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["train", "doctor", "compare", "prompts score --output x.jsonl", "serve-reward"])
-@pytest.mark.parametrize("reward", ["remote:url=http://user:s3cret@127.0.0.1:9/", "remote:token=s3cret"])
+URL, TOKEN = "remote:url=http://user:s3cret@127.0.0.1:9/", "remote:token=s3cret"
+
+
+@pytest.mark.parametrize(
+    ("command", "reward"),
+    [
+        ("train", URL),
+        ("doctor", TOKEN),
+        ("compare", URL),
+        ("prompts score --output x.jsonl", TOKEN),
+        ("serve-reward", TOKEN),
+    ],
+)
 def test_a_reward_is_refused_without_its_secrets(tmp_path, monkeypatch, capfd, command, reward):
     monkeypatch.chdir(tmp_path)
     argv = command.split()
@@ -178,12 +191,3 @@ def test_signals_end_a_training(tmp_path, when, signals, status, said):
     assert said in errors and "Traceback" not in errors
     assert len(list(tmp_path.glob("run/checkpoint-*"))) == (when == "run/metrics.jsonl")
     assert time.monotonic() - start < 25 or signal.SIGINT not in signals
-
-
-def test_other_errors_are_bugs_and_show_themselves(monkeypatch):
-    def raising(argv):
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr("slas_trl.scripts.env.main", raising)
-    with pytest.raises(RuntimeError, match="a bug"):
-        main(["env"])
