@@ -1,21 +1,20 @@
 """`slas-trl` as a person types it: what it prints, and the exit status."""
 
 import io
+import logging
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from slas_trl import __version__
 from slas_trl.cli.main import COMMANDS, main
-
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_help_lists_the_commands(capsys):
@@ -154,6 +153,26 @@ def slow(prompts, images, **columns):
 """
 
 
+def forked(folder: Path, *argv: str) -> int:
+    """Run the command in a process that has all imports behind it; it writes stderr into a file. Returns its id."""
+    if child := os.fork():
+        return child
+    status = 1
+    try:
+        os.chdir(folder)
+        sys.argv = ["slas-trl", *argv]
+        logging.getLogger().handlers.clear()  # pytest's
+        with open("stderr", "w", buffering=1) as sys.stderr, open(os.devnull, "w") as sys.stdout:
+            os.dup2(sys.stderr.fileno(), 2)
+            status = main()
+    except SystemExit as end:
+        status = cast(int, end.code)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
 @pytest.mark.parametrize(
     ("when", "signals", "status", "said"),
     [
@@ -170,24 +189,18 @@ def test_signals_end_a_training(tmp_path, when, signals, status, said):
         (tmp_path / "slow").touch()
     argv = ["--reward_funcs", "own.py:slow", "--per_device_train_batch_size", "4", "--num_generations", "4"]
     argv += ["--steps_per_generation", "1", "--num_inference_steps", "3", "--report_prompts", "0"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "slas_trl.cli.main", "train", *argv, "--output_dir", "run", "--save_strategy", "no"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    child = forked(tmp_path, "train", *argv, "--output_dir", "run", "--save_strategy", "no")
     deadline = time.monotonic() + 100
     while not (tmp_path / when).exists():
-        assert time.monotonic() < deadline and process.poll() is None
+        assert time.monotonic() < deadline and os.waitpid(child, os.WNOHANG) == (0, 0)
         time.sleep(0.05)
     start = time.monotonic()
     for number in signals:
-        process.send_signal(number)
+        os.kill(child, number)
         time.sleep(0.01)
-    errors = process.communicate(timeout=60)[1]
-    assert process.returncode == status, errors
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    errors = (tmp_path / "stderr").read_text()
+    assert code == status, errors
     assert said in errors and "Traceback" not in errors
     assert len(list(tmp_path.glob("run/checkpoint-*"))) == (when == "run/metrics.jsonl")
     assert time.monotonic() - start < 25 or signal.SIGINT not in signals
