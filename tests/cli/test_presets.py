@@ -20,8 +20,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from slas_trl.rewards.resolve import resolve_reward, reward_name
 from slas_trl.scripts.arguments import SHAPES_SETTINGS, LoraArguments, SLASScriptArguments, parse
 from slas_trl.trainer import SLASConfig
+from slas_trl.trainer.sampling import window_of
 from tests.tiny_pipelines import PIPELINES
-from tests.trainer.tiny_trainers import Watched, tiny_trainer
+from tests.trainer.tiny_trainers import tiny_trainer
 
 
 FOLDER = Path(__file__).parents[2] / "examples" / "cli_configs"
@@ -228,13 +229,13 @@ def test_no_noise_that_is_not_trained_is_left_on_the_pictures(tmp_path, name):
     trainer = tiny_trainer(
         tmp_path,
         family,
-        cls=Watched,
         max_steps=1,
         **{key: getattr(config, key) for key in (*sampling, *window)},
         **own,
         pipeline_kwargs=call,
     )
-    trainer.train()
-    for rollout in trainer.rollouts:
-        assert rollout.steps[-1].std == 0 and len(rollout.steps) == config.num_inference_steps
-        assert all(rollout.steps[step].std > 0 for step in rollout.trainable_steps)
+    trainer.replayer.scheduler.window = window_of(trainer.args, 0, np.random.default_rng(0))
+    [batch, *_] = trainer.batches([0] * trainer.args.num_generations, 0)
+    rollout = trainer.replayer.sample(**batch.call)
+    assert rollout.steps[-1].std == 0 and len(rollout.steps) == config.num_inference_steps
+    assert all(rollout.steps[step].std > 0 for step in rollout.trainable_steps)
