@@ -12,7 +12,6 @@ import yaml
 from PIL import Image
 
 from slas_trl.cli.main import main
-from slas_trl.trainer import SLASTrainer
 from tests.cli.tiny_run import RUN
 from tests.local_hub import REPO
 from tests.tiny_pipelines import PIPELINES, sd_pipeline
@@ -75,11 +74,8 @@ class TestARunThatCouldNotBePushed:
         files = server.files(REPO)
         assert files[ADAPTER] == Path("run", ADAPTER).read_bytes()
         assert files[f"last-checkpoint/{ADAPTER}"] == Path("run/checkpoint-2", ADAPTER).read_bytes()
-        assert (
-            "last-checkpoint/optimizer.pt" in files
-            and "last-checkpoint/optimizer.pt" in printed
-            and "Pushed: " in printed
-        )
+        assert "last-checkpoint/optimizer.pt" in files
+        assert "last-checkpoint/optimizer.pt" in printed and "Pushed: " in printed
         assert f'pipe.load_lora_weights("{REPO}")' in files["README.md"].decode()
         assert not any(b"home-of-alice" in content for content in files.values())
         fresh = PIPELINES["sd"][0]()
@@ -128,37 +124,15 @@ class TestARunThatCouldNotBePushed:
         card = files["README.md"].decode()
         assert "`updates` **1**" in card and "1 of 2 updates" in card and "model-index" not in card
 
-    def test_prompts_are_text_in_the_card(self, unpushed, home):
-        card = (home / "run" / "README.md").read_text(encoding="utf-8")
-        captions = [entry["text"] for entry in yaml.safe_load(card.split("---\n")[1])["widget"]]
-        assert any("<script>alert(1)</script>" in caption for caption in captions)
-        assert "<script>" not in card.split("---\n", 2)[2].split("```")[2]  # nor between the blocks of code
-        assert "49" not in captions and 'dots: "---" | `x` {{ 7*7 }}' in captions
 
-
-def test_a_run_that_has_not_come_to_its_end(tmp_path, server, online, capsys):
-    class Killed(SLASTrainer):
-        def training_step(self, *args, **kwargs):
-            if self.state.global_step == 2:
-                raise MemoryError
-            return super().training_step(*args, **kwargs)
-
-    with pytest.raises(MemoryError):
-        trained(tmp_path, cls=Killed, max_steps=3, save_strategy="steps", save_steps=1)
-    assert main(["push", str(tmp_path), REPO]) == 0
-    assert "the weights are those of checkpoint-2" in capsys.readouterr().err
-    files = server.files(REPO)
-    assert files[ADAPTER] == (tmp_path / "checkpoint-2" / ADAPTER).read_bytes()
-    assert "2 of 3 updates" in files["README.md"].decode()
-
-
-def test_weights_of_an_earlier_update_are_not_pushed(tmp_path, server, online):
+def test_weights_of_an_earlier_update_are_not_pushed(tmp_path, server, online, capsys):
     settings = {"save_strategy": "steps", "save_steps": 1}
     first = trained(tmp_path, **settings, max_steps=1)
     first.save_model()
     second = tiny_trainer(tmp_path, **settings, max_steps=2)
     second.train(resume_from_checkpoint=True)  # whose result is in its checkpoint alone
     assert main(["push", str(tmp_path), REPO]) == 0
+    assert "the weights are those of checkpoint-2" in capsys.readouterr().err
     files = server.files(REPO)
     assert files[ADAPTER] == (tmp_path / "checkpoint-2" / ADAPTER).read_bytes()
     assert "`updates` **2**" in files["README.md"].decode()
@@ -179,13 +153,6 @@ def test_what_cannot_be_pushed(unpushed, at_home, online, argv, expected, capsys
     except SystemExit as end:
         status = end.code
     assert status == 2 and expected in capsys.readouterr().err
-
-
-def test_without_a_network(unpushed, at_home, online, capsys):
-    with online.context() as offline:
-        offline.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        assert main(["push", "run", REPO]) == 2
-    assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err
 
 
 def test_python_resumes_from_the_hub_what_the_command_line_pushed(tmp_path, server, online):
