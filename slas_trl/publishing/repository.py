@@ -1,7 +1,6 @@
 """
 What of a run goes to the Hub. A repository holds at its root what plain diffusers loads, the card and its pictures;
-what a training needs to go on is in folders, `last-checkpoint` or `checkpoint-20`. Files are listed by name: whatever
-else is in a run's folder stays there, and what others have put into the repository stays too.
+what a training needs to go on is in folders, `last-checkpoint` or `checkpoint-20`. Whatever else is there stays.
 """
 
 import json

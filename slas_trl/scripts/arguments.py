@@ -156,8 +156,7 @@ def parse(
         settings (`Mapping[str, Any]`, *optional*): In place of a YAML file, see [`take_config`].
 
     Raises:
-        `ValueError`: for an unknown field, naming the nearest known one, and for values that do not fit.
-        `FileNotFoundError`: when there is no such YAML file.
+        `ValueError`, `FileNotFoundError`: for unknown fields, values that do not fit, and no such YAML file.
     """
     parser = _TrlParser(
         list(DATACLASSES),

@@ -44,13 +44,8 @@ NOISE, KL_NOISE, KL_STEPS = 100, 101, 102
 
 class ArmEvaluation(TrainerCallback):
     """
-    Scores the policy on the evaluation prompts every so many updates, and at the end, always with the same noise.
-
-    Args:
-        trainer ([`SLASTrainer`]): before training.
-        folder (`Path`): of the arm.
-        spec (`Mapping[str, Any]`): what `arm.json` says.
-        base (`dict[str, torch.nn.Module]`, *optional*): the denoisers as they were, if not those without an adapter.
+    Scores the policy on the evaluation prompts every so many updates, and at the end, always with the same noise. The
+    KL is to the denoisers in `base`, or to the model without its adapter; `spec` is what the folder's `arm.json` says.
     """
 
     def __init__(

@@ -1,9 +1,6 @@
 """`slas-trl doctor`, the whole command: what it reports, and that it ends with the first problem."""
 
-import importlib
-import json
 import re
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,15 +39,6 @@ def fails(prompts, images, **columns):
 """
 SETTINGS = {"use_peft": True, "lora_r": 4, "per_device_train_batch_size": 4, "steps_per_generation": 2}
 FLUX = ["--model_name_or_path", "flux", "--pipeline_kwargs", '{"max_sequence_length": 8}']
-# A real denoiser with a layer that drops something in train mode, where no nn.Dropout tells of it.
-RANDOM_UNET = """
-import torch
-from diffusers import ModelMixin, UNet2DConditionModel  # the one that diffusers looks for in a module, and the base
-
-class RandomUNet(UNet2DConditionModel):
-    def forward(self, sample, *args, **kwargs):
-        return super().forward(torch.nn.functional.dropout(sample, 0.1), *args, **kwargs)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +50,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
     pipe.save_pretrained(folder / "heun")
     (folder / "several.yaml").write_text((folder / "run.yaml").read_text() + "generation_batch_size: 64\n")
-    shutil.copytree(folder / "model", folder / "random")
-    (folder / "random_unet.py").write_text(RANDOM_UNET)
-    index = folder / "random" / "model_index.json"
-    index.write_text(json.dumps({**json.loads(index.read_text()), "unet": ["random_unet", "RandomUNet"]}))
     return folder
 
 
@@ -163,8 +147,6 @@ def test_it_goes_on_from_a_checkpoint(doctor, tmp_path):
     files = sorted(folder.rglob("*"))
     assert doctor(*options, "--resume_from_checkpoint", "true").status == 0
     assert sorted(folder.rglob("*")) == files
-    report = doctor(*options, "--resume_from_checkpoint", str(folder / "checkpoint-1"), "--num_inference_steps", "4")
-    assert report.status == 1 and "num_inference_steps" in report.problem
 
 
 @pytest.mark.parametrize(
@@ -184,18 +166,6 @@ def test_the_first_problem_is_reported(doctor, options, expected):
     assert report.status == 1 and expected in report.problem and report["denoiser"]
 
 
-def test_a_ratio_that_is_not_1(doctor, home, monkeypatch):
-    """The denoiser drops something, and no module tells of it."""
-    monkeypatch.syspath_prepend(home)
-    importlib.import_module("random_unet")  # diffusers asks for it
-    report = doctor("--model_name_or_path", "random")
-    assert report.status == 1 and "the ratio of step" in report.problem
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [(["--model_name_or_path", "."], "model_index.json"), (["--num_processes", "2"], "--num_processes")],
-)
-def test_bad_input_gets_one_message(doctor, options, expected):
-    report = doctor(*options)
-    assert (report.status, report.out) == (2, "") and expected in report.err
+def test_bad_input_gets_one_message(doctor):
+    report = doctor("--model_name_or_path", ".")
+    assert (report.status, report.out) == (2, "") and "model_index.json" in report.err

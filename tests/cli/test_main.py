@@ -1,20 +1,17 @@
 """`slas-trl` as a person types it: what it prints, and the exit status."""
 
 import io
-import logging
 import os
 import re
 import signal
 import sys
 import time
-import traceback
-from pathlib import Path
-from typing import cast
 
 import pytest
 
 from slas_trl import __version__
 from slas_trl.cli.main import COMMANDS, main
+from tests.cli.tiny_run import forked
 
 
 def test_help_lists_the_commands(capsys):
@@ -151,26 +148,6 @@ def slow(prompts, images, **columns):
     time.sleep(SECONDS)
     return list(range(len(images)))
 """
-
-
-def forked(folder: Path, *argv: str) -> int:
-    """Run the command in a process that has all imports behind it; it writes stderr into a file. Returns its id."""
-    if child := os.fork():
-        return child
-    status = 1
-    try:
-        os.chdir(folder)
-        sys.argv = ["slas-trl", *argv]
-        logging.getLogger().handlers.clear()  # pytest's
-        with open("stderr", "w", buffering=1) as sys.stderr, open(os.devnull, "w") as sys.stdout:
-            os.dup2(sys.stderr.fileno(), 2)
-            status = main()
-    except SystemExit as end:
-        status = cast(int, end.code)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,6 @@ LOCAL = Base("FluxPipeline", name="mine", folder="models/mine", init_kwargs={"va
         ),
         ({"base": LOCAL}, Place("u/x", on_hub=True), ['from_pretrained("path/to/mine", variant="fp16")']),
     ],
-    ids=["two denoisers", "no load_lora_weights", "whole", "editing", "pictures", "pictures on the Hub", "other output", "local base", "local base, pushed"],
 )  # fmt: skip
 def test_other_pipelines(changes, place, lines):
     code = quick_start(facts(**changes), place)

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ import yaml
 from PIL import Image
 
 from slas_trl.cli.main import main
-from tests.cli.tiny_run import RUN
+from tests.cli.tiny_run import RUN, forked
 from tests.local_hub import REPO
 from tests.tiny_pipelines import PIPELINES, sd_pipeline
 from tests.trainer.tiny_trainers import same, tiny_trainer, trained, trained_weights
@@ -46,11 +44,9 @@ def unpushed(home, server):
     """A run, as its user typed it, whose checkpoints and result the Hub did not take; its status, and what it said."""
     server.fail("commit")
     argv = ["train", "--config", "run.yaml", "--push_to_hub", "true", "--hub_strategy", "checkpoint"]
-    environ = {**os.environ, **server.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "slas_trl.cli.main", *argv]
-    done = subprocess.run(command, cwd=home, env=environ, capture_output=True, text=True, timeout=300)
+    status = os.waitpid(forked(home, *argv, within=server.in_process()), 0)[1]
     server.heal()
-    return done
+    return os.waitstatus_to_exitcode(status), *((home / name).read_text() for name in ("stdout", "stderr"))
 
 
 @pytest.fixture
@@ -62,10 +58,11 @@ class TestARunThatCouldNotBePushed:
     later = f"slas-trl push run {REPO} --hub_strategy checkpoint"
 
     def test_ends_well_and_says_how_to_push_it_later(self, unpushed, home):
-        assert unpushed.returncode == 0, unpushed.stderr
-        assert "checkpoint 2: Nothing was pushed to 'user/run': the Hub answered 507" in unpushed.stderr
-        assert f"slas-trl train: Nothing was pushed to '{REPO}'" in unpushed.stderr and self.later in unpushed.stderr
-        assert "Done. Look at run" in unpushed.stdout and "Pushed" not in unpushed.stdout
+        status, out, err = unpushed
+        assert status == 0, err
+        assert "checkpoint 2: Nothing was pushed to 'user/run': the Hub answered 507" in err
+        assert f"slas-trl train: Nothing was pushed to '{REPO}'" in err and self.later in err
+        assert "Done. Look at run" in out and "Pushed" not in out
         assert (home / "run" / ADAPTER).is_file() and (home / "run" / "evaluation.json").is_file()
 
     def test_later(self, unpushed, at_home, server, online, capsys):
