@@ -1,6 +1,5 @@
 """
-A script in this process, or in several by accelerate's own launcher, for `slas-trl train`: TRL's option
-`--accelerate_config` and accelerate's own ones are split off, and everything else is the script's.
+A script in this process, or in several by accelerate's own launcher, whose options are split off the script's.
 
     python -m slas_trl.cli.launch MODULE [ARGUMENT ...]     # what each of several processes runs
 """
@@ -14,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 
 if TYPE_CHECKING:
@@ -40,83 +39,72 @@ def call_script(module: str, argv: list[str]) -> int:
     return import_module(module).main(argv) or 0
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises `ValueError` for what it cannot parse."""
+
     def error(self, message: str):
         raise ValueError(f"{message}.")
 
 
 def split_options(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """The launcher's options in a command line by name, and the rest. Raises `ValueError` for one without a value."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False, allow_abbrev=False)
     for name in OPTIONS:
         parser.add_argument(f"--{name}", type=int if name in NUMBERS else str)
     given, rest = parser.parse_known_args(argv)
     return {name: str(value) for name, value in vars(given).items() if value is not None}, rest
 
 
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The fields of a file. Raises `ValueError` where it is not YAML of `field: value` lines."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"{path} must hold 'field: value' lines, got {type(values).__name__}.")
+    return values
+
+
 def find_config(name: str) -> Path:
     """The YAML file itself, or the shipped one of this name."""
-    if Path(name).is_file():
-        return Path(name)
-    known = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-    if name not in known:
-        raise ValueError(
-            f"There is no accelerate configuration {name!r}: expected one of {', '.join(known)}, or a YAML file that "
-            "`accelerate config` wrote."
-        )
-    return CONFIGS / f"{name}.yaml"
+    known = {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
+    if name not in known and not Path(name).is_file():
+        raise ValueError(f"--accelerate_config: expected {', '.join(known)}, or a YAML file, got {name!r}.")
+    return known.get(name) or Path(name)
 
 
 def launch(module: str, options: dict[str, str], argv: Sequence[str]) -> int:
     """
     Run a script in the processes that `options` of [`split_options`] ask for, one for each accelerator by default.
-
-    Returns:
-        `int`: the exit status: 0, or that of the process which failed first, after its message on stderr.
-
-    Raises:
-        `ValueError`: for options that do not go together.
-        `KeyboardInterrupt`: after Ctrl-C, once all processes ended.
+    Returns the exit status, that of the process which failed first, after its message on stderr. Raises `ValueError`
+    for options that do not go together, and `KeyboardInterrupt` after Ctrl-C, once all processes ended.
     """
     import torch
-    import yaml
 
     path = find_config(options.get("accelerate_config", "multi_gpu"))
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict) or "distributed_type" not in config:
-        raise ValueError(f"{path} is no accelerate configuration: there is no 'distributed_type' in it.")
-    settings: dict[str, Any] = {**config, **options}
+    settings = {"distributed_type": None, **read_yaml(path), **options}
     machines = int(settings.get("num_machines", 1))
     gpus = options["gpu_ids"].count(",") + 1 if "gpu_ids" in options else max(1, torch.accelerator.device_count())
     processes = int(settings.get("num_processes", gpus * machines))
-    _check(settings, machines, processes, path.stem)
+    # Combinations that accelerate accepts silently, or that end in a hang.
+    if processes < 1 or machines < 1 or processes % machines:
+        raise ValueError(f"num_processes ({processes}) must be a positive multiple of num_machines ({machines}).")
+    if settings["distributed_type"] in (None, "NO") and processes > 1:
+        raise ValueError(f"{path}: distributed_type must be one for num_processes ({processes}), such as MULTI_GPU.")
+    if machines > 1 and not (int(settings.get("machine_rank", machines)) < machines and "main_process_ip" in settings):
+        raise ValueError(f"With {machines} machines, each needs --machine_rank (from 0 on) and --main_process_ip.")
 
     words = ["--config_file", str(path), "--num_processes", str(processes), "--module"]
     if machines == 1 and "main_process_port" not in settings:
         words += ["--main_process_port", "0"]  # any that is free
     for name in options.keys() - {"accelerate_config", "num_processes"}:
         words += [f"--{name}", options[name]]
-    if config["distributed_type"] == "NO":
+    if settings["distributed_type"] == "NO":
         _become([*words, module, *argv])
     return _start([*words, __name__, module, *argv], module.rpartition(".")[2])
-
-
-def _check(settings: dict[str, Any], machines: int, processes: int, name: str) -> None:
-    """Combinations that accelerate accepts silently, or that end in a hang."""
-    if processes < 1 or machines < 1 or processes % machines:
-        raise ValueError(f"num_processes ({processes}) must be a positive multiple of num_machines ({machines}).")
-    if processes > 1 and settings["distributed_type"] == "NO":
-        raise ValueError(
-            f"{name} is for one process, but num_processes is {processes}; --accelerate_config multi_gpu is for more."
-        )
-    for needed in ("machine_rank", "main_process_ip") if machines > 1 else ():
-        if needed not in settings:
-            raise ValueError(f"With {machines} machines, each needs --{needed} (0, 1, ...; the address of rank 0).")
-    if machines > 1 and int(settings["machine_rank"]) >= machines:
-        raise ValueError(f"machine_rank ({settings['machine_rank']}) must be below num_machines ({machines}).")
 
 
 def _become(words: list[str]) -> None:
@@ -151,8 +139,6 @@ def _start(words: list[str], command: str) -> int:
             launch_command(args)
         except SignalException as end:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed again and again
-            if end.sigval == signal.SIGINT:
-                raise KeyboardInterrupt from end
             return _ended(command, end.sigval)
         except ChildFailedError as error:
             return _report(command, error.failures)
@@ -160,22 +146,23 @@ def _start(words: list[str], command: str) -> int:
 
 
 def _ended(command: str, number: int) -> int:
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
     print(f"slas-trl {command}: ended by {signal.Signals(number).name}.", file=sys.stderr)
     return 128 + number
 
 
 def _report(command: str, failures: "Mapping[int, ProcessFailure]") -> int:
     """Print the error that the others follow from, and return the exit status that belongs to it."""
-    # SIGTERM is what the launcher ends the others by.
-    by_itself = {rank: each for rank, each in failures.items() if each.exitcode != -signal.SIGTERM} or failures
-    # Bad input, or a kill, before what it led to in the others, such as a lost connection.
-    order = {rank: (each.exitcode != 2, each.exitcode > 0, each.timestamp) for rank, each in by_itself.items()}
-    rank = min(order, key=order.__getitem__)
-    code = by_itself[rank].exitcode
-    recorded: Any = by_itself[rank].message  # a dictionary where `record` has left one
-    if code == 130:
-        raise KeyboardInterrupt
-    if code in (129, 143):  # SIGHUP or SIGTERM reached one of them, which told the others
+
+    # Bad input, or a kill, before what it led to in the others, such as a lost connection, or the launcher's SIGTERM.
+    def order(failed: tuple[int, Any]) -> tuple:
+        code = failed[1].exitcode
+        return code == -signal.SIGTERM, code != 2, code > 0, failed[1].timestamp
+
+    rank, failure = min(failures.items(), key=order)
+    code, recorded = failure.exitcode, cast(Any, failure.message)  # a dictionary where `record` has left one
+    if code - 128 in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):  # one of them got it, and told the others
         return _ended(command, code - 128)
     if not isinstance(recorded, dict):
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"

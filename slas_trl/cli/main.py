@@ -30,15 +30,8 @@ _received: list[int] = []  # signals that this process should end by
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
-    Run `slas-trl`.
-
-    Args:
-        argv (`Sequence[str]`, *optional*):
-            Command line without the program's name. `None` is the process's own, which then handles signals, too.
-
-    Returns:
-        `int`: the exit status: 0; 2 for bad input, after one message on stderr; 130 for Ctrl-C; or the script's own,
-            or that of a process which was launched and failed.
+    Run `slas-trl` with this command line, by default the process's own, which then handles signals, too. Returns the
+    exit status: 2 for bad input, after one message on stderr; 130 for Ctrl-C; or that of the script.
     """
     if argv is None and os.name != "nt":
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -1,7 +1,6 @@
 """The model card of a run: metadata for the Hub, and a page, whose prose is in `templates/model_card.md`."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -65,9 +64,6 @@ def edited_card(folder: Path, facts: RunFacts) -> str | None:
     return None if text is None or text == render(facts) else text
 
 
-# Metadata
-
-
 def _metadata(facts: RunFacts) -> ModelCardData:
     base = facts.base
     task = "image-to-image" if facts.picture_arguments else "text-to-image"
@@ -120,13 +116,13 @@ def _eval_results(facts: RunFacts, task: str) -> list[EvalResult]:
 
 
 def _numbers(metric: Metric) -> dict[str, Any]:
-    """What is known beside the mean: the Hub takes no NaN."""
-    metric = replace(metric, **{k: None for k, v in vars(metric).items() if isinstance(v, float) and math.isnan(v)})
-    half, interval = metric.half_width, None
+    """The numbers beside the mean: the Hub takes no NaN."""
+    known = {"prompts": metric.prompts, "before_training": metric.before}
+    numbers: dict[str, Any] = {name: n for name, n in known.items() if n is not None and math.isfinite(n)}
+    half = metric.half_width
     if half is not None and math.isfinite(half):
-        interval = [metric.value - half, metric.value + half]
-    known = {"confidence_interval_95": interval, "prompts": metric.prompts, "before_training": metric.before}
-    return {name: number for name, number in known.items() if number is not None}
+        numbers["confidence_interval_95"] = [metric.value - half, metric.value + half]
+    return numbers
 
 
 def _license_link(base: Base) -> str | None:

@@ -1,6 +1,6 @@
 """
-Text that somebody else wrote, in Markdown and Python: it is read as it was written, and does nothing else. Prompts and
-names come from users, and a card is shown on a website that allows HTML in Markdown.
+Text that somebody else wrote, in Markdown and Python, reads as it was written, and does nothing else: a card is shown
+on a website that allows HTML in Markdown.
 """
 
 import re
@@ -60,8 +60,6 @@ def as_python(value: Any) -> str:
         return "{" + ", ".join(f"{as_python(key)}: {as_python(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(as_python, value)) + "]"
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return f'float("{value}")'
     return repr(value)
 
 

@@ -1,6 +1,6 @@
 """
-The facts of a run, in `model_card.json` beside every set of weights: the card is rendered from them, for the folder of
-the run or for a repository. No path, host or token of this machine is among what a card for a repository says.
+The facts of a run, in `model_card.json` beside every set of weights: the card is rendered from them. No path, host or
+token of this machine is among what a card for a repository says.
 """
 
 import json
@@ -66,7 +66,7 @@ class Sample:
     def paths(self) -> list[str]:
         """All pictures."""
         inputs = [path for value in self.inputs.values() for path in ([value] if isinstance(value, str) else value)]
-        return [*inputs, *([self.before] if self.before else []), self.after]
+        return [*inputs, *filter(None, [self.before]), self.after]
 
 
 @dataclass
@@ -157,10 +157,8 @@ class RunFacts:
 
 def read_facts(folder: Path) -> RunFacts:
     """
-    The facts of the weights in `folder`.
-
-    Raises:
-        `FileNotFoundError`: when there are none; `ValueError`: when they are of another version of the package.
+    The facts of the weights in `folder`. Raises `FileNotFoundError` if there are none, and `ValueError` if they are of
+    another version of the package.
     """
     file = folder / run_files.FACTS
     if not file.is_file():
@@ -168,35 +166,26 @@ def read_facts(folder: Path) -> RunFacts:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         scores = data["evaluation"]
-        if scores is not None:
-            scores = Evaluation(**{**scores, "metrics": [Metric(**metric) for metric in scores["metrics"]]})
-        parts = {
-            "base": Base(**data["base"]),
-            "rewards": [RewardOnCard(**reward) for reward in data["rewards"]],
-            "samples": [Sample(**sample) for sample in data["samples"]],
-            "evaluation": scores,
-            "place": Place(**data["place"]),
-        }
-        return RunFacts(**{**data, **parts})
+        data["evaluation"] = scores and Evaluation(**{**scores, "metrics": [Metric(**m) for m in scores["metrics"]]})
+        data["base"], data["place"] = Base(**data["base"]), Place(**data["place"])
+        data["rewards"] = [RewardOnCard(**reward) for reward in data["rewards"]]
+        data["samples"] = [Sample(**sample) for sample in data["samples"]]
+        return RunFacts(**data)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{str(file)!r} is damaged, or of another version of slas-trl ({error!r}).") from error
-
-
-# Where a model came from
 
 
 def base_of(pipe: Any, dtype: str, init_kwargs: Mapping[str, Any], embedded: Path) -> Base:
     """The pipeline's name on the Hub, or that of its folder. The one of this package lies in `embedded`."""
     chosen = {k: v for k, v in init_kwargs.items() if v is None or k in ("variant", "revision")}  # no path, no token
     base = Base(type(pipe).__name__, init_kwargs=chosen, dtype=dtype)
-    origin = pipe.name_or_path
-    if origin is None:
+    if pipe.name_or_path is None:
         return base
-    path = Path(origin)
+    path = Path(pipe.name_or_path)
     if path == embedded:
         return replace(base, embedded=True, license="apache-2.0")
     if not path.exists():
-        return replace(base, hub_id=origin if is_hub_id(origin) else None)
+        return replace(base, hub_id=pipe.name_or_path if is_hub_id(pipe.name_or_path) else None)
     if cached := [match for part in path.parts if (match := CACHED.fullmatch(part))]:
         return replace(base, hub_id="/".join(cached[-1].groups()))
     folder = local_name(path)
@@ -231,11 +220,8 @@ def plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that can be written down: texts, numbers, and lists of them."""
     simple = (str, int, float, bool, type(None))
     listed = {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
-    return {
-        name: value
-        for name, value in listed.items()
-        if all(isinstance(item, simple) for item in (value if isinstance(value, list) else [value]))
-    }
+    items = {name: value if isinstance(value, list) else [value] for name, value in listed.items()}
+    return {name: listed[name] for name in listed if all(isinstance(item, simple) for item in items[name])}
 
 
 def versions() -> dict[str, str]:

@@ -1,7 +1,6 @@
 """
 What of a run goes to the Hub. A repository holds at its root what plain diffusers loads, the card and its pictures;
-what a training needs to go on is in folders, `last-checkpoint` or `checkpoint-20`. Files are listed by name: whatever
-else is in a run's folder stays there, and what others have put into the repository stays too.
+what a training needs to go on is in folders, `last-checkpoint` or `checkpoint-20`. Whatever else is there stays.
 """
 
 import json
@@ -69,9 +68,7 @@ def publish(facts: RunFacts, push: Push) -> CommitInfo:
     """
     Push files with their card, in one commit, so that weights, card and checkpoint are always of the same update. No
     commit is made if nothing is new. `push.repo_id` and `facts.place` have the repository's whole name afterwards.
-
-    Raises:
-        [`PushError`]: when nothing was pushed; the message says why, and how to push it later.
+    Raises [`PushError`] when nothing was pushed, which says why, and how to push it later.
     """
     try:
         push.repo_id = create_repository(push.repo_id, push.private, push.token)
@@ -117,13 +114,12 @@ def find_license(base: Base, token: str | None = None) -> None:
     if base.hub_id is None or base.license is not None:
         return
     try:
-        card = HfApi(token=token).model_info(base.hub_id, timeout=10).card_data
+        card = HfApi(token=token).model_info(base.hub_id, timeout=10).card_data or {}
     except Exception as error:  # whatever it is, it is no reason not to push
         logger.info(f"The license of {base.hub_id} is not known: {reason(error)}.")
         return
     for name in ("license", "license_name", "license_link"):
-        value = card.get(name) if card is not None else None
-        setattr(base, name, value if isinstance(value, str) else None)
+        setattr(base, name, value if isinstance(value := card.get(name), str) else None)
 
 
 def is_refusal(error: BaseException) -> bool:
@@ -147,15 +143,10 @@ def reason(error: BaseException) -> str:
     return f"the Hub answered {status}, {message!r}{login}"
 
 
-# What is pushed
-
-
 def result_files(folder: Path, facts: RunFacts, pictures_in: Path) -> Files:
     """
     What lies at a repository's root, without the card: the weights in `folder`, and the pictures that the card shows.
-
-    Raises:
-        `FileNotFoundError`: when the weights are not there.
+    Raises `FileNotFoundError` when the weights are not there.
     """
     names = list(facts.denoisers)
     if facts.adapter:
@@ -163,7 +154,8 @@ def result_files(folder: Path, facts: RunFacts, pictures_in: Path) -> Files:
         paths = [folder / name for name in expected]
     else:
         expected = [f"{name}/config.json" for name in names]
-        paths = [path for name in names for path in sorted((folder / name).glob("*")) if _is_model_file(path)]
+        kinds = ("*.safetensors", "config.json", "*.index.json")
+        paths = [path for name in names for kind in kinds for path in (folder / name).glob(kind)]
     for name in expected:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"There are no trained weights in {str(folder)!r}: {name} is not there.")
@@ -171,19 +163,12 @@ def result_files(folder: Path, facts: RunFacts, pictures_in: Path) -> Files:
     return {**{path.relative_to(folder).as_posix(): path for path in paths}, **pictures}
 
 
-def _is_model_file(path: Path) -> bool:
-    return path.suffix == ".safetensors" or path.name == "config.json" or path.name.endswith(".index.json")
-
-
 def checkpoint_files(checkpoint: Path, strategy: str) -> Files:
     """All of a checkpoint, in its folder of the repository; its state without the paths of this machine."""
     folder = checkpoint.resolve().name if strategy == ALL_CHECKPOINTS else LAST_CHECKPOINT
     left_out = ("training_args.bin", FACTS)  # a pickle, with the token in it; and what the card at the root says
-    files: Files = {
-        f"{folder}/{path.relative_to(checkpoint).as_posix()}": path
-        for path in sorted(checkpoint.rglob("*"))
-        if path.is_file() and path.name not in left_out
-    }
+    paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name not in left_out]
+    files: Files = {f"{folder}/{path.relative_to(checkpoint).as_posix()}": path for path in paths}
     state = json.loads((checkpoint / TRAINER_STATE).read_text())
     if state.get("best_model_checkpoint"):
         state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
@@ -199,11 +184,10 @@ def keep(files: Mapping[str, Path | bytes], folder: Path) -> Files:
     kept = dict(files)
     for name, file in files.items():
         if isinstance(file, Path):
-            place = folder / name
+            kept[name] = place = folder / name
             place.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(file, place)
             except OSError:  # another disk, or one without links
                 shutil.copy(file, place)
-            kept[name] = place
     return kept

@@ -1,16 +1,15 @@
 """
 Are the advantages calibrated, and is the reward being hacked? The lines of a run's `calibration.jsonl` as numbers.
 
-Section 4 of "Power Reinforcement Post-Training of Text-to-Image Models with Super-Linear Advantage Shaping": divided
-by its own std, a group whose images hardly differ pushes as hard as one with real differences, and noise is learned as
-if it were signal. [`share_by_std`] shows who pushes. Whether the model learns what is wanted, only a reward that is
-not trained on can tell: [`reward_curves`] and [`read_rewards`].
+Divided by its own std, a group whose images hardly differ pushes as hard as one with real differences (Section 4 of
+the paper): [`share_by_std`] shows who pushes. Whether the model learns what is wanted, only a reward that is not
+trained on can tell: [`reward_curves`] and [`read_rewards`].
 """
 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ NARROW_SHARE = 0.3  # the narrowest groups: this share of those that differ at a
 BLOCKS = 5  # parts of a run, whose means are compared
 FEWEST_ROLLOUTS = 2 * BLOCKS
 SMALL = 0.1  # smaller changes, in initial std between images, count as none
+LOOK = "Look at the samples."
 
 Record = Mapping[str, Any]  # a line of calibration.jsonl or metrics.jsonl, with its "step"
 
@@ -40,9 +40,8 @@ def share_by_std(
     stds: Sequence[Sequence[float | None]], advantages: Sequence[Sequence[float]], edges: Sequence[float]
 ) -> np.ndarray:
     """
-    Share of Σ|A| that groups get between quantiles of their std, relative to the mean std of their rollout: what
-    counts is how narrow a group is among those that it was trained with. A group without any difference gets nothing
-    by any method, and is left out. Groups of equal std share alike, and one across an edge counts on both sides in
+    Share of Σ|A| that groups get between quantiles of their std, relative to the mean std of their rollout. A group
+    without any difference is left out. Groups of equal std share alike, and one across an edge counts on both sides in
     proportion, so 10 deciles of 12 groups are well defined.
 
     Args:
@@ -77,17 +76,19 @@ def narrow_share(std: Sequence[float | None], advantages: Sequence[float]) -> fl
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """A reward over training, as changes from the start in std between images then."""
+    """
+    A reward over training, as changes from the start in std between images then; and means over at most five parts of
+    the run, or none if there are too few rollouts, or evaluations, to compare.
+    """
 
     name: str
     steps: np.ndarray  # (n,)
     changes: np.ndarray  # (n,) of the mean over images
     in_evaluation: bool
-    # At most five parts of the run; none if there are too few rollouts, or evaluations, to compare.
-    spans: list[tuple[int, int]]  # first and last step of each
-    means: np.ndarray
-    errors: np.ndarray  # standard errors
-    freedom: float  # degrees of freedom of the errors
+    spans: list[tuple[int, int]] = field(default_factory=list)  # first and last step of each part
+    means: np.ndarray = field(default_factory=lambda: np.array([]))
+    errors: np.ndarray = field(default_factory=lambda: np.array([]))  # standard errors
+    freedom: float = 0  # degrees of freedom of the errors
 
 
 @dataclass(frozen=True)
@@ -116,34 +117,33 @@ class Reading:
 def reward_curves(rollouts: Sequence[Record], metrics: Sequence[Record]) -> tuple[Curve, list[Curve], list[Curve]]:
     """
     Curves of the trained reward (the weighted sum); of the held-out ones, which have weight 0, on the `rollouts` and
-    in evaluation, from the `metrics` of a run; and of the trained one in evaluation. Those without a number are left
-    out.
+    in evaluation, from the `metrics` of a run; and of the trained one in evaluation.
     """
     names = [name for name, weight in rollouts[-1]["weights"].items() if not weight]
     held_out = [_curve(name, rollouts, f"rewards/{name}/mean", f"rewards/{name}/std") for name in names]
     evaluated = []
     # "eval", or "eval_hard" for a data set that is called "hard".
     counted = (key for line in metrics for key in line if re.fullmatch("eval_(.*_)?samples", key))
-    for prefix in dict.fromkeys(key.removesuffix("_samples") for key in counted):
+    for samples in dict.fromkeys(counted):
+        prefix = samples.removesuffix("_samples")
         where = "in evaluation" + (f" on {prefix.removeprefix('eval_')}" if prefix != "eval" else "")
         for name in names:
-            key = f"{prefix}_rewards/{name}/"
-            held_out.append(_curve(f"{name} {where}", metrics, f"{key}mean", f"{key}std", f"{prefix}_samples"))
-        keys = f"{prefix}_reward", f"{prefix}_reward_std", f"{prefix}_samples"
+            key = f"{prefix}_rewards/{name}"
+            held_out.append(_curve(f"{name} {where}", metrics, f"{key}/mean", f"{key}/std", samples))
+        keys = f"{prefix}_reward", f"{prefix}_reward_std", samples
         evaluated.append(_curve(f"trained reward {where}", metrics, *keys))
-    known = [[curve for curve in curves if len(curve.steps)] for curves in (held_out, evaluated)]
-    return _curve("trained reward", rollouts, "reward", "reward_std_of_images"), known[0], known[1]
+    held_out, evaluated = ([curve for curve in curves if len(curve.steps)] for curves in (held_out, evaluated))
+    return _curve("trained reward", rollouts, "reward", "reward_std_of_images"), held_out, evaluated
 
 
 def read_rewards(trained: Curve, held_out: Sequence[Curve], evaluated: Sequence[Curve]) -> Reading:
     """
     Whether training brings what is wanted, as far as these rewards can tell: "hacking" is a trained reward that rises
-    while a held-out one falls, "healthy" is both rising.
+    while a held-out one falls, "healthy" is both rising. None of it is proof.
 
     The means of the last fifth of the run and of its first are compared by a t-test, 5% of which is divided among all
     comparisons (Bonferroni). A held-out reward falls too if it is below any other earlier fifth: hacking often begins
-    with a gain. Changes below a tenth of the initial std between images count as none. None of it is proof: a held-out
-    reward can fall for good reasons, and one that rises may be hacked with the other.
+    with a gain. Changes below a tenth of the initial std between images count as none.
     """
     if not trained.spans:
         few = "1 rollout is" if len(trained.steps) == 1 else f"{len(trained.steps)} rollouts are"
@@ -153,22 +153,18 @@ def read_rewards(trained: Curve, held_out: Sequence[Curve], evaluated: Sequence[
     others, elsewhere = ([_change(c, level, from_any=True) for c in cs if c.spans] for cs in (held_out, evaluated))
     falling, rising = ([c for c in others if c.direction == direction] for direction in ("falls", "rises"))
     shrunk = [c for c in elsewhere if c.direction == "falls"]
-    rest = [c for c in others if c not in rising]
     if gain.direction == "rises" and falling:
         but = f", though {_listed(rising)}" if rising else ""
-        text = f"Likely hacking: {gain} while held-out {_listed(falling)}{but}. Look at the samples."
-        return Reading("hacking", text)
+        return Reading("hacking", f"Likely hacking: {gain} while held-out {_listed(falling)}{but}. {LOOK}")
     if gain.direction == "rises" and rising and not shrunk:
+        rest = [c for c in others if c not in rising]
         but = f"; {_listed(rest)}" if rest else ""
         return Reading("healthy", f"Healthy: {gain} and held-out {_listed(rising)}{but}.")
     if gain.direction == "rises" and not others and not shrunk:
-        return Reading(
-            "unclear",
-            f"Unclear: {gain}, but there is no held-out reward, so it may be hacking. Add another reward to "
-            "reward_funcs, and 0 for it to reward_weights.",
-        )
+        text = f"Unclear: {gain}, but there is no held-out reward, so it may be hacking. Add another reward to "
+        return Reading("unclear", text + "reward_funcs, and 0 for it to reward_weights.")
     facts = [_listed(shrunk)] * bool(shrunk) + [f"held-out {_listed(others)}"] * bool(others)
-    return Reading("unclear", "; ".join([f"Unclear: {gain}", *facts]) + ". Look at the samples.")
+    return Reading("unclear", "; ".join([f"Unclear: {gain}", *facts]) + f". {LOOK}")
 
 
 def _curve(name: str, lines: Sequence[Record], key: str, std_key: str, samples_key: str | None = None) -> Curve:
@@ -184,7 +180,7 @@ def _curve(name: str, lines: Sequence[Record], key: str, std_key: str, samples_k
     parts = list(parts) if in_evaluation else np.array_split(np.arange(count), len(parts))
     changes = (values - values[parts[0]].mean()) / unit if count else values
     if count < (2 if in_evaluation else FEWEST_ROLLOUTS):
-        return Curve(name, steps, changes, in_evaluation, [], np.array([]), np.array([]), 0)
+        return Curve(name, steps, changes, in_evaluation)
     means = np.array([changes[part].mean() for part in parts])
     if in_evaluation:
         errors, freedom = np.array([stds[i] / unit / math.sqrt(lines[i][samples_key]) for [i] in parts]), 1e9  # known

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, MultipleLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..run_files import CALIBRATION, METRICS, read_steps
 from ..statistics import t_quantile
@@ -19,6 +19,7 @@ from .calibration import NARROW_SHARE, Curve, Reading, Record, read_rewards, rea
 COLORS = {"hacking": ("#8b1a1a", "#fbe9e7"), "healthy": ("#1b5e20", "#e8f5e9")}
 PLAIN = ("#333333", "#f0f0f0")
 LETTERS = 88  # on a line over a picture
+LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 9}
 
 
 def plot_calibration(
@@ -36,8 +37,7 @@ def plot_calibration(
 
     Args:
         calibration_path (`str` or `Path`): A run's `calibration.jsonl`.
-        metrics_path (`str` or `Path`, *optional*):
-            Its `metrics.jsonl`, for evaluations; by default the one in the same folder, if there is one.
+        metrics_path (`str` or `Path`, *optional*): Its `metrics.jsonl`; by default the one beside it, if any.
         output_path (`str` or `Path`, *optional*): The picture; by default `calibration.png` in the same folder.
 
     Returns:
@@ -46,32 +46,24 @@ def plot_calibration(
     calibration_path = Path(calibration_path)
     rollouts = read_rollouts(calibration_path)
     metrics_path = Path(metrics_path or calibration_path.with_name(METRICS))
-    trained, held_out, evaluated = reward_curves(rollouts, read_steps(metrics_path) if metrics_path.is_file() else [])
-    reading = read_rewards(trained, held_out, evaluated)
+    curves = reward_curves(rollouts, read_steps(metrics_path) if metrics_path.is_file() else [])
+    reading = read_rewards(*curves)
 
     figure = Figure(figsize=(13, 10.5), dpi=100)
-    figure.subplots_adjust(left=0.06, right=0.98, bottom=0.06, top=0.86, wspace=0.16, hspace=0.42)
-    figure.suptitle(_title(rollouts), x=0.06, y=0.975, ha="left", fontsize=14, fontweight="bold")
+    figure.subplots_adjust(left=0.06, right=0.98, bottom=0.06, top=0.86, wspace=0.16, hspace=0.46)
+    gammas = sorted({record["gamma"] for record in rollouts})
+    gamma = f"{gammas[0]:g}" if len(gammas) == 1 else f"{gammas[0]:.2g} to {gammas[-1]:.2g}"
+    groups = sum(len(record["group_std"]) for record in rollouts)
+    title = f"Calibration: scale_rewards={rollouts[-1]['scale_rewards']}, γ = {gamma}   "
+    title += f"({len(rollouts)} rollouts, {groups} groups)"
+    figure.suptitle(title, x=0.06, y=0.975, ha="left", fontsize=14, fontweight="bold")
     deciles, shares, widths, rewards = figure.subplots(2, 2).flatten()
     _draw_deciles(deciles, rollouts)
     _draw_shares(shares, rollouts)
     _draw_widths(widths, rollouts)
-    curves = [(trained, "C0", trained.name)]
-    curves += [(curve, f"C{1 + i % 9}", f"held-out: {curve.name}") for i, curve in enumerate(held_out)]
-    curves += [(curve, "#222222", curve.name) for curve in evaluated]
-    _draw_rewards(rewards, curves, reading)
+    _draw_rewards(rewards, *curves, reading)
     figure.savefig(output_path or calibration_path.with_name(CALIBRATION))
     return reading
-
-
-def _title(rollouts: Sequence[Record]) -> str:
-    gammas = sorted({record["gamma"] for record in rollouts})
-    gamma = f"{gammas[0]:g}" if len(gammas) == 1 else f"{gammas[0]:.2g} to {gammas[-1]:.2g}"
-    groups = sum(len(record["group_std"]) for record in rollouts)
-    return (
-        f"Calibration: scale_rewards={rollouts[-1]['scale_rewards']}, γ = {gamma}   "
-        f"({len(rollouts)} rollouts, {groups} groups)"
-    )
 
 
 def _frame(axes: Axes, title: str, how_to_read: str, x: str, y: str) -> None:
@@ -117,14 +109,9 @@ def _draw_deciles(axes: Axes, rollouts: Sequence[Record]) -> None:
     axes.bar(places, shares, color="C0", width=0.82, label="this run")
     axes.axhline(0.1, color="C3", ls="--", lw=1.8, label="10% each: group std, noise like signal")
     axes.plot(places, linear, color="#222222", ls=":", marker=".", lw=1.5, label="as the std: batch std with γ = 0")
-    top = max(0.2, 1.15 * float(max(shares.max(), linear.max())))
-    inside = {"textcoords": "offset points", "ha": "center", "fontsize": 8.5}
-    for place, share in zip(places, shares, strict=True):
-        height, shade = (0, "white") if share > 0.06 * top else (share, "#222222")
-        axes.annotate(f"{share:.1%}", (place, height), (0, 4), color=shade, **inside)
-    axes.set(xticks=places, ylim=(0, top))
-    axes.yaxis.set_major_locator(MultipleLocator(0.05 if top < 0.5 else 0.1))
-    axes.legend(frameon=False, loc="upper left", fontsize=9)
+    axes.set_xticks(places, [f"{place}\n{share:.1%}" for place, share in zip(places, shares, strict=True)])
+    axes.set_ylim(0, max(0.2, 1.15 * float(max(shares.max(), linear.max()))))
+    axes.legend(loc="upper left", **LEGEND)
 
 
 def _draw_shares(axes: Axes, rollouts: Sequence[Record]) -> None:
@@ -143,12 +130,9 @@ def _draw_shares(axes: Axes, rollouts: Sequence[Record]) -> None:
         ("advantages/clip_fraction", "images cut by advantage_clip", "C3"),
     ):
         values = np.array([record[key] for record in rollouts], dtype=np.float64)
-        axes.plot(steps, values, color=color, lw=0.8, alpha=0.35)
-        marker = "o" if len(steps) == 1 else None
-        label = f"{label}: {values.mean():.1%} on average"
-        axes.plot(steps, _smooth(values), color=color, lw=2, marker=marker, label=label)
+        _draw_smoothed(axes, steps, values, color, f"{label}: {values.mean():.1%} on average")
     axes.set(ylim=(-0.02, 1.3), yticks=np.linspace(0, 1, 6))
-    axes.legend(frameon=False, loc="upper left", fontsize=9)
+    axes.legend(loc="upper left", **LEGEND)
 
 
 def _draw_widths(axes: Axes, rollouts: Sequence[Record]) -> None:
@@ -169,20 +153,19 @@ def _draw_widths(axes: Axes, rollouts: Sequence[Record]) -> None:
         return
     end = max(float(np.quantile(everything, 0.995)), 1e-9)
     bins = np.linspace(0, end, 1 + int(np.clip(len(everything) ** 0.5, 8, 30))).tolist()
-    top = 0.0
     for half, stds, color in zip(halves, widths, ("C0", "C1"), strict=False):
         if len(stds):
             label = f"steps {half[0]['step']} to {half[-1]['step']}, median {np.median(stds):.3g}"
-            bars: dict[str, Any] = {"weights": np.full(len(stds), 1 / len(stds)), "color": color}
-            axes.hist(stds.clip(max=end), bins, **bars, alpha=0.25)
-            heights, *_ = axes.hist(stds.clip(max=end), bins, **bars, histtype="step", lw=2, label=label)
-            top = max(top, float(np.max(heights)))
-    axes.set(xlim=(0, end), ylim=(0, 1.3 * top))
+            bars: dict[str, Any] = {"weights": np.full(len(stds), 1 / len(stds)), "histtype": "stepfilled"}
+            axes.hist(stds.clip(max=end), bins, **bars, fc=(color, 0.25), ec=color, lw=2, label=label)
+    axes.set(xlim=(0, end), ylim=(0, 1.25 * axes.get_ylim()[1]))
     zero = (everything == 0).mean()
-    axes.legend(frameon=False, loc="upper right", fontsize=9, title=f"{zero:.1%} of all groups are at 0", ncols=2)
+    axes.legend(loc="upper right", title=f"{zero:.1%} of all groups are at 0", ncols=2, **LEGEND)
 
 
-def _draw_rewards(axes: Axes, curves: Sequence[tuple[Curve, str, str]], reading: Reading) -> None:
+def _draw_rewards(
+    axes: Axes, trained: Curve, held_out: Sequence[Curve], evaluated: Sequence[Curve], reading: Reading
+) -> None:
     _frame(
         axes,
         "Is the gain real? Trained and held-out rewards",
@@ -191,6 +174,9 @@ def _draw_rewards(axes: Axes, curves: Sequence[tuple[Curve, str, str]], reading:
         "step",
         "change from the start (1 = std between images then)",
     )
+    curves = [(trained, "C0", trained.name)]
+    curves += [(curve, f"C{1 + i % 9}", f"held-out: {curve.name}") for i, curve in enumerate(held_out)]
+    curves += [(curve, "#222222", curve.name) for curve in evaluated]
     for curve, color, label in curves:
         if len(curve.steps):
             _draw_curve(axes, curve, color, label)
@@ -201,7 +187,7 @@ def _draw_rewards(axes: Axes, curves: Sequence[tuple[Curve, str, str]], reading:
     below, above = 0.07 * (2 + text.count("\n")), 0.07 * (1 + -(-len(curves) // 2))
     axes.set_ylim(low - below * (high - low), high + above * (high - low))
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, loc="upper left", fontsize=9, ncols=2)
+        axes.legend(loc="upper left", ncols=2, **LEGEND)
     color, paper = COLORS.get(reading.verdict, PLAIN)
     box = {"facecolor": paper, "edgecolor": color, "boxstyle": "round,pad=0.5"}
     place = {"transform": axes.transAxes, "ha": "center", "va": "bottom"}
@@ -211,17 +197,18 @@ def _draw_rewards(axes: Axes, curves: Sequence[tuple[Curve, str, str]], reading:
 def _draw_curve(axes: Axes, curve: Curve, color: str, label: str) -> None:
     if curve.in_evaluation:
         axes.plot(curve.steps, curve.changes, color=color, lw=1.5, ls="--", marker="s", ms=5, label=label)
-        return
-    axes.plot(curve.steps, curve.changes, color=color, lw=0.8, alpha=0.35)
-    if not curve.spans:
-        axes.plot(curve.steps, _smooth(curve.changes), color=color, lw=2, marker="o", ms=4, label=label)
-        return
-    middles = [(first + last) / 2 for first, last in curve.spans]
-    bars = t_quantile(curve.freedom) * curve.errors
-    axes.errorbar(middles, curve.means, bars, color=color, lw=2, marker="o", ms=6, capsize=4, label=label)
+    elif not curve.spans:
+        _draw_smoothed(axes, curve.steps, curve.changes, color, label)
+    else:
+        axes.plot(curve.steps, curve.changes, color=color, lw=0.8, alpha=0.35)
+        middles = [(first + last) / 2 for first, last in curve.spans]
+        bars = t_quantile(curve.freedom) * curve.errors
+        axes.errorbar(middles, curve.means, bars, color=color, lw=2, marker="o", ms=6, capsize=4, label=label)
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Running mean over about a tenth of the run, over fewer values at its ends."""
+def _draw_smoothed(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> None:
+    """Values, and over them their running mean over about a tenth of the run, over fewer values at its ends."""
     reach = len(values) // 20
-    return np.array([values[max(0, i - reach) : i + reach + 1].mean() for i in range(len(values))])
+    smooth = [values[max(0, i - reach) : i + reach + 1].mean() for i in range(len(values))]
+    axes.plot(steps, values, color=color, lw=0.8, alpha=0.35)
+    axes.plot(steps, smooth, color=color, lw=2, marker="o" if len(steps) < 10 else None, ms=4, label=label)

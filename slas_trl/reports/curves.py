@@ -27,8 +27,11 @@ def plot_training(metrics_path: str | Path, output_path: str | Path) -> None:
     history = read_steps(metrics_path)
     figure = Figure(figsize=(10, 7), dpi=120, layout="constrained")
     reward, kl, clip, spread = figure.subplots(2, 2, sharex=True).flatten()
+    steps, means, stds = _series(history, "reward", "reward_std")
+    if len(steps):
+        label = "± std within a group"
+        reward.fill_between(steps, means - stds, means + stds, color="C0", alpha=0.15, lw=0, label=label)
     _draw(reward, history, "Reward", "reward", {"reward": "training", "eval_reward": "evaluation"})
-    _draw_band(reward, history)
     kl_unit = "KL per latent element (nats)"
     _draw(kl, history, "KL to the reference model", kl_unit, {"kl": "KL"}, "not logged: beta is 0")
     _draw(clip, history, "Clip fraction", "share of clipped ratios", {"clip_ratio/region_mean": "clip fraction"})
@@ -57,15 +60,7 @@ def _draw(
     if not axes.lines:
         axes.text(0.5, 0.5, empty, transform=axes.transAxes, ha="center", va="center", color="gray")
         axes.set_yticks([])
-    elif len(axes.lines) > 1:
-        axes.legend(frameon=False)
-
-
-def _draw_band(axes: Axes, history: History) -> None:
-    steps, means, stds = _series(history, "reward", "reward_std")
-    if len(steps):
-        label = "± std within a group"
-        axes.fill_between(steps, means - stds, means + stds, color="C0", alpha=0.15, lw=0, label=label)
+    elif len(axes.get_legend_handles_labels()[0]) > 1:
         axes.legend(frameon=False)
 
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -33,19 +32,15 @@ def sample_grid(
     font_size: int = FONT_SIZE,
 ) -> Image.Image:
     """
-    One sheet of pictures with their captions under them.
+    One sheet of pictures, in RGB, with their captions under them, cut after 6 lines.
 
     Args:
         images (`Sequence[PIL.Image.Image]`):
             At least one. Those under 160 pixels are enlarged by a whole factor without smoothing, so that every pixel
             can be seen; those with a side of more than `largest` pixels are reduced.
-        captions (`Sequence[str]`): One per image. Wrapped, and cut after 6 lines.
-        columns (`int`, *optional*):
-            Pictures per row. `None` is as many as make the sheet about square, but at most 6.
+        captions (`Sequence[str]`): One per image.
+        columns (`int`, *optional*): By default as many as make the sheet about square, but at most 6.
         largest, font_size (`int`, *optional*, default to 320 and 13): In pixels.
-
-    Returns:
-        `PIL.Image.Image`: in RGB.
     """
     if not images or len(images) != len(captions):
         raise ValueError(f"expected images and one caption for each, got {len(images)} and {len(captions)}.")
@@ -96,15 +91,16 @@ def save_samples(
     """
     folder = Path(run_dir) / SAMPLES
     folder.mkdir(parents=True, exist_ok=True)
-    drawn: dict[str, Sequence[Image.Image]] = {} if before is None else {"before": before}
-    drawn["after"] = after
+    drawn: dict[str, Sequence[Image.Image]] = (
+        {"after": after} if before is None else {"before": before, "after": after}
+    )
     samples = []
     for n, i in enumerate(evenly_spaced(len(prompts), GALLERY), start=1):
         sized = {when: _readable_size(images[i], GALLERY_SIDE) for when, images in drawn.items()}
         paths = {when: _save(image, folder, f"{n}_{when}") for when, image in sized.items()}
         samples.append(Sample(prompts[i], **paths, seed=i))  # type: ignore[arg-type]
 
-    edited = [_flat(given) for given in inputs]
+    edited = [[item for v in given.values() for item in (v if isinstance(v, list) else [v])] for given in inputs]
     if edited and all(edited):
         drawn = {"edited": [pictures[0] for pictures in edited], **drawn}
         if len(edited[0]) <= MOST_INPUTS:
@@ -137,20 +133,16 @@ def _save_inputs(folder: Path, given: Inputs) -> dict[str, str | list[str]]:
     return {name: [*map(save, value)] if isinstance(value, list) else save(value) for name, value in given.items()}
 
 
-def _flat(values: Mapping[str, Any]) -> list[Any]:
-    return [item for value in values.values() for item in (value if isinstance(value, list) else [value])]
-
-
 def _side_by_side(images: Sequence[Image.Image], heads: Sequence[str]) -> Image.Image:
     """In equally wide columns, with a word over each if there are `heads`."""
-    width, height = max(image.width for image in images), max(image.height for image in images)
+    width, height = max(image.width for image in images) + MARGIN, max(image.height for image in images)
     space = SHEET_FONT_SIZE + MARGIN if heads else 0
-    row = Image.new("RGB", (len(images) * (width + MARGIN) - MARGIN, space + height), "white")
+    row = Image.new("RGB", (len(images) * width - MARGIN, space + height), "white")
     for i, image in enumerate(images):
-        row.paste(image, (i * (width + MARGIN) + (width - image.width) // 2, space + height - image.height))
+        row.paste(image, (i * width + (width - MARGIN - image.width) // 2, space + height - image.height))
     for i, head in enumerate(heads):
-        place = (2 * i + 1) * row.width // (2 * len(heads)), 0
-        ImageDraw.Draw(row).text(place, head, fill="black", font=_font(SHEET_FONT_SIZE), anchor="ma")
+        middle = (2 * i + 1) * row.width // (2 * len(heads))
+        ImageDraw.Draw(row).text((middle, 0), head, fill="black", font=_font(SHEET_FONT_SIZE), anchor="ma")
     return row
 
 
@@ -171,7 +163,7 @@ def _readable_size(image: Image.Image, largest: int, smallest: int = SMALLEST) -
 
 
 def _wrap(caption: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """Lines of at most `width` pixels. Words longer than a line are broken."""
+    """Lines of at most `width` pixels, at most 6. Words longer than a line are broken."""
     lines = [""]
     for word in caption.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -186,7 +178,7 @@ def _wrap(caption: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
             lines[-1] += letter
     if len(lines) > CAPTION_LINES:
         lines = lines[:CAPTION_LINES]
-        while lines[-1] and font.getlength(lines[-1] + "…") > width:
+        while font.getlength(lines[-1] + "…") > width:
             lines[-1] = lines[-1][:-1]
         lines[-1] += "…"
     return lines

@@ -7,6 +7,9 @@ import numpy as np
 from ..statistics import Estimate, mean_over_prompts
 
 
+Comparison = Mapping[str, Mapping[str, Estimate]]  # by score: "before", "after" and "change"
+
+
 def compare_scores(
     before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]
 ) -> dict[str, dict[str, Estimate]]:
@@ -24,9 +27,9 @@ def compare_scores(
     }
 
 
-def score_rows(comparison: Mapping[str, Mapping[str, Estimate]]) -> list[list[str]]:
-    """The cells of the table of what [`compare_scores`] returns; the first row is the head."""
-    rows = [["reward", "before", "after", "change"]]
+def score_rows(comparison: Comparison, first: str = "reward", spec: str = ".4f") -> list[list[str]]:
+    """The cells of the table of a comparison, whose `first` column has the names; the first row is the head."""
+    rows = [[first, "before", "after", "change"]]
     for name, estimates in comparison.items():
-        rows.append([name, *(f"{estimates[column]:{'+' * (column == 'change')}.4f}" for column in rows[0][1:])])
+        rows.append([name, *(f"{estimates[column]:{'+' * (column == 'change')}{spec}}" for column in rows[0][1:])])
     return rows

@@ -15,6 +15,7 @@ from trl import TrlParser
 from .. import rewards
 from ..advantages import check_number
 from ..cli.launch import OPTIONS as LAUNCH_OPTIONS
+from ..cli.launch import Parser, read_yaml
 from ..loading import EMBEDDED, load_with_adapter
 from ..rewards.resolve import SEVERAL, masked
 from ..shapes import WEIGHTS
@@ -67,19 +68,17 @@ class SLASScriptArguments:
     def __post_init__(self):
         if self.model_name_or_path == EMBEDDED:
             self.model_name_or_path = None
-        if isinstance(self.reward_funcs, str | dict):  # `reward_funcs: clip_score` in YAML
-            self.reward_funcs = [cast(str, self.reward_funcs)]
-        if isinstance(self.eval_reward_funcs, str | dict):
-            self.eval_reward_funcs = [cast(str, self.eval_reward_funcs)]
-        # Before all else that may be wrong: without the reward, the rest of a configuration is of no use.
-        for name in [*(self.reward_funcs or []), *(self.eval_reward_funcs or [])]:
-            _check_reward(name)
+        for name in ("reward_funcs", "eval_reward_funcs"):
+            if isinstance(given := getattr(self, name), str | dict):  # `reward_funcs: clip_score` in YAML
+                setattr(self, name, [given])
+            for reward in getattr(self, name) or []:
+                _check_reward(reward)
         check_number("report_prompts", self.report_prompts or 0, "[0, inf)")
         check_number("report_images_per_prompt", self.report_images_per_prompt, "[1, inf)")
 
     def named_rewards(self) -> list[str]:
         """`reward_funcs`. Raises `ValueError` without any."""
-        if self.reward_funcs is None:
+        if not self.reward_funcs:
             raise ValueError(
                 "--reward_funcs is missing: name one or more of slas_trl.rewards, or package.module:function."
             )
@@ -92,10 +91,11 @@ class SLASScriptArguments:
 
 
 def _check_reward(name: Any) -> None:
+    """Before all else that may be wrong: without the reward, the rest of a configuration is of no use."""
     if not isinstance(name, str):
         raise ValueError(
-            f"a reward must be a name, but YAML read {masked(repr(name))}: in 'hpsv2: version=v2.0', leave out the "
-            "space after the colon, or put all of it in quotes."
+            f"a reward must be a name, but YAML read {masked(repr(name))}: leave out the space after the colon, as in "
+            "'hpsv2:version=v2.0', or put all of it in quotes."
         )
     if not {":", "."} & set(name) and name not in rewards.NAMES:
         several = f" If these are several: {SEVERAL}" if "," in name else ""
@@ -135,11 +135,8 @@ class LoraArguments:
 DATACLASSES = (SLASScriptArguments, LoraArguments, SLASConfig)
 
 
-class _Parser(TrlParser):
+class _TrlParser(Parser, TrlParser):
     """Raises what argparse would print under two screenfuls of usage before it leaves the process."""
-
-    def error(self, message: str):
-        raise ValueError(f"{message}.")
 
 
 def parse(
@@ -158,14 +155,10 @@ def parse(
             Whether the command is for one process, which reads a file for several as one of them does.
         settings (`Mapping[str, Any]`, *optional*): In place of a YAML file, see [`take_config`].
 
-    Returns:
-        One instance of each of `DATACLASSES`.
-
     Raises:
-        `ValueError`: for an unknown field, naming the nearest known one, and for values that do not fit.
-        `FileNotFoundError`: when there is no such YAML file.
+        `ValueError`, `FileNotFoundError`: for unknown fields, values that do not fit, and no such YAML file.
     """
-    parser = _Parser(
+    parser = _TrlParser(
         list(DATACLASSES),
         prog=prog,
         description="Fine-tune a text-to-image pipeline. Without --model_name_or_path: the embedded one.",
@@ -185,8 +178,7 @@ def parse(
     adapter, of_a_new_one = given.adapter or values.get("adapter"), {f.name for f in fields(LoraArguments)}
     if adapter is not None and (clash := sorted(chosen & of_a_new_one)):
         raise ValueError(
-            f"{', '.join(clash)} would be of a new adapter, but {adapter} has a configuration of its own; leave "
-            f"{'it' if len(clash) == 1 else 'them'} out."
+            f"{', '.join(clash)} would be of a new adapter, but {adapter} has its own configuration. Leave it out."
         )
     if (given.model_name_or_path or values.get("model_name_or_path")) in (None, EMBEDDED):
         gone = {name for other in chosen & REPLACES.keys() for name in REPLACES[other]}
@@ -203,39 +195,17 @@ def parse(
 
 
 def take_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """
-    The command line without `--config FILE`, and what is in that file.
-
-    Raises:
-        `ValueError`, `FileNotFoundError`: when the file is not there, or not one of known fields.
-    """
-    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    if "--config" not in words:
-        return words, {}
-    place = words.index("--config")
-    if place + 1 == len(words):
-        raise ValueError("--config needs the name of a YAML file after it.")
-    path = words[place + 1]
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}, which --config names.")
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ValueError(f"{path} must hold 'field: value' lines, got {type(values).__name__}.")
+    """The command line without `--config FILE`, and what is in that file, of known fields. Raises as [`parse`]."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    given, rest = parser.parse_known_args(argv)
+    values = {} if given.config is None else read_yaml(Path(given.config))
     refuse_removed(values)
-    _refuse_unknown(values.keys() - {"env"}, f"field in {path}", prefix="")
-    return [*words[:place], *words[place + 2 :]], values
+    _refuse_unknown(values.keys() - {"env"}, f"field in {given.config}", prefix="")
+    return rest, values
 
 
 def flags_of(argv: Sequence[str]) -> dict[str, str]:
-    """The word after each --name, by name."""
-    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    return {w[2:].replace("-", "_"): after for w, after in zip(words, [*words[1:], ""], strict=False) if w[:2] == "--"}
-
-
-def _flags(argv: Sequence[str]) -> dict[str, str]:
     """The word after each --name, by name."""
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
     return {w[2:].replace("-", "_"): after for w, after in zip(words, [*words[1:], ""], strict=False) if w[:2] == "--"}

@@ -13,6 +13,7 @@ from typing import IO, Any, NamedTuple, cast
 
 import torch
 
+from ..advantages import check_number
 from ..rewards.resolve import masked
 from ..run_files import write_text
 from .arguments import flags_of, parse, take_config
@@ -51,13 +52,14 @@ def arms_of(kinds: Sequence[str], gammas: Sequence[float]) -> list[Arm]:
             for g in gammas
         ],
     }
-    if not kinds or (unknown := [kind for kind in kinds if kind not in known]):
-        raise ValueError(f"--arms: expected some of {', '.join(known)}, got {unknown[0] if kinds else ''!r}.")
-    arms = [arm for kind in kinds for arm in known[kind]]
-    if "slas" in kinds and not gammas:
-        raise ValueError("--gammas is empty, but the arm slas needs a γ, such as 0.5.")
-    if twice := sorted(arm.name for arm in {*arms} if arms.count(arm) > 1):
-        raise ValueError(f"--arms and --gammas name {', '.join(twice)} twice; once is enough.")
+    for gamma in gammas:
+        check_number("--gammas", gamma, "(0, 100)")  # γ = 0 is the arm linear
+    arms = [arm for kind in kinds for arm in known.get(kind, [])]
+    if not arms or not all(map(known.get, kinds)) or len({*arms}) < len(arms):
+        raise ValueError(
+            f"--arms: expected some of {', '.join(known)}, each once, and for slas different --gammas; got "
+            f"{', '.join(kinds)!r} and γ {', '.join(map(str, gammas))}."
+        )
     return arms
 
 
@@ -70,13 +72,13 @@ def make_parser(prog: str = "slas-trl compare") -> argparse.ArgumentParser:
         "are finished are not run again: after an interruption, give the same command.",
     )
     kinds = "grpo (std of the group), linear (std of the batch), slas (shaped as well, by each of --gammas)"
-    parser.add_argument("--arms", type=_words, default="grpo,linear,slas", help=f"kinds of advantages: {kinds}")
+    parser.add_argument("--arms", default="grpo,linear,slas", help=f"kinds of advantages: {kinds}")
     parser.add_argument("--gammas", type=_numbers, default="0.25,0.5,1", help="γ of the slas arms (0.25,0.5,1)")
-    parser.add_argument("--seeds", type=_positive, default=3, help="number of seeds, from --seed on (default: 3)")
-    parser.add_argument("--processes", type=_positive, default=1, help="arms that are trained at a time (default: 1)")
-    parser.add_argument("--eval_every", type=_positive, help="updates between evaluations (default: an eighth of all)")
-    parser.add_argument("--eval_prompts", type=_positive, help="number of held-out prompts (default: all)")
-    parser.add_argument("--eval_images_per_prompt", type=_positive, default=4, help="images of each (default: 4)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from --seed on (default: 3)")
+    parser.add_argument("--processes", type=int, default=1, help="arms that are trained at a time (default: 1)")
+    parser.add_argument("--eval_every", type=int, help="updates between evaluations (default: an eighth of all)")
+    parser.add_argument("--eval_prompts", type=int, help="number of held-out prompts (default: all)")
+    parser.add_argument("--eval_images_per_prompt", type=int, default=4, help="images of each (default: 4)")
     parser.add_argument("--output_dir", "--output-dir", help=f"folder of the comparison (default: {OUTPUT_DIR})")
     parser.add_argument("--seed", type=int, help="first seed (default: that of a training)")
     return parser
@@ -85,7 +87,9 @@ def make_parser(prog: str = "slas-trl compare") -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     args, options = make_parser().parse_known_args(argv)
-    arms = arms_of(args.arms, args.gammas)
+    for name in ("seeds", "processes", "eval_every", "eval_prompts", "eval_images_per_prompt"):
+        check_number(f"--{name}", 1 if (number := getattr(args, name)) is None else number, "[1, inf)")
+    arms = arms_of([kind.strip() for kind in args.arms.split(",")], args.gammas)
     options, settings = take_config(options)
     # A file that was made for `slas-trl train` names a γ, which the arms replace; it may also ask for an upload.
     clash = flags_of(options).keys() & OURS.keys()
@@ -146,46 +150,40 @@ def _is_finished(folder: Path, spec: dict[str, Any]) -> bool:
 
 
 def _run_all(folders: list[Path], processes: int, gpus: list[str], root: Path) -> None:
-    """One process for each run, `processes` at a time; after one that failed, no other is started."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    waiting, places, failed = list(folders), list(range(processes)), []
-    running: dict[subprocess.Popen, tuple[Path, int, float]] = {}
+    """One process for each run, `processes` at a time; if one fails, the others are interrupted, and save."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
+    waiting, running = list(folders), {}
     try:
-        while running or (waiting and not failed):
-            while waiting and places and not failed:
-                folder, place = waiting.pop(0), places.pop(0)
-                # Several GPUs are shared out; runs on the same one share its memory.
-                process = _start(folder, {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus else {})
-                running[process] = folder, place, time.perf_counter()
+        while waiting or running:
+            if waiting and len(running) < processes:
+                folder, place = waiting.pop(0), min(set(range(processes)) - {place for *_, place in running.values()})
+                running[_start(folder, gpus, place)] = folder, time.perf_counter(), place
+                continue
             time.sleep(0.1)
             for process in [each for each in running if each.poll() is not None]:
-                folder, place, start = running.pop(process)
-                places.append(place)
-                if process.returncode or not (folder / RESULT).exists():
-                    failed.append(folder)
-                    continue
+                folder, start, _ = running.pop(process)
+                if process.returncode:
+                    lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+                    raise ValueError(
+                        f"{folder} failed: {lines[-1] if lines else 'it said nothing.'} All of its output is in "
+                        f"{folder / LOG}. The other runs are kept; give the same command again once this is mended."
+                    )
                 done, seconds = len(folders) - len(waiting) - len(running), time.perf_counter() - start
                 print(f"[{done}/{len(folders)}] {folder.relative_to(root)}: {seconds:.0f} s", flush=True)
     finally:
-        for process in running:  # interrupted too, they save what they have
+        for process in running:
             cast(IO, process.stdin).close()
         for process in running:
             process.wait()
-    if failed:
-        lines = (failed[0] / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        raise ValueError(
-            f"{failed[0]} failed: {lines[-1] if lines else 'it said nothing.'} All of its output is in "
-            f"{failed[0] / LOG}. The other runs are kept; give the same command again once this is mended."
-        )
 
 
-def _start(folder: Path, environ: dict[str, str]) -> subprocess.Popen:
+def _start(folder: Path, gpus: list[str], place: int) -> subprocess.Popen:
     """A process that interrupts itself when its stdin is closed, be it that this one was killed."""
-    command = [sys.executable, "-m", "slas_trl.scripts.compare_arm", str(folder)]
+    # Several GPUs are shared out; runs on the same one share its memory.
+    environ = {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus else {}
     with (folder / LOG).open("ab") as log:
         return subprocess.Popen(
-            command,
+            [sys.executable, "-m", "slas_trl.scripts.compare_arm", str(folder)],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -201,18 +199,5 @@ def _gpus() -> list[str]:
     return [str(i) for i in range(torch.cuda.device_count())]
 
 
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
 def _numbers(text: str) -> list[float]:
-    numbers = [float(word) for word in _words(text)]
-    if not all(0 < number < 100 for number in numbers):
-        raise argparse.ArgumentTypeError(f"expected numbers above 0 (γ = 0 is the arm linear), got {text!r}")
-    return numbers
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
+    return [float(word) for word in text.split(",") if word.strip()]

@@ -10,17 +10,15 @@ import os
 import signal
 import sys
 import threading
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from transformers import TrainerCallback
-from transformers.trainer_utils import IntervalStrategy
 
+from ..advantages import weighted_sum
 from ..evaluation.shapes import SCORES
 from ..images import still
 from ..objective import gaussian_kl
@@ -31,14 +29,14 @@ from ..shapes import world
 from ..shapes.verifier import verify
 from ..statistics import evenly_spaced
 from ..trainer import SLASTrainer, checkpoints, sampling
-from ..trainer.scoring import Scoring
 from .arguments import parse
-from .train import held_out_prompts, train_prompts
+from .train import held_out_prompts, make_trainer, train_prompts
 
 
 BASE = "base"  # the arm that is not trained
 SPEC, EVALUATIONS, RESULT = "arm.json", "evaluations.json", "result.json"
-SHOWN = 12  # pictures that are kept
+TRAINED = "trained reward"
+SHOWN = 6  # pictures that are kept
 KL_ROWS = 48  # trajectories that the KL divergence is measured on
 # Streams of random numbers beside the trainer's: those of evaluation are the same for all arms and seeds.
 NOISE, KL_NOISE, KL_STEPS = 100, 101, 102
@@ -46,69 +44,43 @@ NOISE, KL_NOISE, KL_STEPS = 100, 101, 102
 
 class ArmEvaluation(TrainerCallback):
     """
-    Scores the policy on held-out prompts every so many updates, and at the end, always with the same noise.
-
-    Args:
-        trainer ([`SLASTrainer`]): before training.
-        data (`Dataset`): held-out prompts.
-        folder (`Path`): of the arm.
-        spec (`Mapping[str, Any]`): what `arm.json` says.
-        judged (`bool`): whether the verifier of the shapes world can judge.
-        base (`dict[str, torch.nn.Module]`, *optional*): the denoisers as they were, if not those without an adapter.
+    Scores the policy on the evaluation prompts every so many updates, and at the end, always with the same noise. The
+    KL is to the denoisers in `base`, or to the model without its adapter; `spec` is what the folder's `arm.json` says.
     """
 
     def __init__(
-        self,
-        trainer: SLASTrainer,
-        data: Dataset,
-        folder: Path,
-        spec: Mapping[str, Any],
-        judged: bool,
-        base: dict[str, torch.nn.Module] | None,
+        self, trainer: SLASTrainer, folder: Path, spec: Mapping[str, Any], base: dict[str, torch.nn.Module] | None
     ):
-        self.trainer, self.data, self.folder, self.spec = trainer, data, folder, spec
-        self.judged, self.base = judged, base
-        self.shown = evenly_spaced(len(data), SHOWN)
-        self.done: dict[str, Any] = {"seconds": 0.0, "evaluations": {}}  # training, without evaluations
-        self._last = time.perf_counter()
+        self.trainer, self.folder, self.spec, self.base = trainer, folder, spec, base
+        self.data: Any = trainer.eval_dataset
+        self.size = trainer.args.per_device_train_batch_size
+        self.done: dict[str, Any] = {}  # by update
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step:  # resumed; time that is spent again counts again
-            self.done = json.loads((self.folder / EVALUATIONS).read_text(encoding="utf-8"))
-            for step in [step for step in self.done["evaluations"] if int(step) > state.global_step]:
-                del self.done["evaluations"][step]
-        self._last = time.perf_counter()
+        if state.global_step:  # resumed
+            done = json.loads((self.folder / EVALUATIONS).read_text(encoding="utf-8"))
+            self.done = {step: done[step] for step in done if int(step) <= state.global_step}
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.spec["eval_every"] == 0 or state.global_step == state.max_steps:
             self.evaluate(state.global_step)
 
     def evaluate(self, step: int) -> None:
-        self.done["seconds"] += time.perf_counter() - self._last
-        self.done["evaluations"][str(step)] = {"scores": self._scores(), "kl": self._kl() if step else 0.0}
+        self.done[str(step)] = {"scores": self._scores(), "kl": self._kl() if step else 0.0}
         write_text(self.folder / EVALUATIONS, json.dumps(self.done))
-        self._last = time.perf_counter()
 
     def _scores(self) -> dict[str, list[float]]:
         """By measure, the mean of each prompt."""
-        trainer, copies = self.trainer, self.spec["eval_images_per_prompt"]
-        rows = [row for row in range(len(self.data)) for _ in range(copies)]
-        seeds = sampling.generators([(NOISE, row, i % copies) for i, row in enumerate(rows)])
-        size = trainer.args.per_device_train_batch_size
-        with Scoring(trainer.eval_scorer) as scoring:
-            images = trainer.evaluator.draw(
-                self.data, rows, seeds, size, lambda batch, made: scoring.add(batch.prompts, made, batch.columns)
-            )
-            scores = dict(zip(trainer.eval_scorer.names, scoring.gather().rewards.T, strict=True))
-        if self.judged:
-            verdicts = verify([self.data[row]["prompt"] for row in rows], images)
-            if clash := scores.keys() & set(SCORES):
-                raise ValueError(f"The verifier has a score {min(clash)!r} too; give that reward another name.")
-            scores |= {name: torch.tensor([float(getattr(v, name)) for v in verdicts]) for name in SCORES}
-        (self.folder / SAMPLES).mkdir(exist_ok=True)
-        for i, row in enumerate(self.shown):
-            still(images[row * copies]).save(self.folder / SAMPLES / f"{i}.png")
-        return {name: values.double().view(-1, copies).nanmean(1).tolist() for name, values in scores.items()}
+        copies, weight_of = self.spec["eval_images_per_prompt"], self.trainer.weight_of
+        jobs = [(row, i) for row in range(len(self.data)) for i in range(copies)]
+        seeds = [sampling.seed_for(NOISE, *job) for job in jobs]
+        scored = self.trainer.evaluator.score(self.data, [row for row, _ in jobs], seeds, self.size)
+        rewards = scored.rewards.T.view(len(weight_of), -1, copies)  # (K, P, copies)
+        weights = torch.tensor([*weight_of.values()], dtype=torch.float64).view(-1, 1, 1)
+        trained = weights.flatten() != 0
+        scores = {TRAINED: weighted_sum(rewards[trained], weights[trained])}
+        scores |= dict(zip(weight_of, rewards, strict=True))
+        return {name: values.nanmean(1).tolist() for name, values in scores.items()}
 
     @torch.no_grad()
     def _kl(self) -> float:
@@ -118,11 +90,11 @@ class ArmEvaluation(TrainerCallback):
         replayer.scheduler.window = sampling.window_of(args, 0, np.random.default_rng(KL_STEPS))
         rows = evenly_spaced(len(self.data), KL_ROWS)
         noise = iter(sampling.generators([(KL_STEPS, i) for i in range(len(rows))]))
-        initial, size = sampling.generators([(KL_NOISE, row) for row in rows]), args.per_device_train_batch_size
+        initial = sampling.generators([(KL_NOISE, row) for row in rows])
         if args.offload_frozen_components:
             trainer.pipe.to(trainer.accelerator.device)
         with trainer.trained.as_published(), trainer.accelerator.autocast():
-            for batch in trainer.inputs.batches(self.data, rows, initial, size):
+            for batch in trainer.inputs.batches(self.data, rows, initial, self.size):
                 rollout = replayer.sample(noise_generator=[next(noise) for _ in batch.rows], **batch.call)
                 for step in rollout.trainable_steps:
                     policy = replayer.replay(rollout, step)
@@ -131,30 +103,32 @@ class ArmEvaluation(TrainerCallback):
         replayer.scheduler.window = None
         return torch.cat(values).mean().item()
 
+    def save_pictures(self) -> list[str]:
+        """Draw a few prompts by the policy as it is, into the folder `samples`; returns them."""
+        rows = evenly_spaced(len(self.data), SHOWN)
+        seeds = sampling.generators([(NOISE, row, 0) for row in rows])
+        (self.folder / SAMPLES).mkdir(exist_ok=True)
+        for i, image in enumerate(self.trainer.evaluator.draw(self.data, rows, seeds, self.size)):
+            still(image).save(self.folder / SAMPLES / f"{i}.png")
+        return [self.data[row]["prompt"] for row in rows]
+
 
 def run_arm(folder: Path) -> None:
     """Do what the folder's `arm.json` says, and write `result.json` into it."""
     spec: Mapping[str, Any] = json.loads((folder / SPEC).read_text(encoding="utf-8"))
     own = ["--seed", str(spec["seed"]), "--output_dir", str(folder)]
+    own += ["--eval_strategy", "no", "--logging_first_step", "true", "--disable_tqdm", "true"]
     script, lora, config = parse([*spec["options"], *own], "slas-trl compare", settings=spec["config"])
-    config.eval_strategy, config.logging_first_step = IntervalStrategy.NO, True
     prompts = held_out_prompts(script, config, "slas-trl compare")
     data = prompts.select(evenly_spaced(len(prompts), spec["eval_prompts"]))
-    trainer = SLASTrainer(
-        model=script.load_pipeline(config),
-        reward_funcs=script.named_rewards(),
-        args=config,
-        train_dataset=train_prompts(script),
-        eval_dataset=data,
-        peft_config=lora.peft_config(),
-        eval_reward_funcs=script.eval_reward_funcs,
-    )
+    if script.model_name_or_path is None and world.all_captions().keys() >= set(data["prompt"]):
+        script.eval_reward_funcs = [*(script.eval_reward_funcs or []), *map(_verdict, SCORES)]  # type: ignore[list-item]
+    trainer = make_trainer(script, lora, config, train_prompts(script), data)
     base = None
     if script.adapter is not None or not lora.use_peft:
         with trainer.trained.as_published():
             base = copy.deepcopy(denoisers_of(trainer.pipe))
-    judged = script.model_name_or_path is None and world.all_captions().keys() >= set(data["prompt"])
-    evaluation = ArmEvaluation(trainer, data, folder, spec, judged, base)
+    evaluation = ArmEvaluation(trainer, folder, spec, base)
     if spec["arm"] == BASE:
         evaluation.evaluate(0)
     else:
@@ -163,13 +137,23 @@ def run_arm(folder: Path) -> None:
         trainer.save_model()
     result = {
         **spec,
-        **evaluation.done,
+        "evaluations": evaluation.done,
         "first_rollout": _first_rewards(folder),
         "reward_weights": trainer.weight_of,
         "prompts": list(data["prompt"]),
-        "shown_prompts": [data[row]["prompt"] for row in evaluation.shown],
+        "shown_prompts": evaluation.save_pictures(),
     }
     write_text(folder / RESULT, json.dumps(result))
+
+
+def _verdict(score: str) -> Callable[..., list[float]]:
+    """A score of the verifier of the shapes world as a reward, by its name."""
+
+    def reward(prompts, images, **columns):
+        return [float(getattr(verdict, score)) for verdict in verify(prompts, images)]
+
+    reward.__name__ = score
+    return reward
 
 
 def _first_rewards(folder: Path) -> dict[str, float] | None:

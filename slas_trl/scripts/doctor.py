@@ -9,7 +9,6 @@ import tempfile
 import textwrap
 import time
 import traceback
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -20,17 +19,16 @@ from diffusers import DiffusionPipeline
 from transformers import PrinterCallback, TrainerState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from slas_trl.cli.main import BAD_INPUT
-from slas_trl.images import still
-from slas_trl.policy import PipelineReplayer, Rollout
-from slas_trl.policy.checks import denoisers_of
-from slas_trl.run_files import TRAINER_STATE
-from slas_trl.schedulers import FlowSDEScheduler
-from slas_trl.scripts.arguments import LoraArguments, SLASScriptArguments, parse
-from slas_trl.scripts.train import eval_prompts, train_prompts
-from slas_trl.statistics import text_table
-from slas_trl.trainer import SLASConfig, SLASTrainer
-from slas_trl.trainer.checkpoints import last_whole_checkpoint, read_state
+from ..cli.main import BAD_INPUT
+from ..images import still
+from ..policy import PipelineReplayer, Rollout
+from ..policy.checks import denoisers_of
+from ..run_files import TRAINER_STATE
+from ..schedulers import FlowSDEScheduler
+from ..statistics import text_table
+from ..trainer import SLASConfig, SLASTrainer, checkpoints
+from .arguments import LoraArguments, SLASScriptArguments, parse
+from .train import eval_prompts, make_trainer, train_prompts
 
 
 WIDTH, LABEL = 96, 18
@@ -42,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     script, lora, config = parse(sys.argv[1:] if argv is None else argv, prog="slas-trl doctor", one_process=True)
     sys.path.append(str(Path.cwd()))  # as for `slas-trl train`
     pipe = script.load_pipeline(config)
-    print_pipeline(pipe, script.model_name_or_path or "the embedded one")
+    print_row("pipeline", f"{type(pipe).__name__}, {script.model_name_or_path or 'the embedded one'}")
+    for name, denoiser in denoisers_of(pipe).items():
+        print_row("denoiser", f"{name}: {type(denoiser).__name__}, {_parameters(denoiser.parameters())}")
     try:
         with tempfile.TemporaryDirectory() as folder:
             examine(pipe, script, lora, config, folder)
@@ -50,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)  # ends the line of a progress bar
         if os.environ.get("SLAS_TRL_DEBUG") == "1":
             traceback.print_exception(error)
-        print(f"\nTraining cannot start:\n{_wrapped(problem_of(error), '- ', '  ')}")
+        # With the kind of an error that is nobody's input.
+        message = str(error) if isinstance(error, BAD_INPUT) else f"{type(error).__name__}: {error}"
+        print(f"\nTraining cannot start:\n{_wrapped(message, '- ', '  ')}")
         return 1
     print("\nTraining can start.")
     return 0
@@ -60,21 +62,10 @@ def examine(
     pipe: DiffusionPipeline, script: SLASScriptArguments, lora: LoraArguments, config: SLASConfig, folder: str
 ) -> None:
     """Make one update and print what it was like. What the trainer writes goes to `folder`; it raises the problem."""
-    if not script.reward_funcs:
-        raise ValueError(
-            "No reward is named. Give --reward_funcs: functions of slas_trl.rewards, or package.module:function."
-        )
-    checkpoint = checkpoint_of(config)
+    resume = config.resume_from_checkpoint
+    checkpoint = checkpoints.find(config.run_dir, True if resume in ("true", "True") else resume)
     config.output_dir, config.push_to_hub, config.report_to, config.log_completions = folder, False, [], False
-    trainer = SLASTrainer(
-        model=pipe,
-        reward_funcs=script.reward_funcs,
-        args=config,
-        train_dataset=train_prompts(script),
-        eval_dataset=eval_prompts(script, config),
-        peft_config=lora.peft_config(),
-        eval_reward_funcs=script.eval_reward_funcs,
-    )
+    trainer = make_trainer(script, lora, config, train_prompts(script), eval_prompts(script, config), pipe)
     trainer.remove_callback(PrinterCallback)
     print_trained(trainer, is_adapter=lora.use_peft or script.adapter is not None)
     config.max_steps = 1
@@ -97,26 +88,8 @@ def examine(
     print_time(trainer, log, sampling.seconds)
 
 
-def checkpoint_of(config: SLASConfig) -> Path | None:
-    """The whole checkpoint that the run would go on from, if any."""
-    name = config.resume_from_checkpoint
-    if not name:
-        return None
-    folder = last_whole_checkpoint(config.run_dir) if name in ("true", "True") else Path(name)
-    if folder is None:
-        raise ValueError(f"resume_from_checkpoint: there is no whole checkpoint in {config.output_dir!r}.")
-    read_state(folder)
-    return folder
-
-
 class Sampling:
-    """
-    Takes the place of a replayer's `sample`, to describe the first rollout and to measure the time.
-
-    Attributes:
-        rows (`dict[str, str]`): description of the first chunk.
-        seconds (`float`): of all calls.
-    """
+    """Takes the place of a replayer's `sample`, to describe the first call in `rows`, and to add up the `seconds`."""
 
     def __init__(self, replayer: PipelineReplayer, trained: int):
         self.rows: dict[str, str] = {}
@@ -136,20 +109,14 @@ def rollout_rows(rollout: Rollout, trained: int) -> dict[str, str]:
     """Sizes, calls of the denoiser and steps, by label."""
     width, height = still(rollout.images[0]).size
     latents = " x ".join(map(str, rollout.steps[0].sample.shape[1:]))
-    calls = Counter(len(step.outputs) for step in rollout.steps)
+    calls = sorted({len(step.outputs) for step in rollout.steps})
     noise = ", ".join(f"{step.std:.3g}" for step in rollout.steps)
     return {
         "images": f"{width} x {height} pixels, from latents of {latents}",
-        "denoiser calls": " or ".join(f"{number} per step" for number in sorted(calls)),
+        "denoiser calls": " or ".join(f"{number} per step" for number in calls),
         "steps": f"{len(rollout.steps)}, of which {len(rollout.trainable_steps)} stochastic and {trained} trained; "
         f"std of each: {noise}",
     }
-
-
-def print_pipeline(pipe: DiffusionPipeline, source: str) -> None:
-    print_row("pipeline", f"{type(pipe).__name__}, {source}")
-    for name, denoiser in denoisers_of(pipe).items():
-        print_row("denoiser", f"{name}: {type(denoiser).__name__}, {_parameters(denoiser.parameters())}")
 
 
 def print_trained(trainer: SLASTrainer, is_adapter: bool) -> None:
@@ -180,38 +147,27 @@ def print_update(config: SLASConfig, log: dict[str, float]) -> None:
 
 def print_rewards(trainer: SLASTrainer, log: dict[str, float], evaluation: dict[str, float]) -> None:
     """Each reward on the images of the rollout, and the held-out ones on those of a few evaluation prompts."""
-    names, everyone = trainer.scorer.names, trainer.eval_scorer.names
-    weights = dict(zip(names, trainer.args.reward_weights or [1.0] * len(names), strict=True))
-    kinds = ("mean", "std", "nan_share", "time")
     rows = [("reward", "mean", "std", "no score", "seconds", "weight")]
-    for name in everyone:
-        source, prefix = (log, "") if name in weights else (evaluation, "eval_")
-        if f"{prefix}rewards/{name}/mean" not in source:
-            continue
-        mean, std, missing, seconds = (source[f"{prefix}rewards/{name}/{key}"] for key in kinds)
-        weight = f"{weights[name]:g}" if name in weights else "held out"
-        rows.append((name, f"{mean:.4g}", f"{std:.3g}", f"{missing:.0%}", f"{seconds:.2g}", weight))
+    for name, weight in trainer.weight_of.items():
+        is_held_out = name not in trainer.scorer.names
+        source, key = (evaluation, f"eval_rewards/{name}") if is_held_out else (log, f"rewards/{name}")
+        if f"{key}/mean" in source:
+            mean, std, missing, seconds = (source[f"{key}/{kind}"] for kind in ("mean", "std", "nan_share", "time"))
+            numbers = f"{mean:.4g}", f"{std:.3g}", f"{missing:.0%}", f"{seconds:.2g}"
+            rows.append((name, *numbers, "held out" if is_held_out else f"{weight:g}"))
     print(textwrap.indent(text_table(rows), "    "))
 
 
 def print_time(trainer: SLASTrainer, log: dict[str, float], sampling: float) -> None:
     config, device = trainer.args, trainer.accelerator.device
-    text = (
+    updates = config.micro_steps_per_rollout / config.micro_steps_per_update
+    print_row(
+        "time",
         f"{log['step_time']:.2g} s for the first update, of which {sampling:.2g} s to sample "
-        f"{config.generation_batch_size} images; a rollout serves "
-        f"{config.micro_steps_per_rollout / config.micro_steps_per_update:g} update(s)"
+        f"{config.generation_batch_size} images; a rollout serves {updates:g} update(s)",
     )
-    print_row("time", text)
     if device.type == "cuda":
         print_row("peak memory", f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}")
-
-
-def problem_of(error: Exception) -> str:
-    """The message, with the kind of an error that is nobody's input."""
-    message = str(error) if isinstance(error, BAD_INPUT) else f"{type(error).__name__}: {error}"
-    if isinstance(error, torch.OutOfMemoryError):
-        message += " Lower per_device_train_batch_size, set activation_checkpointing, or train an adapter (use_peft)."
-    return message
 
 
 def print_row(label: str, text: str) -> None:
@@ -219,9 +175,8 @@ def print_row(label: str, text: str) -> None:
 
 
 def _wrapped(text: str, first: str, following: str) -> str:
-    options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
-    text = " ".join(text.split())
-    return textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=following, **options)
+    wrapper = textwrap.TextWrapper(WIDTH, first, following, break_long_words=False, break_on_hyphens=False)
+    return wrapper.fill(" ".join(text.split()))
 
 
 def _parameters(parameters: Iterable[torch.nn.Parameter]) -> str:

@@ -29,7 +29,15 @@ def make_parser(prog: str = "slas-trl generate") -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     output = Path(args.output)
-    _check(args, output)
+    if not args.prompt.strip():
+        raise ValueError("--prompt is empty.")
+    for name in ("num_images", "num_inference_steps"):
+        if (number := getattr(args, name)) is not None and number < 1:
+            raise ValueError(f"--{name} must be at least 1, got {number}.")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"the folder {output.parent} of --output does not exist. Make it first.")
+    if output.suffix.lower() not in Image.registered_extensions() or output.is_dir():
+        raise ValueError(f"--output must be a file with the name of an image format, such as x.png, got {output}.")
 
     # Only now: these imports take seconds, and bad arguments should be reported before.
     import torch
@@ -55,15 +63,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     picture = made.images[0] if args.num_images == 1 else sample_grid(made.images, prompts)
     picture.save(output)
     print(f"Wrote {output}.")
-
-
-def _check(args: argparse.Namespace, output: Path) -> None:
-    if not args.prompt.strip():
-        raise ValueError("--prompt is empty.")
-    for name in ("num_images", "num_inference_steps"):
-        if (number := getattr(args, name)) is not None and number < 1:
-            raise ValueError(f"--{name} must be at least 1, got {number}.")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"the folder {output.parent} of --output does not exist. Make it first.")
-    if output.suffix.lower() not in Image.registered_extensions() or output.is_dir():
-        raise ValueError(f"--output must be a file with the name of an image format, such as x.png, got {output}.")

@@ -9,13 +9,11 @@ import json
 import math
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from datasets import Dataset
@@ -30,7 +28,7 @@ from ..trainer.pipeline_inputs import as_pictures, is_picture_column
 from ..trainer.prompts import load_prompts
 from ..trainer.scoring import Scoring
 from .arguments import SLASScriptArguments, parse
-from .train import train_prompts
+from .train import make_trainer, train_prompts
 
 
 # Settings that the scores depend on, beside the prompts, the model and the rewards.
@@ -39,11 +37,6 @@ DECISIVE = (
     *("height", "width", "eta", "noise_schedule", "noise_level", "sde_window_size", "sde_window_start"),
     *("sde_window_slide_every", "init_same_noise", "pipeline_columns", "pipeline_kwargs", "reward_weights"),
     *("model_init_kwargs", "bf16", "fp16"),
-)
-FILTER = (
-    "prompts filter was removed: scores are columns of what prompts score writes (mean, std, under rewards those of "
-    "each reward), and filtering is one line: datasets.load_dataset('json', data_files='scores.jsonl', split='train')"
-    ".filter(lambda row: (row['std'] or 0) > 0.01).to_json('kept.jsonl')"
 )
 
 
@@ -68,9 +61,6 @@ def make_parser(prog: str = "slas-trl prompts") -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["filter"]:
-        raise ValueError(FILTER)
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
     if args.command is None:
@@ -86,13 +76,15 @@ def score(output: Path, argv: Sequence[str]) -> None:
     if not output.parent.is_dir():
         raise FileNotFoundError(f"the folder {output.parent} of --output does not exist. Make it first.")
     script, lora, config = parse(argv, prog="slas-trl prompts score", one_process=True)
-    rewards, data = script.named_rewards(), train_prompts(script)
+    script.named_rewards()
+    script.eval_reward_funcs, data = None, train_prompts(script)
     data = load_prompts(config.prompt_dataset) if data is None else data
-    size = max(1, config.per_device_train_batch_size // config.num_generations)  # prompts in a call
+    copies = config.num_generations
+    size = max(1, config.per_device_train_batch_size // copies)  # prompts in a call
     lines = _scored_before(output, _settings(script, config, data))
     with tempfile.TemporaryDirectory() as folder:
         _only_sample(config, min(size, len(data)), folder)
-        trainer = SLASTrainer(script.load_pipeline(config), rewards, config, data, peft_config=lora.peft_config())
+        trainer = make_trainer(script, lora, config, data)
         for denoiser in denoisers_of(trainer.pipe).values():
             trainer.accelerator.prepare(denoiser)  # autocast
         bar = tqdm(total=len(data), initial=len(lines), unit="prompt", disable=config.disable_tqdm)
@@ -106,11 +98,10 @@ def score(output: Path, argv: Sequence[str]) -> None:
             bar.update(len(new))
         bar.close()
     stds = [line["std"] for line in lines.values() if line["std"] is not None]
-    copies = config.num_generations
     print(f"Wrote {output}: {len(lines)} prompts, {copies} images each, {len(stds)} with two scores or more.")
     if stds:
-        equal = sum(std == 0 for std in stds)
-        print(f"Std of their weighted rewards: median {statistics.median(stds):.4g}, 0 for {equal} prompts.")
+        middle, equal = statistics.median(stds), stds.count(0)
+        print(f"Std of their weighted rewards: median {middle:.4g}, 0 for {equal} prompts.")
 
 
 def _settings(script: SLASScriptArguments, config: SLASConfig, data: Dataset) -> dict[str, Any]:
@@ -159,9 +150,8 @@ def _score_rows(trainer: SLASTrainer, rows: Sequence[int], rollout_index: int) -
     indices = [row for row in rows for _ in range(copies)]
     rng = np.random.default_rng([args.seed, sampling.TIMESTEPS, rollout_index])
     trainer.replayer.scheduler.window = sampling.window_of(args, rollout_index, rng)
-    noise = iter(
-        sampling.generators([(args.seed, sampling.STEP_NOISE, rollout_index, i) for i in range(len(indices))])
-    )
+    keys = [(args.seed, sampling.STEP_NOISE, rollout_index, i) for i in range(len(indices))]
+    noise = iter(sampling.generators(keys))
     with Scoring(trainer.scorer) as scoring:
         for batch in trainer.batches(indices, rollout_index):
             rollout = trainer.replayer.sample(noise_generator=[next(noise) for _ in batch.rows], **batch.call)
@@ -169,16 +159,14 @@ def _score_rows(trainer: SLASTrainer, rows: Sequence[int], rollout_index: int) -
             scoring.add(batch.prompts, made, batch.columns)
         scores = scoring.gather().rewards  # (N, K)
     total = compute_advantages(scores, copies, args).rewards
+    groups = zip(rows, total.view(-1, copies), scores.view(len(rows), copies, -1), strict=True)
     return [
         {
             "row": row,
-            **_statistics(total[at : at + copies]),
-            "rewards": {
-                name: _statistics(column[at : at + copies])
-                for name, column in zip(trainer.scorer.names, scores.T, strict=True)
-            },
+            **_statistics(of_sum),
+            "rewards": dict(zip(trainer.scorer.names, map(_statistics, of_each.T), strict=True)),
         }
-        for row, at in zip(rows, range(0, len(indices), copies), strict=True)
+        for row, of_sum, of_each in groups
     ]
 
 
@@ -195,16 +183,12 @@ def _statistics(scores: torch.Tensor) -> dict[str, float | None]:
 
 def _as_json(data: Dataset, i: int, folder: Path) -> dict[str, Any]:
     """A row, without images that are in the data set; paths of others as seen from `folder`."""
-    plain = data.select_columns([name for name in data.column_names if not _holds_images(data.features[name])])
-    row: dict[str, Any] = dict(plain[i])
-    for name in row:
-        if is_picture_column(data, name):
-            paths = row[name] if isinstance(row[name], list) else [row[name]]
-            paths = [os.path.relpath(path, folder) if path and Path(path).is_file() else path for path in paths]
-            row[name] = paths if isinstance(row[name], list) else paths[0]
+    row: dict[str, Any] = data[i]
+    for name in filter(lambda name: is_picture_column(data, name), list(row)):
+        paths = row[name] if isinstance(row[name], list) else [row[name]]
+        if not all(isinstance(path, str | None) for path in paths):
+            del row[name]
+            continue
+        paths = [os.path.relpath(path, folder) if path and Path(path).is_file() else path for path in paths]
+        row[name] = paths if isinstance(row[name], list) else paths[0]
     return row
-
-
-def _holds_images(feature: Any) -> bool:
-    feature = feature.feature if isinstance(feature, (datasets.List, datasets.LargeList)) else feature
-    return isinstance(feature, datasets.Image)

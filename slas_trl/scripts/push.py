@@ -5,12 +5,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from ..publishing import repository
 from ..publishing.card import edited_card
 from ..publishing.facts import RunFacts, read_facts
 from ..run_files import FACTS, STATE
-from ..trainer.checkpoints import checkpoints_in, last_whole_checkpoint, read_state
+from ..trainer.checkpoints import checkpoints_in, find, last_whole_checkpoint, read_state
 
 
 def make_parser(prog: str = "slas-trl push") -> argparse.ArgumentParser:
@@ -33,8 +34,6 @@ def make_parser(prog: str = "slas-trl push") -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     run_dir = Path(args.run_dir)
-    if not run_dir.is_dir():
-        raise FileNotFoundError(f"there is no folder {args.run_dir}; RUN_DIR is a run's output_dir.")
     weights, facts = find_result(run_dir)
     edited = edited_card(weights, facts)
     if edited is not None:
@@ -59,7 +58,7 @@ def find_result(run_dir: Path) -> tuple[Path, RunFacts]:
     """The folder of the newest weights, that of the run or its last whole checkpoint, and their facts."""
     last = None if (run_dir / STATE).is_file() else last_whole_checkpoint(run_dir)
     folders = [folder for folder in (run_dir, last) if folder is not None and (folder / FACTS).is_file()]
-    found = [(folder, read_facts(folder)) for folder in folders] or [(run_dir, read_facts(run_dir))]  # which raises
+    found = [(folder, read_facts(folder)) for folder in folders or [run_dir]]
     weights, facts = max(found, key=lambda result: result[1].written)
     if weights != run_dir:
         print(f"The result of the run was not saved: the weights are those of {weights.name}.", file=sys.stderr)
@@ -67,17 +66,13 @@ def find_result(run_dir: Path) -> tuple[Path, RunFacts]:
 
 
 def chosen_checkpoints(run_dir: Path, strategy: str) -> list[Path]:
-    """Those that `strategy` asks for."""
+    """Those that `strategy` asks for. Raises `ValueError` if there is none, or one of them is not whole."""
     if strategy == "end":
         return []
-    if (run_dir / STATE).is_file():
-        chosen = [run_dir]
-    elif strategy == repository.ALL_CHECKPOINTS:
-        chosen = checkpoints_in(run_dir)
-    else:
-        chosen = [folder for folder in [last_whole_checkpoint(run_dir)] if folder is not None]
-    if not chosen:
-        raise FileNotFoundError(f"there is no checkpoint in {run_dir}; leave out --hub_strategy.")
-    for folder in chosen:
+    is_checkpoint = (run_dir / STATE).is_file()
+    newest = cast(Path, find(run_dir, str(run_dir) if is_checkpoint else True))
+    if is_checkpoint or strategy != repository.ALL_CHECKPOINTS:
+        return [newest]
+    for folder in (chosen := checkpoints_in(run_dir)):
         read_state(folder)
     return chosen

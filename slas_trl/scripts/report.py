@@ -1,7 +1,6 @@
 """What `slas-trl train` measures before and after training, and what it writes about the run at its end."""
 
 import json
-import math
 from typing import Any
 
 import torch
@@ -10,17 +9,18 @@ from datasets import Dataset
 from ..evaluation.shapes import OVERALL, ShapesReport, compare, evaluate_shapes, paired_difference
 from ..publishing.facts import Evaluation, Metric
 from ..reports.scores import compare_scores, score_rows
-from ..run_files import EVALUATION
-from ..statistics import evenly_spaced, text_table
+from ..run_files import EVALUATION, write_text
+from ..shapes import shapes_prompts
+from ..statistics import Estimate, evenly_spaced, text_table
 from ..trainer import SLASTrainer
 from ..trainer.publisher import PICTURES
 
 
 DEFAULT_PROMPTS = 16
+ALL_OR_NOTHING = f"{OVERALL}, all or nothing"
 
-Measurement = (
-    ShapesReport | dict[str, list[float]]
-)  # of the embedded pipeline; else by reward, the mean of each prompt
+# Of the embedded pipeline, or by reward, the mean of each prompt.
+Measurement = ShapesReport | dict[str, list[float]]
 
 
 class RunReport:
@@ -37,8 +37,6 @@ class RunReport:
     def __init__(self, trainer: SLASTrainer, base_model: str | None, prompts: int | None, images_per_prompt: int):
         self.trainer, self.is_shapes, self.images_per_prompt = trainer, base_model is None, images_per_prompt
         if self.is_shapes:
-            from ..shapes import shapes_prompts
-
             self.data, self.origin = shapes_prompts("test"), "held-out"
         elif isinstance(trainer.eval_dataset, Dataset):
             self.data, self.origin = trainer.eval_dataset, "evaluation"
@@ -51,63 +49,56 @@ class RunReport:
     @torch.no_grad()
     def measure(self) -> Measurement:
         """Draw and judge, with the pipeline's own sampler and the same seeds every time."""
-        trainer, size = self.trainer, self.trainer.args.per_device_train_batch_size
+        trainer, size, images = self.trainer, self.trainer.args.per_device_train_batch_size, self.images_per_prompt
         if self.is_shapes:
-            prompts, images = [self.data[i]["prompt"] for i in self.rows], self.images_per_prompt
+            prompts = [self.data[i]["prompt"] for i in self.rows]
             with trainer.trained.as_published():
                 return evaluate_shapes(trainer.pipe, prompts, images, batch_size=size, **trainer.inputs.arguments)
-        rows = [row for row in self.rows for _ in range(self.images_per_prompt)]
-        scores = trainer.evaluator.score(
-            self.data, rows, range(len(rows)), size
-        ).rewards  # (prompts * images, rewards)
-        per_prompt = scores.view(len(self.rows), self.images_per_prompt, -1).nanmean(dim=1)
+        rows = [row for row in self.rows for _ in range(images)]
+        scores = trainer.evaluator.score(self.data, rows, range(len(rows)), size)
+        per_prompt = scores.rewards.view(len(self.rows), images, -1).nanmean(dim=1)  # (P, rewards)
         return {name: column.tolist() for name, column in zip(trainer.eval_scorer.names, per_prompt.T, strict=True)}
 
     def write(self, before: Measurement, after: Measurement) -> str:
         """Write all of the report into the run's folder, the card aside, and return its table."""
         if isinstance(before, ShapesReport) and isinstance(after, ShapesReport):
-            table, rows = compare(before, after), _shapes_rows(before, after)
+            comparison = _compare_shapes(before, after)
+            table, rows = compare(before, after), score_rows(comparison, "category", ".3f")
             scores: dict[str, Any] = {"before": before.to_dict(), "after": after.to_dict()}
             judged = "The verifier's graded score, and in brackets its strict one,"
             in_card = (
                 "Mean share of a prompt's demands that a picture meets (all or nothing: of pictures that meet all),"
             )
-            names = {"shapes_verifier": "graded", "shapes_verifier_strict": "strict"}
-            was, now = before.estimates[OVERALL], after.estimates[OVERALL]
-            metrics = [_metric(name, now[score], was[score]) for name, score in names.items()]
+            named = {"shapes_verifier": OVERALL, "shapes_verifier_strict": ALL_OR_NOTHING}
         else:
             comparison = compare_scores(before, after)  # type: ignore[arg-type]
             rows = score_rows(comparison)
-            table = text_table(rows)
+            table, named = text_table(rows), {name: name for name in comparison}
             scores = {name: {when: e.to_dict() for when, e in each.items()} for name, each in comparison.items()}
             judged = in_card = "Mean rewards"
-            metrics = [_metric(name, each["after"], each["before"]) for name, each in comparison.items()]
-        prompts, images = len(self.rows), self.images_per_prompt
+        metrics = []
+        for name, row in named.items():
+            now, was = comparison[row]["after"], comparison[row]["before"]
+            metrics.append(Metric(name, now.mean, now.half_width, now.prompts, was.mean))
+        prompts, images, trainer = len(self.rows), self.images_per_prompt, self.trainer
         how = (
             f"on {prompts} {self.origin} prompt{'s' * (prompts != 1)}{' of shapes' * self.is_shapes}, {images} "
             f"picture{'s' * (images != 1)} each, drawn by the pipeline's own sampler with the same seeds before and "
             "after; ± is the half width of a 95% interval."
         )
-        trainer = self.trainer
         trainer.publisher.evaluation = Evaluation(f"{in_card} {how}", rows, metrics, self.origin)
         trainer.publisher.show()
         if trainer.is_world_process_zero():
-            text = json.dumps(scores, indent=2) + "\n"
-            (trainer.args.run_dir / EVALUATION).write_text(text, encoding="utf-8")
+            write_text(trainer.args.run_dir / EVALUATION, json.dumps(scores, indent=2) + "\n")
         return f"{judged} {how}\n\n{table}"
 
 
-def _shapes_rows(before: ShapesReport, after: ShapesReport) -> list[list[str]]:
-    """For the card: the graded score of each category, and of all the strict one, too."""
-    change = paired_difference(before, after).estimates
-    rows = [["category", "before", "after", "change"]]
-    for category, score in [*((category, "graded") for category in change), (OVERALL, "strict")]:
-        estimates = [(before.estimates[category][score], ""), (after.estimates[category][score], "")]
-        cells = [f"{e:{sign}.3f}" for e, sign in [*estimates, (change[category][score], "+")]]
-        rows.append([f"{category}, all or nothing" if score == "strict" else category, *cells])
-    return rows
-
-
-def _metric(name: str, after: Any, before: Any) -> Metric:
-    half_width = None if math.isnan(after.half_width) else after.half_width
-    return Metric(name, after.mean, half_width, after.prompts, before.mean)
+def _compare_shapes(before: ShapesReport, after: ShapesReport) -> dict[str, dict[str, Estimate]]:
+    """The graded score of each category, and of all the strict one, too."""
+    reports = {"before": before, "after": after, "change": paired_difference(before, after)}
+    estimates = {when: report.estimates for when, report in reports.items()}
+    rows = {category: (category, "graded") for category in estimates["change"]} | {ALL_OR_NOTHING: (OVERALL, "strict")}
+    return {
+        name: {when: each[category][score] for when, each in estimates.items()}
+        for name, (category, score) in rows.items()
+    }

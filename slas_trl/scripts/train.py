@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import Dataset
+from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo
 from transformers.trainer_utils import IntervalStrategy
 
@@ -12,24 +13,15 @@ from ..publishing.repository import PushError
 from ..rewards.resolve import shown_name
 from ..trainer import SLASConfig, SLASTrainer
 from ..trainer.prompts import load_prompts
-from .arguments import SLASScriptArguments, parse
+from .arguments import LoraArguments, SLASScriptArguments, parse
 from .report import RunReport
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     script, lora, config = parse(sys.argv[1:] if argv is None else argv)
-    reward_funcs = script.named_rewards()
-    base_model, adapter = script.model_name_or_path, script.adapter
+    reward_funcs, base_model, adapter = script.named_rewards(), script.model_name_or_path, script.adapter
     data, eval_data = train_prompts(script), eval_prompts(script, config)  # fail early: a model takes longer
-    trainer = SLASTrainer(
-        model=script.load_pipeline(config),
-        reward_funcs=reward_funcs,
-        args=config,
-        train_dataset=data,
-        eval_dataset=eval_data,
-        peft_config=lora.peft_config(),
-        eval_reward_funcs=script.eval_reward_funcs,
-    )
+    trainer = make_trainer(script, lora, config, data, eval_data)
     if adapter is not None:
         trainer.publisher.started_from = Path(adapter).resolve().name if Path(adapter).exists() else adapter
     chief = trainer.is_world_process_zero()
@@ -40,10 +32,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"for {', '.join(map(shown_name, reward_funcs))}; results go to {config.output_dir}. Each rollout "
             f"is {config.generation_batch_size} images of {config.num_inference_steps} steps."
         )
-    report = None
+    report = before = None
     if script.report_prompts != 0:
         report = RunReport(trainer, base_model, script.report_prompts, script.report_images_per_prompt)
-    before = report and report.measure()
+        before = report.measure()
     # "true" is the newest checkpoint, as in transformers' own examples.
     resume = config.resume_from_checkpoint
     try:
@@ -60,25 +52,42 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not config.push_to_hub:
             trainer.create_model_card(dataset_name=script.dataset_name)
     except OSError as error:
-        raise OSError(
-            f"The report of the run could not be written ({error}). The trained weights are there."
-        ) from error
+        raise OSError(f"The report could not be written ({error}). The trained weights are there.") from error
     if config.push_to_hub:
         push(trainer, script.dataset_name)
     if chief:
         print(f"Done. Look at {config.output_dir}: README.md says what is there and how to use it.")
 
 
+def make_trainer(
+    script: SLASScriptArguments,
+    lora: LoraArguments,
+    config: SLASConfig,
+    data: Dataset | None,
+    eval_data: Dataset | None = None,
+    pipe: DiffusionPipeline | None = None,
+) -> SLASTrainer:
+    """The trainer of these arguments, which load the pipeline if it is not given."""
+    return SLASTrainer(
+        model=script.load_pipeline(config) if pipe is None else pipe,
+        reward_funcs=script.named_rewards(),
+        args=config,
+        train_dataset=data,
+        eval_dataset=eval_data,
+        peft_config=lora.peft_config(),
+        eval_reward_funcs=script.eval_reward_funcs,
+    )
+
+
 def push(trainer: SLASTrainer, dataset_name: str | None) -> None:
     """Push the result. Where that fails, the run has ended well all the same, and says what to do."""
     try:
         done = trainer.push_to_hub(dataset_name=dataset_name)
+        if isinstance(done, CommitInfo):  # on the main process
+            print(f"Pushed: {done.commit_url}")
     except (PushError, ValueError) as error:  # ValueError on the processes that do not push
         if trainer.is_world_process_zero():
             print(f"slas-trl train: {error}", file=sys.stderr)
-    else:
-        if isinstance(done, CommitInfo):  # on the main process
-            print(f"Pushed: {done.commit_url}")
 
 
 def train_prompts(script: SLASScriptArguments) -> Dataset | None:
@@ -87,28 +96,25 @@ def train_prompts(script: SLASScriptArguments) -> Dataset | None:
 
 
 def eval_prompts(script: SLASScriptArguments, config: SLASConfig) -> Dataset | None:
-    if script.eval_reward_funcs and config.eval_strategy == "no":
+    if config.eval_strategy != "no":
+        return held_out_prompts(script, config, f"eval_strategy={IntervalStrategy(config.eval_strategy).value}")
+    if script.eval_reward_funcs:
         raise ValueError(
             "eval_reward_funcs are scored in evaluation, and there is none: set eval_strategy, for example "
-            "--eval_strategy steps --eval_steps 10. A reward of weight 0 (reward_weights) is scored on every rollout, "
-            "and not trained on either."
+            "--eval_strategy steps --eval_steps 10."
         )
-    if script.eval_dataset_name is None and config.eval_strategy == "no":
-        return None
-    return held_out_prompts(script, config, f"eval_strategy={IntervalStrategy(config.eval_strategy).value}")
+    return None if script.eval_dataset_name is None else held_out_prompts(script, config, "")
 
 
 def held_out_prompts(script: SLASScriptArguments, config: SLASConfig, needed_by: str) -> Dataset:
     """Raises `ValueError` where there are none."""
-    if script.eval_dataset_name is not None:
-        return load_prompts(script.eval_dataset_name, script.dataset_test_split)
-    name = script.dataset_name or config.prompt_dataset
-    if Path(name).is_file():  # a file has no splits, and scores on the prompts trained on would say little
+    name = script.eval_dataset_name or script.dataset_name or config.prompt_dataset
+    if script.eval_dataset_name is None and Path(name).is_file():  # it has no splits, and is what is trained on
         raise ValueError(f"{needed_by} needs prompts: name a file as --eval_dataset_name.")
     return load_prompts(name, script.dataset_test_split)
 
 
 if __name__ == "__main__":  # as `accelerate launch -m slas_trl.scripts.train`
-    from slas_trl.cli.main import run_script
+    from ..cli.main import run_script
 
     sys.exit(run_script("train", sys.argv[1:]))

@@ -64,17 +64,10 @@ def test_train_goes_on_from_it(capsys):
     card = Path("run/README.md").read_text()
     assert "Training went on from the adapter `published`." in card and str(Path.cwd()) not in card
 
-    argv = ["train", "--config", "run.yaml", "--output_dir", "based", "--kl_reference", "base", "--learning_rate", "0"]
-    assert main([*argv, "--report_prompts", "0"]) == 0
-    lines = [json.loads(line) for line in Path("based/metrics.jsonl").read_text().splitlines()]
-    assert all(line["kl"] > 0.0 for line in lines if "kl" in line)
-    assert all(torch.equal(weight, weights("published")[key]) for key, weight in weights("based").items())
-
-
-def test_the_doctor_goes_on_from_the_adapter(capsys):
-    assert main(["doctor", "--config", "run.yaml"]) == 0
+    assert main(["doctor", "--config", "run.yaml", "--kl_reference", "base"]) == 0
     report = " ".join(capsys.readouterr().out.split())
     assert "trained adapter: " in report and "Training can start." in report
+    assert "KL to reference" in report and "KL to reference 0 nats" not in report
 
 
 def test_generate_writes_no_picture_that_shows_nothing(capsys):
@@ -97,15 +90,13 @@ def test_prompts_are_scored_with_it():
     assert main([*argv, "adapted.jsonl"]) == 2  # other scores
 
 
-@pytest.mark.parametrize("beta", ["0", "0.1"])
-def test_an_arm_of_a_comparison_is_compared_with_it(beta):
+def test_an_arm_of_a_comparison_is_compared_with_it():
     """The base of all arms is the model with the adapter, even if the loss has another reference."""
     found = {}
     for rate in ("0", "1e-2"):
-        folder = Path(f"arm-{beta}-{rate}")
+        folder = Path(f"arm-{rate}")
         folder.mkdir()
-        options = ["--learning_rate", rate, "--beta", beta, "--kl_reference", "base"]
-        options += ["--eval_dataset_name", "prompts.txt"]
+        options = ["--learning_rate", rate, "--kl_reference", "base", "--eval_dataset_name", "prompts.txt"]
         spec = {"arm": "linear", "seed": 3, "options": options, "eval_every": 1, "eval_prompts": 2}
         spec |= {"eval_images_per_prompt": 1, "config": {**RUN, **SETTINGS, "max_steps": 1}}
         (folder / "arm.json").write_text(json.dumps(spec))
@@ -154,12 +145,6 @@ def test_generate_takes_the_base_that_the_card_names(capsys, tmp_path, monkeypat
 def test_options_of_a_new_adapter_are_refused(options):
     with pytest.raises(ValueError, match=r"lora_.* would be of a new adapter, but published has"):
         parse(["--config", "run.yaml", *options])
-
-
-def test_a_typo_is_one_message(capsys):
-    assert main(["train", "--config", "run.yaml", "--output_dir", "refused", "--adapter", "nowhere/at/all"]) == 2
-    message = capsys.readouterr().err
-    assert "'nowhere/at/all'" in message and "Traceback" not in message
 
 
 def test_the_embedded_settings_of_a_new_adapter_give_way():

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from slas_trl.cli.main import main
-from slas_trl.scripts.compare import arms_of, make_parser
+from slas_trl.scripts.compare import arms_of
+from slas_trl.scripts.compare_arm import run_arm
 from slas_trl.trainer import SLASConfig
 
 
@@ -26,11 +27,7 @@ SMALL = [
     *("--num_inference_steps", "4", "--sde_window_size", "2", "--log_completions", "False"),
     *("--learning_rate", "1e-3", "--lora_r", "2", "--save_strategy", "no", "--disable_tqdm", "True"),
 ]
-ARMS = ["--arms", "linear,slas", "--gammas", "1", "--seeds", "2"]
-
-
-def command(*argv: str) -> list[str]:
-    return ["compare", *ARMS, *SMALL, *argv]
+COMMAND = ["compare", "--arms", "linear,slas", "--gammas", "1", "--seeds", "2", *SMALL]
 
 
 def read(path: Path) -> dict:
@@ -39,15 +36,18 @@ def read(path: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory) -> Path:
+    """A comparison whose arms were run in this process, one after the other."""
     folder = tmp_path_factory.mktemp("compared")
-    assert main(command("--processes", "2", "--output_dir", str(folder))) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("slas_trl.scripts.compare._run_all", lambda folders, *rest: [*map(run_arm, folders)])
+        assert main([*COMMAND, "--output_dir", str(folder)]) == 0
     return folder
 
 
 def test_the_arms_of_a_seed_begin_with_the_same_rollout(compared):
+    seeds = (42, 43)
     results = {
-        arm: [read(compared / arm / f"seed-{seed}" / "result.json") for seed in (42, 43)]
-        for arm in ("linear", "slas-1")
+        arm: [read(compared / arm / f"seed-{n}" / "result.json") for n in seeds] for arm in ("linear", "slas-1")
     }
     first = {arm: [result["first_rollout"] for result in of_arm] for arm, of_arm in results.items()}
     assert first["linear"] == first["slas-1"] and first["linear"][0] != first["linear"][1]
@@ -59,10 +59,8 @@ def test_the_arms_of_a_seed_begin_with_the_same_rollout(compared):
 
 def test_the_report_holds_what_the_runs_measured(compared):
     numbers = read(compared / "comparison.json")
-    scores = np.array([
-        read(compared / "slas-1" / f"seed-{seed}" / "result.json")["evaluations"]["2"]["scores"]["graded"]
-        for seed in (42, 43)
-    ])  # fmt: skip
+    results = [read(compared / "slas-1" / f"seed-{seed}" / "result.json") for seed in (42, 43)]
+    scores = np.array([result["evaluations"]["2"]["scores"]["graded"] for result in results])
     assert scores.shape == (2, 6)
     mean, low, high = numbers["final"]["slas-1"]["graded"]
     assert mean == pytest.approx(scores.mean())
@@ -89,17 +87,18 @@ def test_finished_arms_are_not_run_again(compared, capsys):
     """And other settings, and other first rollouts, are refused."""
     before = {path: path.stat().st_mtime_ns for path in compared.rglob("result.json")}
     assert len(before) == 5
+    command = [*COMMAND, "--output_dir", str(compared)]
     # A report on some of the arms, from what is there
-    assert main([*command("--output_dir", str(compared)), "--arms", "slas"]) == 0
+    assert main([*command, "--arms", "slas"]) == 0
     assert "0 of 3 runs to do" in capsys.readouterr().out
-    assert main(command("--output_dir", str(compared), "--beta", "0.5")) == 2
+    assert main([*command, "--beta", "0.5"]) == 2
     assert "--output_dir" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in compared.rglob("result.json")} == before
     path = compared / "linear" / "seed-43" / "result.json"
     text = path.read_text()
     path.write_text(json.dumps({**json.loads(text), "first_rollout": "another"}), encoding="utf-8")
-    assert main(command("--output_dir", str(compared))) == 2
-    assert "seed 43 began with different rollouts" in capsys.readouterr().err
+    assert main(command) == 2
+    assert "seed 43" in capsys.readouterr().err
     path.write_text(text)
 
 
@@ -114,6 +113,7 @@ def fragile(prompts, images, **columns):
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path, monkeypatch, capsys):
+    """Each in a process of its own."""
     (tmp_path / "fragile_rewards.py").write_text(REWARDS)
     (tmp_path / "config.yaml").write_text("reward_funcs: [fragile_rewards:fragile]\nlearning_rate: 1.0e-3\n")
     monkeypatch.chdir(tmp_path)
@@ -122,10 +122,10 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path, monkeypatch
     line = ["compare", "--arms", "grpo", "--seeds", "1", *small, "--config", "config.yaml", "--output_dir", "out"]
     assert main(line) == 2
     said = capsys.readouterr().err
-    assert "base failed" in said and "the judge is ill" in said and "log.txt" in said
+    assert "failed" in said and "the judge is ill" in said and "log.txt" in said
     (tmp_path / "mended").touch()
-    assert main(line) == 0
-    assert (tmp_path / "out" / "comparison.md").exists()
+    assert main([*line, "--processes", "2"]) == 0
+    assert "[2/2] " in capsys.readouterr().out and (tmp_path / "out" / "comparison.md").exists()
     # The file is noticed when it changes, for arms would differ in more than their advantages.
     (tmp_path / "config.yaml").write_text("reward_funcs: [fragile_rewards:fragile]\nlearning_rate: 2.0e-3\n")
     assert main(line) == 2
@@ -144,7 +144,7 @@ def test_after_an_interruption_the_same_command_goes_on(tmp_path, capsys):
     )
     evaluations = tmp_path / "linear" / "seed-42" / "evaluations.json"
     deadline = time.monotonic() + 200
-    while not (evaluations.exists() and "2" in read(evaluations)["evaluations"]):
+    while not (evaluations.exists() and "2" in read(evaluations)):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
@@ -153,12 +153,12 @@ def test_after_an_interruption_the_same_command_goes_on(tmp_path, capsys):
     said = process.stderr.read()
     assert "interrupted" in said and "Install torchvision" not in said
     interrupted = read(evaluations)
-    assert len(interrupted["evaluations"]) < 6
+    assert len(interrupted) < 6
     assert main(line) == 0
     assert "1 of 2 runs to do" in capsys.readouterr().out
     resumed = read(tmp_path / "linear" / "seed-42" / "result.json")
     assert sorted(resumed["evaluations"], key=int) == list("123456")
-    assert resumed["evaluations"]["2"] == interrupted["evaluations"]["2"]
+    assert resumed["evaluations"]["2"] == interrupted["2"]
     assert resumed["first_rollout"]  # of the run before the interruption
     assert list((tmp_path / "linear" / "seed-42").glob("checkpoint-*"))  # that it went on from
 
@@ -167,8 +167,8 @@ def test_arms():
     names = [arm.name for arm in arms_of(["grpo", "linear", "slas"], [0.25, 1.0])]
     assert names == ["grpo", "linear", "slas-0.25", "slas-1"]
     assert "constant" in arms_of(["grpo"], [])[0].options  # whatever schedule the slas arms have
-    for kinds, gammas, what in ((["ppo"], [], "ppo"), (["slas"], [0.5, 0.5], "twice"), (["slas"], [], "--gammas")):
-        with pytest.raises(ValueError, match=what):
+    for kinds, gammas in ((["ppo"], []), (["slas"], [0.5, 0.5]), (["slas"], []), (["slas"], [0.0])):
+        with pytest.raises(ValueError, match="--gammas"):
             arms_of(kinds, gammas)
 
 
@@ -176,8 +176,9 @@ def test_arms():
     ("argv", "said"),
     [
         (["--gamma", "0.5"], "--gammas"),
-        (["--config", "run.yaml"], "push_to_hub would be one for all arms"),
+        (["--config", "run.yaml"], "push_to_hub"),
         (["--scale_rewards=group"], "--arms"),
+        (["--seeds", "0"], "--seeds"),
         (["--eval_prompts", "1000"], "120 held-out prompts"),
         (["--model_name_or_path", "somewhere"], "--reward_funcs is missing"),
         (["--gamma_schedule", "ess", "--gammas", "0.5,1"], "gamma_schedule"),
@@ -190,13 +191,6 @@ def test_bad_input(argv, said, capsys, tmp_path):
     assert main(["compare", "--output_dir", str(tmp_path / "out"), *argv]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("argv", [["--gammas", "0"], ["--gammas", "much"], ["--seeds", "0"], ["--processes", "two"]])
-def test_values_that_do_not_fit(argv, capsys):
-    with pytest.raises(SystemExit):
-        make_parser().parse_args(argv)
-    assert argv[0] in capsys.readouterr().err
 
 
 def test_several_gpus_are_no_obstacle(monkeypatch, capsys, tmp_path):

@@ -1,9 +1,6 @@
 """`slas-trl doctor`, the whole command: what it reports, and that it ends with the first problem."""
 
-import importlib
-import json
 import re
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from diffusers import HeunDiscreteScheduler, UNet2DConditionModel
 
 from slas_trl import slas_advantages
 from slas_trl.advantages import effective_share
 from slas_trl.cli.main import main
+from tests.cli.tiny_run import make_home
 from tests.tiny_pipelines import flux_pipeline, sd_pipeline
 
 
@@ -29,61 +26,30 @@ def darkness(prompts, images, **columns):
     return new
 
 def constant(prompts, images, **columns):
-    return [0.5 for _ in images]
+    return [0.5] * len(images)
 
 def sometimes(prompts, images, **columns):
     return [None if i % 4 == 0 else float(i) for i in range(len(images))]
 
 def never(prompts, images, **columns):
-    return [None for _ in images]
+    return [None] * len(images)
 
 def fails(prompts, images, **columns):
     raise KeyError("no such thing")
 """
-SETTINGS = {
-    "model_name_or_path": "sd",
-    "dataset_name": "prompts.txt",
-    "reward_funcs": ["doctor_rewards:darkness"],
-    "use_peft": True,
-    "lora_r": 4,
-    "num_generations": 4,
-    "per_device_train_batch_size": 4,
-    "steps_per_generation": 2,
-    "num_inference_steps": 3,
-    "height": 16,
-    "width": 16,
-    "use_cpu": True,
-    "output_dir": "run",
-}
+SETTINGS = {"use_peft": True, "lora_r": 4, "per_device_train_batch_size": 4, "steps_per_generation": 2}
 FLUX = ["--model_name_or_path", "flux", "--pipeline_kwargs", '{"max_sequence_length": 8}']
-# A real denoiser with a layer that drops something in train mode, where no nn.Dropout tells of it.
-RANDOM_UNET = """
-import torch
-from diffusers import ModelMixin, UNet2DConditionModel  # the one that diffusers looks for in a module, and the base
-
-class RandomUNet(UNet2DConditionModel):
-    def forward(self, sample, *args, **kwargs):
-        return super().forward(torch.nn.functional.dropout(sample, 0.1), *args, **kwargs)
-"""
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A person's folder: models, prompts, rewards and a YAML file."""
-    folder = tmp_path_factory.mktemp("home")
-    sd_pipeline().save_pretrained(folder / "sd")
+    """A person's folder: models, prompts, rewards and YAML files."""
+    folder = make_home(tmp_path_factory.mktemp("home"), "doctor_rewards", REWARDS, **SETTINGS)
     flux_pipeline().save_pretrained(folder / "flux")
     pipe = sd_pipeline()
     pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
     pipe.save_pretrained(folder / "heun")
-    (folder / "prompts.txt").write_text("a dot\na box\ndots\na bar")
-    (folder / "doctor_rewards.py").write_text(REWARDS)
-    (folder / "run.yaml").write_text(yaml.safe_dump(SETTINGS))
-    (folder / "several.yaml").write_text(yaml.safe_dump({**SETTINGS, "generation_batch_size": 64}))
-    shutil.copytree(folder / "sd", folder / "random")
-    (folder / "random_unet.py").write_text(RANDOM_UNET)
-    index = folder / "random" / "model_index.json"
-    index.write_text(json.dumps({**json.loads(index.read_text()), "unet": ["random_unet", "RandomUNet"]}))
+    (folder / "several.yaml").write_text((folder / "run.yaml").read_text() + "generation_batch_size: 64\n")
     return folder
 
 
@@ -132,7 +98,7 @@ def test_a_training_that_can_start(doctor):
     getattr(sys.modules.get("doctor_rewards"), "scores", []).clear()
     report = doctor()
     assert report.status == 0 and report.out.endswith("\nTraining can start.\n") and not report.problem
-    unet = UNet2DConditionModel.from_pretrained("sd/unet")
+    unet = UNet2DConditionModel.from_pretrained("model/unet")
     total = sum(p.numel() for p in unet.parameters())
     assert report["denoiser"] == f"unet: UNet2DConditionModel, {total:,} parameters, float32"
     # Rank 4 on the four projections of every attention
@@ -168,8 +134,7 @@ def test_a_flow_with_all_weights_a_window_and_a_reference(doctor):
 
 
 def test_the_embedded_pipeline_and_a_file_for_several_processes(doctor):
-    small = ["--model_name_or_path", "sd", "--reward_funcs", "doctor_rewards:constant"]
-    report = doctor(*small, config="several.yaml")
+    report = doctor("--reward_funcs", "doctor_rewards:constant", config="several.yaml")
     assert report.status == 0 and "groups without a difference 100%" in report["advantages"]
     options = ["--use_cpu", "true", "--num_generations", "4", "--per_device_train_batch_size", "4"]
     assert main(["doctor", *options, "--steps_per_generation", "1", "--num_inference_steps", "3"]) == 0
@@ -182,8 +147,6 @@ def test_it_goes_on_from_a_checkpoint(doctor, tmp_path):
     files = sorted(folder.rglob("*"))
     assert doctor(*options, "--resume_from_checkpoint", "true").status == 0
     assert sorted(folder.rglob("*")) == files
-    report = doctor(*options, "--resume_from_checkpoint", str(folder / "checkpoint-1"), "--num_inference_steps", "4")
-    assert report.status == 1 and "num_inference_steps" in report.problem
 
 
 @pytest.mark.parametrize(
@@ -192,15 +155,9 @@ def test_it_goes_on_from_a_checkpoint(doctor, tmp_path):
         (["--model_name_or_path", "heun"], "HeunDiscreteScheduler"),
         (["--reward_funcs", "doctor_rewards:never"], "never"),
         (["--reward_funcs", "doctor_rewards:fails"], "no such thing"),
-        (["--reward_funcs", "doctor_rewards:nowhere"], "doctor_rewards:nowhere"),
-        (["--reward_weights", "1", "2"], "reward_weights"),
-        (["--lora_target_modules", "nothing"], "nothing"),
         (["--dataset_name", "nowhere.txt"], "nowhere.txt"),
         (["--eval_strategy", "steps", "--eval_steps", "1"], "--eval_dataset_name"),
-        ([*FLUX[:3], '{"max_sequence_length": 8, "taste": 1}'], "taste"),
-        (["--eta", "0"], "eta"),
-        (["--resume_from_checkpoint", "true"], "resume_from_checkpoint"),
-        (["--resume_from_checkpoint", "run/checkpoint-2"], "checkpoint"),
+        (["--resume_from_checkpoint", "true"], "no whole checkpoint"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -209,18 +166,6 @@ def test_the_first_problem_is_reported(doctor, options, expected):
     assert report.status == 1 and expected in report.problem and report["denoiser"]
 
 
-def test_a_ratio_that_is_not_1(doctor, home, monkeypatch):
-    """The denoiser drops something, and no module tells of it."""
-    monkeypatch.syspath_prepend(home)
-    importlib.import_module("random_unet")  # diffusers asks for it
-    report = doctor("--model_name_or_path", "random")
-    assert report.status == 1 and "the ratio of step" in report.problem
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [(["--model_name_or_path", "."], "model_index.json"), (["--num_processes", "2"], "--num_processes")],
-)
-def test_bad_input_gets_one_message(doctor, options, expected):
-    report = doctor(*options)
-    assert (report.status, report.out) == (2, "") and expected in report.err
+def test_bad_input_gets_one_message(doctor):
+    report = doctor("--model_name_or_path", ".")
+    assert (report.status, report.out) == (2, "") and "model_index.json" in report.err

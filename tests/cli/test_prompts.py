@@ -12,6 +12,7 @@ from datasets import Dataset
 from PIL import Image
 
 from slas_trl.cli.main import main
+from slas_trl.scripts import prompts
 from slas_trl.shapes import shapes_prompts
 from slas_trl.trainer.prompts import load_prompts
 from tests.cli.tiny_run import REWARDS, make_home
@@ -66,11 +67,6 @@ def score(*options: str, output: str) -> list[str]:
     return Path(output).read_text().splitlines()
 
 
-def fail(capsys: pytest.CaptureFixture, *argv: str) -> str:
-    assert main(["prompts", *argv]) == 2
-    return capsys.readouterr().err
-
-
 def test_every_prompt_with_its_columns_and_scores(scored, home):
     lines = [json.loads(line) for line in scored.read_text().splitlines()]
     assert [(line["row"], {"prompt": line["prompt"], "tag": line["tag"]}) for line in lines] == [*enumerate(PROMPTS)]
@@ -101,16 +97,11 @@ def test_the_scores_are_those_of_the_first_rollout_of_a_training():
     assert logged["reward_std"] == pytest.approx(sum(line["std"] for line in lines) / 2, rel=1e-4)
 
 
-def test_filtering_is_a_line_of_datasets(scored, capsys):
-    message = fail(capsys, "filter", "--scores", "scores.jsonl", "--output", "kept.jsonl", "--min_std", "0.1")
-    assert "datasets.load_dataset(" in message and not Path("kept.jsonl").exists()
+def test_filtering_is_a_line_of_datasets(scored):
     data = datasets.load_dataset("json", data_files="scores.jsonl", split="train")
     assert isinstance(data, Dataset)
     data.filter(lambda row: (row["rewards"]["tagged"]["std"] or 0) > 1e-5).to_json("kept.jsonl")
     assert load_prompts("kept.jsonl")["tag"] == [1, 3, 4]
-    train = ["train", "--config", "run.yaml", "--dataset_name", "kept.jsonl", "--output_dir", "kept_run"]
-    assert main([*train, "--report_prompts", "0", "--max_steps", "1"]) == 0
-    assert "on 3 prompts" in capsys.readouterr().out
 
 
 def test_it_is_repeatable_and_depends_on_the_seed(scored):
@@ -141,15 +132,14 @@ def test_a_kill_loses_nothing_that_was_computed(capsys):
     ("options", "named"),
     [
         (["--num_generations", "8"], "num_generations"),
-        (["--reward_weights", "1", "0"], "reward_weights"),
         (["--dataset_name", "fewer.jsonl"], "prompts"),
         (["--output", "prompts.jsonl"], "something else"),
     ],
 )
-def test_other_settings_are_not_mixed_with_these(scored, capsys, options, named):
+def test_other_settings_are_not_mixed_with_these(scored, options, named):
     Path("fewer.jsonl").write_text("\n".join(map(json.dumps, PROMPTS[:4])))
-    message = fail(capsys, "score", "--config", "run.yaml", "--output", "scores.jsonl", *options)
-    assert "other settings" in message and named in message
+    with pytest.raises(ValueError, match=named):
+        prompts.main(["score", "--config", "run.yaml", "--output", "scores.jsonl", *options])
     assert load_prompts("prompts.jsonl").to_list() == PROMPTS  # as it was
 
 
@@ -158,12 +148,12 @@ def test_other_settings_are_not_mixed_with_these(scored, capsys, options, named)
     [
         (["--output", "scores.csv"], ".jsonl"),
         (["--output", "no/scores.jsonl"], "folder no"),
-        (["--output", "x.jsonl", "--sede", "1"], "--seed"),
         (["--output", "x.jsonl", "--model_name_or_path", "model"], "--reward_funcs"),
     ],
 )
-def test_bad_input(capsys, argv, named):
-    assert named in fail(capsys, "score", *argv)
+def test_bad_input(argv, named):
+    with pytest.raises((ValueError, FileNotFoundError), match=named):
+        prompts.main(["score", *argv])
     assert not Path("x.jsonl").exists()
 
 

@@ -6,10 +6,7 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +22,8 @@ from slas_trl.scripts.arguments import SHAPES_SETTINGS, parse
 from tests.cli.tiny_run import PROMPTS, REWARDS, make_home
 
 
-ROOT = Path(__file__).parents[2]
 MORE_REWARDS = """
 import math
-
-def too_short(prompts, images, **columns):
-    return [1.0]
 
 def never(prompts, images, **columns):
     return [math.nan for _ in images]
@@ -147,31 +140,24 @@ class TestARun:
         assert [record["step"] for record in records if "reward" in record] == [1, 2, 3]
 
 
-def test_full_fine_tuning_of_chosen_steps(capsys):
+def test_full_fine_tuning_with_evaluation_prompts(capsys):
+    Path("held_out.txt").write_text("a bar\na box\n")
     argv = ["train", "--config=run.yaml", "--use_peft", "false", "--output_dir", "full", "--max_steps", "1"]
-    assert main([*argv, "--report_prompts", "2", "--learning_rate", "1e-3"]) == 0
-    assert "on 2 training prompts" in capsys.readouterr().out
+    argv += ["--eval_strategy", "steps", "--eval_steps", "1", "--eval_dataset_name", "held_out.txt"]
+    assert main([*argv, "--eval_reward_funcs", "tiny_rewards.py:greenness", "--learning_rate", "1e-3"]) == 0
+    assert "on 2 evaluation prompts" in capsys.readouterr().out
+    assert "eval_rewards/greenness/mean" in Path("full/metrics.jsonl").read_text()
     assert not Path("full", ADAPTER).exists()
     names = {}
     exec(python_in(Path("full/README.md")), names)
     assert isinstance(names["image"], Image.Image)
-    assert "lora" not in ModelCard.load(Path("full/README.md")).data.tags
-
-
-def test_evaluation_prompts_are_used_for_the_report(capsys):
-    Path("held_out.txt").write_text("a bar\na box\n")
-    argv = ["train", "--config", "run.yaml", "--output_dir", "held_out", "--max_steps", "1"]
-    argv += ["--eval_strategy", "steps", "--eval_steps", "1", "--eval_dataset_name", "held_out.txt"]
-    assert main([*argv, "--eval_reward_funcs", "tiny_rewards.py:greenness"]) == 0
-    assert "on 2 evaluation prompts" in capsys.readouterr().out
-    assert "eval_rewards/greenness/mean" in Path("held_out/metrics.jsonl").read_text()
-    assert "| `greenness` | held out |" in Path("held_out/README.md").read_text()
+    card = ModelCard.load(Path("full/README.md"))
+    assert "lora" not in card.data.tags and "| `greenness` | held out |" in card.text
 
 
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (["--gama", "1"], ["--gama", "--gamma"]),
         (["--num-generation=8"], ["--num_generation", "--num_generations"]),
         (["--config", "typo.yaml"], ["learning_rat", "typo.yaml", "learning_rate"]),
         (["--config", "broken.yaml"], ["broken.yaml", "YAML"]),
@@ -182,15 +168,11 @@ def test_evaluation_prompts_are_used_for_the_report(capsys):
         (["--max_steps", "many"], ["--max_steps", "'many'"]),
         (["--scale_rewards", "all"], ["--scale_rewards", "'all'"]),
         (["--lora_alpha", "0"], ["lora_alpha"]),
-        (["--height", "0"], ["height"]),
         (["--num_generations", "3"], ["8 images", "(3)"]),
         (["--reward_funcs", "brightnes"], ["'brightnes'", "brightness"]),
         (["--reward_funcs", "brightness,ocr"], ["separated by spaces"]),
         (["--config", "colon.yaml"], ["space after the colon"]),
-        (["--config", "nested.yaml"], ["space after the colon"]),
         (["--report_prompts", "-1"], ["report_prompts"]),
-        (["--report_to", "dvclive"], ["report_to", "dvclive"]),
-        (["--model_init_kwargs", "[1]"], ["model_init_kwargs", "'[1]'"]),
     ],
     ids=lambda value: " ".join(value) if str(value[0]).startswith("-") else None,
 )
@@ -199,7 +181,6 @@ def test_bad_options_are_named(options, named):
     Path("broken.yaml").write_text("a: [1")
     Path("list.yaml").write_text("- a")
     Path("colon.yaml").write_text("reward_funcs:\n  - brightness: name=bright")
-    Path("nested.yaml").write_text("eval_reward_funcs:\n  ocr: threads=2")
     config = [] if "--config" in options else ["--config", "run.yaml"]
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         parse([*config, *options])
@@ -213,12 +194,8 @@ def test_bad_options_are_named(options, named):
         (["--eval_strategy", "steps", "--eval_steps", "1"], ["--eval_dataset_name"]),
         (["--eval_reward_funcs", "tiny_rewards:redness"], ["eval_strategy"]),
         (["--reward_funcs", "tiny_rewards:darknes"], ["tiny_rewards:darknes"]),
-        (["--reward_weights", "1.0"], ["reward_weights", "darkness"]),
-        (["--reward_funcs", "tiny_rewards:too_short", "--reward_weights", "1"], ["'too_short'", "8 images"]),
         (["--reward_funcs", "tiny_rewards:never", "--reward_weights", "1", "--report_prompts", "0"], ["never", "NaN"]),
         (["--lora_dropout", "0.1"], ["lora_dropout"]),
-        (["--max_steps", "0"], ["max_steps"]),
-        (["--output_dir", "run.yaml"], ["output_dir", "run.yaml"]),
     ],
     ids=lambda value: " ".join(value) if str(value[0]).startswith("-") else None,
 )
@@ -237,26 +214,13 @@ def test_the_command_line_overrides_the_yaml_file():
     assert config.learning_rate == 1e-2  # "1e-2" is a string to YAML
 
 
-def test_a_terminal_that_lacks_a_character_ends_no_run(home):
-    """And one prompt, picture or rollout is one."""
-    argv = ["train", "--config", "run.yaml", "--output_dir", "ascii", "--max_steps", "1", "--report_prompts", "2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "slas_trl.cli.main", *argv, "--report_images_per_prompt", "1"],
-        cwd=home,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0 and "Done." in done.stdout, done.stderr
-    assert "2 training prompts, 1 picture each" in done.stdout and "Each rollout is 8 images of 3 steps" in done.stdout
-
-
 def test_a_report_that_cannot_be_written(capsys):
     Path("no_card/README.md").mkdir(parents=True)
     argv = ["train", "--config", "run.yaml", "--output_dir", "no_card", "--max_steps", "1", "--report_prompts", "1"]
-    assert main([*argv, "--save_strategy", "no"]) == 2
-    assert "The report of the run could not be written" in capsys.readouterr().err
+    assert main([*argv, "--save_strategy", "no", "--report_images_per_prompt", "1"]) == 2
+    said = capsys.readouterr()
+    assert "The report could not be written" in said.err
+    assert "1 training prompt, 1 picture each" in said.out and "Each rollout is 8 images of 3 steps" in said.out
 
 
 def test_only_the_embedded_pipeline_has_its_settings():
@@ -282,28 +246,6 @@ def test_every_option_has_help(capsys):
         main(["train", "--help"])
     printed = capsys.readouterr().out
     assert all(f"--{name}" in printed for name in ("config", "model_name_or_path", "lora_r", "gamma", "output_dir"))
-
-
-@pytest.mark.slow
-def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(home):
-    argv = ["train", "--config", "run.yaml", "--output_dir", "interrupted", "--max_steps", "10000"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "slas_trl.cli.main", *argv, "--report_prompts", "0"],
-        cwd=home,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    metrics = home / "interrupted" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "resume_from_checkpoint" in errors
-    assert list((home / "interrupted").glob("checkpoint-*"))
 
 
 def test_the_embedded_pipeline_is_the_default(tmp_path, capsys, monkeypatch):

@@ -1,10 +1,17 @@
 """A user's folder for the tests of the commands: a tiny model, prompts, rewards and `run.yaml`, with little to do."""
 
+import contextlib
+import logging
+import os
+import sys
+import traceback
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
+from slas_trl.cli.main import main
 from tests.tiny_pipelines import sd_pipeline
 
 
@@ -38,3 +45,23 @@ def make_home(folder: Path, module: str, rewards: str = REWARDS, **settings: Any
     (folder / f"{module}.py").write_text(rewards)
     (folder / "run.yaml").write_text(yaml.safe_dump({**RUN, "reward_funcs": [f"{module}:darkness"], **settings}))
     return folder
+
+
+def forked(folder: Path, *argv: str, within: AbstractContextManager = contextlib.nullcontext()) -> int:  # noqa: B008
+    """Run the command in a process that has all imports behind it; what it prints is in files. Returns its id."""
+    if child := os.fork():
+        return child
+    status = 1
+    try:
+        os.chdir(folder)
+        sys.argv = ["slas-trl", *argv]
+        logging.getLogger().handlers.clear()  # pytest's
+        with open("stderr", "w", buffering=1) as sys.stderr, open("stdout", "w", buffering=1) as sys.stdout, within:
+            os.dup2(sys.stderr.fileno(), 2)
+            status = main()
+    except SystemExit as end:
+        status = cast(int, end.code)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)

@@ -10,7 +10,7 @@ from slas_trl.publishing.card import edited_card, render, write_card
 from slas_trl.publishing.escaping import one_line, shown
 from slas_trl.publishing.facts import Base, Place, RewardOnCard, RunFacts, Sample
 
-from .render_card import split_card, to_html, to_page
+from .render_card import split_card, to_html
 from .tiny_facts import FLUX, HOSTILE, facts
 
 
@@ -114,7 +114,6 @@ class TestMetadata:
             ("Before training: word", "samples/0 before.png"),
             ("a cat", "samples/1-after.png"),
         ]
-        assert to_page(render(facts())).count("<figure>") == 3
 
     @pytest.mark.parametrize(
         ("prompts_are", "base", "expected"),
@@ -143,21 +142,17 @@ class TestPage:
         ("changes", "words"),
         [
             ({}, "A LoRA adapter for black-forest-labs/FLUX.1-dev, made by reinforcement learning for hpsv2 (what"),
-            ({}, "(what people prefer) and word. The model drew"),
             ({}, "likely, on 5000 prompts of word. Super-Linear Advantage Shaping (SLAS) is"),
             ({"settings": [["gamma", 0, ""]]}, "switched off (γ = 0)"),
             ({"adapter": False}, "A fine-tune of"),
             ({"base": Base("FluxPipeline", name="mine")}, "mine (a FluxPipeline that is not on the Hub)"),
             ({"base": Base("FluxPipeline")}, "Licence Unknown. That of the base model was not found"),
-            ({}, "flux-1-dev-non-commercial-license: that of the base model, which says so in its own card. Read"),
             ({"step": 20}, "This is not the end of the run: 20 of 300 updates"),
             ({"rewards": [RewardOnCard("hpsv2", 1.0)]}, "Whether the reward was hacked, nobody can tell"),
             ({"reading": None}, "word was held out, but too little is kept"),
             ({"evaluation": None}, "No scores are kept of these weights."),
             ({"other_adapters": ["a", "b", "c"]}, "on top of other adapters (a, b and c)"),
-            ({}, "went on from the adapter word. The weights are an exponential moving average"),
             ({}, "of decay 0.9. gamma 0.5: shapes learning_rate 1e-5 a word: word Licence"),
-            ({}, "Trained with diffusers 0.42.1, word word."),
         ],
     )
     def test_says(self, changes, words):
@@ -171,11 +166,6 @@ class TestPage:
         text = text.split("## Citation")[0]
         assert "None" not in text and "\n\n\n" not in text
 
-    @pytest.mark.parametrize(("are", "note"), [("training", "trained on: the fig"), ("held-out", "was not trained")])
-    def test_which_prompts_the_scores_are_of(self, are, note):
-        scores = replace(facts().evaluation, prompts_are=are)  # type: ignore[type-var]
-        assert note in self.text(evaluation=scores) and note not in self.text()
-
     def test_shows_the_pictures_there_are(self):
         shown_ones = [dict(attrs)["src"] for tag, attrs in page_of(facts()).elements if tag == "img"]
         assert shown_ones == ["samples/comparison.png", "training.png", "calibration.png"]
@@ -183,8 +173,6 @@ class TestPage:
         assert "## Pictures\n\nThey were made after training.\n" in after and "before and after" not in after.lower()
         bare = page_of(facts(samples=[], sheet=None, curves=None, calibration=None))
         assert not {"img", "gallery"} & {tag for tag, _ in bare.elements}
-        words = "It draws the first of the pictures after training below"
-        assert words in self.text() and words not in self.text(picture_arguments=["image"])
 
 
 def test_a_card_is_edited_if_its_facts_do_not_render_it(tmp_path):

@@ -1,7 +1,5 @@
 """What other people wrote, in Python; in Markdown and YAML, see test_card.py, where pages are made of it."""
 
-import math
-
 import pytest
 
 from slas_trl.publishing.escaping import Markdown, as_code, as_python, as_text, one_line, shown
@@ -18,10 +16,6 @@ def test_python_gives_back_what_went_in(text):
     written = as_python({"prompt": text, "more": [text, 1, 2.5, None, True]})
     assert eval(written) == {"prompt": text, "more": [text, 1, 2.5, None, True]}
     assert written.isprintable()
-
-
-def test_python_of_numbers_that_have_no_literal():
-    assert math.isnan(eval(as_python(math.nan))) and eval(as_python([-math.inf])) == [-math.inf]
 
 
 def test_what_no_page_can_show_is_marked():

@@ -84,7 +84,6 @@ LOCAL = Base("FluxPipeline", name="mine", folder="models/mine", init_kwargs={"va
             ["from huggingface_hub import hf_hub_download",
              'load_image(hf_hub_download("u/x", filename="samples/1.png", revision="try"))'],
         ),
-        ({"base": replace(FLUX, pipeline="MyPipeline")}, Place("x"), ["pipe = DiffusionPipeline.from_pretrained("]),
         (
             {"output": "image", "call": {"sigmas": [1], "size": (1, 2)}},
             Place("x"),
@@ -98,8 +97,6 @@ LOCAL = Base("FluxPipeline", name="mine", folder="models/mine", init_kwargs={"va
         ),
         ({"base": LOCAL}, Place("u/x", on_hub=True), ['from_pretrained("path/to/mine", variant="fp16")']),
     ],
-    ids=["two denoisers", "no load_lora_weights", "whole", "editing", "pictures", "pictures on the Hub", "own class",
-         "other output", "local base", "local base, pushed"],
 )  # fmt: skip
 def test_other_pipelines(changes, place, lines):
     code = quick_start(facts(**changes), place)

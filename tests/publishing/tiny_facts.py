@@ -19,22 +19,16 @@ MARKUP = (
     "https://evil.example www.evil.example _o_ snake_case [p]: q"
 )
 HOSTILE = {
+    **dict.fromkeys(("setting", "started from", "column", "cell", "package", "version"), MARKUP),
+    **dict.fromkeys(("meaning", "dataset"), f"``{MARKUP}``"),
     "name": f"1e-4 {MARKUP} #",
     "reward": f"--- {MARKUP}",
     "held out": "a\\|b|c\\",
     "blind to": f"`{MARKUP}",
     "measures": f"| {MARKUP} |",
-    "setting": MARKUP,
-    "meaning": f"``{MARKUP}``",
-    "dataset": f"``{MARKUP}``",
-    "started from": MARKUP,
     "how": f"1. {MARKUP}",
-    "column": MARKUP,
-    "cell": MARKUP,
     "prompt": f"---\nlicense: mit\n---\n\"{MARKUP}' ```\n```\x00\x1b\ud83d \N{RIGHT-TO-LEFT OVERRIDE}\N{ROCKET}日本",
     "reading": f"- {MARKUP}",
-    "package": MARKUP,
-    "version": MARKUP,
     "tag": f"a: b # {MARKUP}",
 }
 PLACE = Place("user/repo", on_hub=True)

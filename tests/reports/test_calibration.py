@@ -25,20 +25,6 @@ class TestShareByStd:
         shares = share_by_std([result.group_std.tolist()], [result.group_abs_advantages.tolist()], HALVES)
         assert shares == pytest.approx([narrow, 1 - narrow], abs=5e-4)
 
-    def test_group_std_gives_every_decile_its_tenth_and_batch_std_does_not(self):
-        rng = np.random.default_rng(0)
-        stds, pushes = {"group": [], "batch": []}, {"group": [], "batch": []}
-        for _ in range(20):  # 12 groups each: deciles need several rollouts
-            rewards = (rng.normal(size=(12, 16)) * rng.uniform(0.01, 1, size=(12, 1))).flatten()
-            for scale in stds:
-                result = compute_advantages(rewards, 16, scale_rewards=scale, gamma=0.0 if scale == "group" else 1.0)
-                stds[scale].append(result.group_std.tolist())
-                pushes[scale].append(result.group_abs_advantages.tolist())
-        assert share_by_std(stds["group"], pushes["group"], DECILES) == pytest.approx(np.full(10, 0.1), abs=0.01)
-        shares = share_by_std(stds["batch"], pushes["batch"], DECILES)
-        assert shares[0] < 0.002 and shares[-1] > 0.25 and (np.diff(shares) > 0).all()
-        assert shares.sum() == pytest.approx(1)
-
     @pytest.mark.parametrize(
         ("stds", "pushes", "edges", "shares"),
         [
@@ -80,7 +66,6 @@ class TestReading:
             (run(up, taste=lambda t: t / 2, other=flat), "healthy", ["taste rises (+0.4", "other shows no clear"]),
             (run(up, rollouts=9, taste=down), "too short", ["9 rollouts are too few to tell; it takes 10."]),
             # Nothing is claimed without evidence.
-            (run(up, taste=flat), "unclear", ["held-out taste shows no clear change"]),
             (run(flat, taste=down), "unclear", ["trained reward shows no clear change (+0.0", "taste falls (-0."]),
             (run(up, noise=2.0, taste=down), "unclear", ["taste shows no clear change"]),
             (run(up, noise=0.001, taste=lambda t: -0.05 * t), "unclear", ["taste shows"]),  # too small to matter
@@ -94,9 +79,8 @@ class TestReading:
     @pytest.mark.parametrize(
         ("lines", "samples", "said"),
         [
-            (run(up), 400, "trained reward in evaluation falls (-0.50"),  # overfitting
             (run(up), 20, "no held-out reward"),
-            (run(up, taste=up), 400, "trained reward in evaluation falls"),
+            (run(up, taste=up), 400, "trained reward in evaluation falls"),  # overfitting
         ],
     )
     def test_a_trained_reward_that_falls_in_evaluation(self, lines, samples, said):

@@ -65,8 +65,3 @@ def test_short_runs_and_those_in_which_no_group_differs(tmp_path, rollouts, chan
     write_lines(path, [line | changes for line in read_lines(path)])
     assert plot_calibration(path).verdict == "too short"
     assert pixels(tmp_path / "calibration.png").min() < 50
-
-
-def test_no_run(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        plot_calibration(tmp_path / "calibration.jsonl")

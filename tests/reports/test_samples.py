@@ -14,17 +14,14 @@ def dark_pixels(image: Image.Image) -> int:
 
 
 class TestSampleGrid:
-    def test_small_pictures_are_enlarged_without_smoothing(self):
+    def test_small_pictures_are_enlarged_without_smoothing_and_large_ones_reduced(self):
         picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
         sheet = sample_grid([picture], ["x"])
         enlarged = sheet.crop((10, 10, 170, 170))
         assert np.array_equal(np.asarray(enlarged)[2::5, 2::5], np.asarray(picture))
         assert np.array_equal(np.asarray(enlarged)[0::5, 4::5], np.asarray(picture))
-
-    def test_large_pictures_are_reduced(self):
-        sheet = sample_grid(pictures(1, (1024, 512)), ["x"])
-        assert sheet.width == 320 + 20
-        assert sheet.height < 250
+        large = sample_grid(pictures(1, (1024, 512)), ["x"])
+        assert large.width == 320 + 20 and large.height < 250
 
     def test_captions_are_under_their_pictures(self):
         sheet = sample_grid(pictures(4), ["a red circle", "", "", "three green squares"], columns=2)
