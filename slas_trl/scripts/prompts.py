@@ -9,6 +9,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,11 @@ DECISIVE = (
     *("model_init_kwargs", "bf16", "fp16"),
 )
 
+FILTERING = (
+    "prompts filter was removed; scores are columns, and filtering is a line of datasets: load_dataset('json', "
+    "data_files='scores.jsonl', split='train').filter(lambda row: (row['std'] or 0) > 0.01).to_json('kept.jsonl')"
+)
+
 
 def make_parser(prog: str = "slas-trl prompts") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False, description=__doc__)
@@ -61,7 +67,9 @@ def make_parser(prog: str = "slas-trl prompts") -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser()
+    parser, argv = make_parser(), list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["filter"]:
+        raise ValueError(FILTERING)
     args, rest = parser.parse_known_args(argv)
     if args.command is None:
         parser.parse_args(rest)  # nothing is known but the commands

@@ -97,7 +97,8 @@ def test_the_scores_are_those_of_the_first_rollout_of_a_training():
     assert logged["reward_std"] == pytest.approx(sum(line["std"] for line in lines) / 2, rel=1e-4)
 
 
-def test_filtering_is_a_line_of_datasets(scored):
+def test_filtering_is_a_line_of_datasets(scored, capsys):
+    assert main(["prompts", "filter", "--scores", "scores.jsonl"]) == 2 and "load_dataset(" in capsys.readouterr().err
     data = datasets.load_dataset("json", data_files="scores.jsonl", split="train")
     assert isinstance(data, Dataset)
     data.filter(lambda row: (row["rewards"]["tagged"]["std"] or 0) > 1e-5).to_json("kept.jsonl")
