@@ -75,7 +75,7 @@ def load_shapes_pipeline(
         `FileNotFoundError`: when the package was installed without its weights.
     """
     folder = weights_folder("pipeline")
-    with _quiet():
+    with quiet():
         pipe = ShapesPipeline.from_pretrained(
             folder, dtype=torch_dtype, text_encoder_3=None, tokenizer_3=None, local_files_only=True
         )
@@ -87,7 +87,7 @@ def load_shapes_pipeline(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Loading without progress bars, and without diffusers' warning of a value in `AutoencoderTiny`'s own config."""
     libraries = (diffusers.utils.logging, transformers.utils.logging)
     before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]

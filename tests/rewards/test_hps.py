@@ -199,7 +199,7 @@ def test_versions_are_files(checkpoint):
     assert resolve_reward("hpsv2") == hpsv2 == HPSv2("v2.1")
     assert resolve_reward("hpsv2:version=v2.0") == HPSv2("v2.0")
     folder = str(checkpoint.parent)
-    with pytest.raises(FileNotFoundError, match="HPS_v2_compressed.pt of .*not in this folder"):
+    with pytest.raises(FileNotFoundError, match="HPS_v2_compressed.pt"):
         HPSv2("v2.0", folder)(PROMPTS, IMAGES)
     checkpoint.rename(checkpoint.with_name("HPS_v2_compressed.pt"))
     assert len(HPSv2("v2.0", folder)(PROMPTS, IMAGES)) == 4
@@ -219,7 +219,7 @@ def test_weights_of_another_model_are_refused(checkpoint):
         change(weights)
         path = checkpoint.with_name(f"{len(message)}.pt")
         torch.save({"state_dict": weights}, path)
-        with pytest.raises(ValueError, match=f"no checkpoint of HPSv2.*{message}"):
+        with pytest.raises(ValueError, match=f"does not fit HPSv2.*{message}"):
             HPSv2(checkpoint=str(path))(PROMPTS, IMAGES)
 
 

@@ -79,12 +79,9 @@ def test_the_levels_of_every_mode(image, levels):
 
 
 @pytest.mark.parametrize("name", ["brightness", "jpeg_compressibility", "shapes_coloured_area", "shapes_clip"])
-@pytest.mark.parametrize("mode", ["I;16", "F", "La", "L", "RGBA", "P", "1", "CMYK"])
+@pytest.mark.parametrize("mode", ["I;16", "L", "RGBA", "CMYK"])
 def test_rewards_scale_every_mode(name, mode):
-    gray = np.tile(np.arange(32, dtype=np.float32) / 31, (32, 1))
-    image = Image.fromarray({"I;16": (gray * 65535).round().astype(np.uint16)}.get(mode, gray))
-    if mode == "La":
-        image = Image.merge("LA", [to_rgb(image).convert("L"), Image.new("L", (32, 32), 255)])
-    image = image if image.mode == mode else to_rgb(image).convert(mode) if mode != "La" else image.convert("La")
+    gray = np.tile(np.arange(32, dtype=np.uint16) * 2114, (32, 1))
+    image = Image.fromarray(gray) if mode == "I;16" else to_rgb(Image.fromarray(gray)).convert(mode)
     reward = resolve_reward(name)
     assert image.mode == mode and reward(["a"], [image]) == reward(["a"], [to_rgb(image)])

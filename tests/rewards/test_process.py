@@ -20,7 +20,7 @@ pytest.importorskip("uvicorn")
 from slas_trl.rewards import ProcessReward  # noqa: E402
 from slas_trl.rewards.base import RewardUnavailableError  # noqa: E402
 from slas_trl.rewards.resolve import resolve_reward, reward_name  # noqa: E402
-from tests.rewards.served_rewards import numbers, picture  # noqa: E402
+from tests.rewards.served_rewards import picture  # noqa: E402
 
 
 pytestmark = pytest.mark.rewards
@@ -63,9 +63,8 @@ def test_names(reward):
     assert ProcessReward("ocr").blind_to == resolve_reward("ocr").blind_to
     by_name = resolve_reward(f"{NAME}:process=true,scale=3")
     assert isinstance(by_name, ProcessReward) and by_name(["a"], IMAGES[1:2]) == [6]
-    for wrong in (f"{NAME}:size=1", numbers):
-        with pytest.raises((ValueError, TypeError), match="size|by name"):
-            ProcessReward(wrong)
+    with pytest.raises(ValueError, match="size"):
+        ProcessReward(f"{NAME}:size=1")
 
 
 def test_its_errors_are_raised_here(reward):
@@ -88,18 +87,19 @@ def test_it_is_started_again_when_it_dies(reward, tmp_path):
 def test_one_that_hangs_is_started_again(reward, tmp_path):
     (before,) = reward(["process"], IMAGES[:1])
     (file := tmp_path / "hang").touch()
-    reward._server.remote = dataclasses.replace(reward._server.remote, timeout=1)
+    reward._running.remote = dataclasses.replace(reward._running.remote, timeout=1)
     assert reward([str(file)], IMAGES[:1]) == [1]
     assert reward(["process"], IMAGES[:1]) != [before]
 
 
-def test_one_that_cannot_be_started(reward, tmp_path, monkeypatch):
+def test_one_that_cannot_be_started(tmp_path, monkeypatch, capfd):
     (file := tmp_path / "own.py").write_text("import os\nassert 'HERE' in os.environ, 'where is it?'\nreward = print")
     monkeypatch.setenv("HERE", "1")
     own = ProcessReward(f"{file}:reward")
     monkeypatch.delenv("HERE")
-    with pytest.raises(ValueError, match="cannot be started.*where is it"):
+    with pytest.raises(ValueError, match="cannot be started"):
         own(["a"], IMAGES[:1])
+    assert "where is it" in capfd.readouterr().err
 
 
 def is_gone(process: int) -> bool:
