@@ -59,9 +59,10 @@ def resolve_reward(reward: RewardFunc | str) -> RewardFunc:
         near = difflib.get_close_matches(reward.split(":")[0], rewards.NAMES, n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"There is no reward {shown!r} ({masked(str(error))}). {hint}{EXPECTED}") from error
-    if not callable(found):
-        raise TypeError(f"The reward {shown!r} is a {type(found).__name__}, which cannot be called.")
-    return _with_options(reward, found, text)
+    made = _with_options(reward, found, text) if callable(found) else found
+    if not callable(made):
+        raise TypeError(f"The reward {shown!r} is a {type(made).__name__}, which cannot be called.")
+    return made
 
 
 def masked(text: str) -> str:

@@ -38,9 +38,6 @@ def shapes_prompts(split: str) -> "Dataset":
         [`~datasets.Dataset`]: grouped by category, with columns `prompt` and `category`, one of GenEval's six.
         `"test"` has each held-out prompt once. `"train"` has 96 rows of each category, since the score counts
         categories equally: prompts come several times in the small ones, and are a sample of the large ones.
-
-    Raises:
-        `ValueError`: for another split.
     """
     from datasets import Dataset
 
@@ -54,8 +51,5 @@ def weights_folder(name: str) -> Path:
     """Where the weights `name`, `"pipeline"` or `"clip"`, are. Raises `FileNotFoundError` if they are not."""
     folder = WEIGHTS / name
     if not (folder / {"pipeline": "model_index.json", "clip": "config.json"}[name]).is_file():
-        raise FileNotFoundError(
-            f"The weights of the shapes world are not in {folder}. Install the package with its data files, or make "
-            "them with examples/pretrain_shapes.py and copy its exports there."
-        )
+        raise FileNotFoundError(f"The weights are not in {folder}: make them with examples/pretrain_shapes.py.")
     return folder

@@ -63,13 +63,11 @@ def load_shapes_pipeline(
 ) -> ShapesPipeline:
     """
     Load the text-to-image pipeline that comes with the package, to sample from or to train. No network is needed.
+    Its components are in eval mode, without gradients, and it shows no progress bar.
 
     Args:
         torch_dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of all weights.
         device (`str` or `torch.device`, *optional*): where to put it; by default it stays on the CPU.
-
-    Returns:
-        [`ShapesPipeline`]: components in eval mode, without gradients, and with no progress bar.
 
     Raises:
         `FileNotFoundError`: when the package was installed without its weights.

@@ -36,22 +36,13 @@ _NEIGHBORS = ndimage.generate_binary_structure(2, 1)  # four of them
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """
-    A thing seen in a picture. Coordinates are in pixels of the 32x32 picture, x to the right and y down.
+    """A thing seen in a picture. Coordinates are in pixels of the 32x32 picture, x to the right and y down."""
 
-    Attributes:
-        shape (`str` or `None`): one of `world.SHAPES`; `None` for a component that resembles none of them.
-        color (`str`): one of `world.COLORS`.
-        box (`tuple[int, int, int, int]`): left, top, right and bottom edge.
-        center (`tuple[float, float]`): of the box.
-        area (`int`): number of pixels.
-    """
-
-    shape: str | None
+    shape: str | None  # `None` for a component that resembles none of `world.SHAPES`
     color: str
-    box: tuple[int, int, int, int]
-    center: tuple[float, float]
-    area: int
+    box: tuple[int, int, int, int]  # left, top, right and bottom edge
+    center: tuple[float, float]  # of the box
+    area: int  # number of pixels
 
     @property
     def size(self) -> str:
@@ -62,18 +53,10 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """
-    What [`verify`] says of one picture.
+    """What [`verify`] says of one picture."""
 
-    Attributes:
-        category (`str`): GenEval category of the prompt, one of `world.CATEGORIES`.
-        demands (`dict[str, float]`):
-            How far each demand of the prompt is met, in [0, 1], such as `{"circle": 1.0, "circle is red": 0.0,
-            "nothing else": 1.0}`.
-    """
-
-    category: str
-    demands: dict[str, float]
+    category: str  # of the prompt, one of `world.CATEGORIES`
+    demands: dict[str, float]  # how far each is met, in [0, 1]: {"circle": 1, "circle is red": 0, "nothing else": 1}
 
     @property
     def lenient(self) -> bool:
@@ -93,31 +76,16 @@ class Verdict:
 
 def to_pixels(pictures: Sequence[Image.Image] | np.ndarray) -> np.ndarray:
     """
-    Bring pictures to what the verifier works on.
-
-    Args:
-        pictures (`Sequence[PIL.Image.Image]` or `np.ndarray`):
-            N images of any mode and size, resized to 32x32; or an array `(N, 32, 32, 3)`, floating point in [0, 1].
-
-    Returns:
-        `np.ndarray`: `(N, 32, 32, 3)`, uint8. Arrays are rounded as PIL images are, so both give the same verdicts.
-
-    Raises:
-        `ValueError`, `TypeError`: for an array of another shape, type or range; for something that is no PIL image.
+    Pictures as the verifier works on them, `(N, 32, 32, 3)`, uint8: from N images of any mode and size, or an array
+    `(N, 32, 32, 3)`, floating point in [0, 1]. Raises `ValueError` or `TypeError` for anything else.
     """
     side = world.RESOLUTION
     if isinstance(pictures, np.ndarray):
         if pictures.shape[1:] != (side, side, 3) or not np.issubdtype(pictures.dtype, np.floating):
-            raise ValueError(
-                f"Expected floating point of shape (N, {side}, {side}, 3), got {pictures.dtype} of {pictures.shape}. "
-                "Pass PIL images for anything else."
-            )
+            raise ValueError(f"Expected floats (N, {side}, {side}, 3), got {pictures.dtype} of {pictures.shape}.")
         # Rounding errors of a decoder are fine, [-1, 1] or [0, 255] is not; NaN fails every comparison.
         if pictures.size and not (pictures.min() >= -1e-3 and pictures.max() <= 1 + 1e-3):
-            raise ValueError(
-                f"Expected pictures in [0, 1], but they range from {pictures.min():.3g} to {pictures.max():.3g}. "
-                "Rescale them, (x + 1) / 2 for a decoder's [-1, 1]."
-            )
+            raise ValueError(f"Expected pictures in [0, 1], got {pictures.min():.3g} to {pictures.max():.3g}.")
         return (np.clip(pictures, 0, 1) * 255).round().astype(np.uint8)
     pixels = np.empty((len(pictures), side, side, 3), dtype=np.uint8)
     for i, picture in enumerate(pictures):
@@ -217,10 +185,7 @@ def _grounds(pixels: np.ndarray) -> list[str | None]:
 
 
 def relations(a: Found, b: Found) -> set[str]:
-    """
-    Where `a` is, seen from `b`, by GenEval's rule: offsets of the centers, less a tenth of the two extents, must be
-    more than half of the distance. None, one or two of `world.RELATIONS`.
-    """
+    """None, one or two of `world.RELATIONS` that `a` is in, seen from `b`, by GenEval's rule."""
     dx, dy = a.center[0] - b.center[0], a.center[1] - b.center[1]
     distance = (dx * dx + dy * dy) ** 0.5
     extent_x = (a.box[2] - a.box[0]) + (b.box[2] - b.box[0])
@@ -276,15 +241,10 @@ def verify(prompts: Sequence[str], images: Sequence[Image.Image] | np.ndarray) -
 
     Args:
         prompts (`Sequence[str]`): N sentences of the world, see [`world.all_captions`].
-        images (`Sequence[PIL.Image.Image]` or `np.ndarray`):
-            N pictures: PIL images of any size, or `(N, 32, 32, 3)`, floating point in [0, 1].
-
-    Returns:
-        `list[Verdict]`: of each picture.
+        images: N pictures, see [`to_pixels`].
 
     Raises:
-        `ValueError`: for a prompt that is not of this world, for numbers of prompts and images that differ, and for
-            arrays of another shape or range.
+        `ValueError`: for a prompt that is not of this world, and for numbers of prompts and images that differ.
     """
     if len(prompts) != len(images):
         raise ValueError(f"Expected a prompt for each image, got {len(prompts)} prompts and {len(images)} images.")

@@ -94,10 +94,3 @@ def test_without_its_packages(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert 'pip install "slas-trl[serve]"' in done.stderr
-
-
-def test_help(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main(["serve-reward", "--help"])
-    said = capsys.readouterr().out
-    assert all(option in said for option in ("--host", "--port", "--token", "--max_batch_size", "--max_image_pixels"))

@@ -146,9 +146,7 @@ def test_keys(server, monkeypatch):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [
-        *(("answer", "maybe"), ("template", "is it good?"), ("low", 1), ("url", "http://me:s3cret@host")),
-    ],
+    [("answer", "maybe"), ("template", "is it good?"), ("low", 1), ("url", "http://me:s3cret@host")],
 )
 def test_options_that_cannot_be(option, value):
     with pytest.raises(ValueError, match=option) as error:
@@ -213,6 +211,7 @@ THINK, NO = {"<think>": 1.0}, {"no": 1.0}
         ("Yes", [THINK, NO, {"</think>": 1.0}, {"\n\n": 1.0}, YES], 0.75),  # a reasoning parser
         ("<think>no</think>Yes", [THINK, NO, {"</think>": 1.0}, YES], 0.75),
         ("Yes", [THINK, {"It": 1.0}], 1.0),
+        ("No, no cat.", [{"No": 0.75, "Yes": 0.25}, {",": 1.0}, {" no": 1.0}, {" cat.": 1.0}], 0.25),
         ('{"answer": "yes"}', [{'{"': 1.0}, {"answer": 1.0}, {'": "': 1.0}, YES, {'"}': 1.0}], 0.75),
         ("Nothing is odd. Answer: yes", [{"No": 1.0}, {"thing is odd.": 1.0}, {" Answer:": 1.0}, {" yes": 1.0}], 1.0),
         ("", [THINK, {"yes": 1.0}], None),
@@ -232,8 +231,9 @@ def test_an_answer_that_is_cut_off(reason):
 def test_without_log_probabilities(server, caplog):
     words = ["Yes, it does.", "NO", "**yes**", "I cannot say", "", "yesterday"]
     server.judge = lambda number, attempt: says(words[number])
+    judge = VLMJudge(server.url, "a-quiet-model", concurrency=1)
     for _ in range(2):
-        assert VLMJudge(server.url, "a-quiet-model")(PROMPTS, IMAGES) == [1.0, 0.0, 1.0, None, None, None]
+        assert judge(PROMPTS, IMAGES) == [1.0, 0.0, 1.0, None, None, None]
     once, *others = warnings(caplog)
     assert "log-probabilities" in once and len(others) == 2
 

@@ -1,7 +1,6 @@
 """A reward on a server: the same scores, whatever is sent, and through the death of the server."""
 
 import itertools
-import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +15,8 @@ pytest.importorskip("uvicorn")
 from slas_trl.images import to_rgb  # noqa: E402
 from slas_trl.rewards import RemoteReward, remote  # noqa: E402
 from slas_trl.rewards.resolve import resolve_reward, reward_name  # noqa: E402
-from tests.rewards.served_rewards import later, numbers, picture, redness, with_columns  # noqa: E402
+from tests.rewards.served_rewards import later, numbers, picture, with_columns  # noqa: E402
 from tests.rewards.serving import HERE, ServedProcess, answering, served  # noqa: E402
-from tests.trainer.tiny_trainers import logged, tiny_trainer  # noqa: E402
 
 
 pytestmark = pytest.mark.rewards
@@ -56,7 +54,7 @@ def test_more_images_than_the_server_takes_at_a_time(url):
         assert RemoteReward(other)(["a"] * 5, images, before=images) == numbers(["a"] * 5, images, images)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "HSV", "I;16", "I", "F"])
+@pytest.mark.parametrize("mode", ["1", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])
 def test_pictures_arrive_with_their_pixels(mode):
     arrived = []
 
@@ -68,7 +66,7 @@ def test_pictures_arrive_with_their_pixels(mode):
     image = Image.new(mode, (7, 5), 40000) if mode[0] in "IF" else noise.convert(mode)
     with served(keep) as url:
         RemoteReward(url)(["a", "b"], [image, [image, image]])  # the second is a video
-    if mode in ("CMYK", "HSV", "I", "F"):
+    if mode in ("CMYK", "F"):
         image = to_rgb(image)
     for found in (arrived[0], *arrived[1]):
         assert (found.size, found.mode, found.tobytes()) == (image.size, image.mode, image.tobytes())
@@ -96,7 +94,7 @@ def test_an_error_there_is_an_error_here(url):
 LIMITS = (200, b'{"limits": {"max_batch_size": 4, "max_image_pixels": 1000, "max_request_bytes": 10000}}')
 
 
-@pytest.mark.parametrize("scores", ["[1, 2]", "[]", '["1"]', "[1e999]", "1", "null", "{}", '{"a": 1}', "[[1]]"])
+@pytest.mark.parametrize("scores", ["[1, 2]", '["1"]', "[1e999]", "null", "{}", '{"a": 1}'])
 def test_scores_that_are_none(monkeypatch, scores):
     monkeypatch.setattr("uuid.uuid4", lambda: type("Known", (), {"hex": "known"}))
     answer = (200, f'{{"id": "known", "scores": {scores}}}'.encode())
@@ -146,8 +144,7 @@ def test_tokens(monkeypatch):
 # Kills
 
 
-@pytest.mark.parametrize("signals", [[], [signal.SIGTERM]], ids=["kill", "SIGTERM"])
-def test_many_requests_through_a_kill(tmp_path, signals):
+def test_many_requests_through_a_kill(tmp_path):
     """Of eight clients, while the server ends and is started again: every score is there, once, and in its place."""
     done, ids = itertools.count(1), itertools.count(1)
     numbered = [[next(ids) for _ in range(1 + request % 3)] for request in range(400)]
@@ -167,33 +164,9 @@ def test_many_requests_through_a_kill(tmp_path, signals):
             answers = [clients.submit(ask, request) for request in range(400)]
             while not middle.is_set():
                 time.sleep(0.01)
-            server.stop(*signals) if signals else server.kill()
+            server.kill()
             before = sum(answer.done() for answer in answers)
             server.start()
             scores = [answer.result() for answer in answers]
     assert before < 360
     assert scores == [[number / 8 for number in own] for own in numbered]
-
-
-def test_training_through_a_kill(tmp_path):
-    """The rewards, and so the run, are those of the reward in the trainer's own process."""
-    local = tiny_trainer(tmp_path / "local", max_steps=3, reward_funcs=redness)
-    local.train()
-
-    with ServedProcess(f"{HERE}:redness", log=tmp_path / "log") as server:
-        far = RemoteReward(server.url, retries=2000, name="redness")
-        calls = itertools.count(1)
-
-        def killed_before_the_third_call(prompts, images, **columns):
-            if next(calls) == 3:
-                server.kill()
-                threading.Timer(0.2, server.start).start()
-            return far(prompts, images, **columns)
-
-        killed_before_the_third_call.__name__ = "redness"
-        trainer = tiny_trainer(tmp_path / "far", max_steps=3, reward_funcs=killed_before_the_third_call)
-        trainer.train()
-    keys = ("loss", "reward", "reward_std", "rewards/redness/mean", "grad_norm")
-    expected = [[line[key] for key in keys] for line in logged(tmp_path / "local")]
-    assert [[line[key] for key in keys] for line in logged(tmp_path / "far")] == expected
-    assert len(expected) == 3 and next(calls) > 3

@@ -163,17 +163,12 @@ SECRET = "pa55w0rd"
 @pytest.mark.parametrize(
     ("reward", "kept"),
     [
-        (f"remote:url=http://user:{SECRET}@host:9/", "'remote'"),
-        (f"remote:url=http://{SECRET}@host,retries=3", "url"),
         (f"remote:url=http://user:a%40{SECRET}@host", "'remote'"),
         (f"remote:url=http://user:a,{SECRET}@host,retries=3", "option=value"),
-        (f"remote:url=user:{SECRET}@host", "'remote'"),
         (f"vlm_judge:url=http://host/v1?key={SECRET},model=x,answer=maybe", "url"),
         (f"remote:url=http://host, token = {SECRET},retries=x", "retries=x"),
-        (f"remote:token=a,{SECRET},url=http://host", "option=value"),
         (f"remote:tokne={SECRET},url=http://host", "no option 'tokne'"),
         (f"remote:url=http://host,token=a {SECRET},retries=3", "'remote'"),
-        (f"vlm_judge:url=http://host,api_key={SECRET},max_tokens=x", "max_tokens=x"),
         (f"token={SECRET}.py", "token="),
         (f"{HERE}:red:Authorization=Bearer {SECRET}", "option"),
         (f"{HERE}:shown:whole=token:{SECRET}@x", "option whole"),
