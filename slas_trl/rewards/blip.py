@@ -58,7 +58,7 @@ class ImageReward(ModelReward):
         for batch in in_batches(list(zip(prompts, images, strict=True)), self.batch_size):
             texts, pictures = zip(*batch, strict=True)
             tokens = tokenizer(list(texts), **options).to(device)
-            pixels = torch.stack([to_pixels(picture, scorer.image_size) for picture in pictures])
+            pixels = torch.stack([to_pixels(picture, scorer.vision.config.image_size) for picture in pictures])
             scores += scorer(tokens["input_ids"], tokens["attention_mask"], pixels.to(device, dtype)).tolist()
         return scores
 
@@ -75,10 +75,6 @@ class Scorer(torch.nn.Module):
         self.vision: Any = BlipVisionModel(_vision_config(weights))
         self.text: torch.nn.Module = BlipTextModel(config, add_pooling_layer=False)
         self.head = linear_head(config.hidden_size)
-
-    @property
-    def image_size(self) -> int:
-        return self.vision.config.image_size
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
         """Scores `(B,)`, in float32, of tokens `(B, L)`, a mask that is 0 for padding, and pixels `(B, 3, S, S)`."""

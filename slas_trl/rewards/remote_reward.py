@@ -26,11 +26,8 @@ from .resolve import resolve_reward, reward_name
 from .wire import TOKEN_VARIABLE, Limits, check_token, encode_picture, encode_value, in_threads
 
 
-_COMMAND = (sys.executable, "-P", "-m", "slas_trl.cli.main", "serve-reward")
-_OPTIONS = (
-    *("--no_warm_up", "--until_stdin_closes", "--max_batch_size", "1000000"),
-    *("--max_image_pixels", "100000000", "--max_request_bytes", "10000000000"),
-)
+_COMMAND = (sys.executable, "-P", "-m", "slas_trl.cli.main", "serve-reward", "--no_warm_up", "--until_stdin_closes")
+_LIMITS = ("--max_batch_size", "1000000", "--max_image_pixels", "100000000", "--max_request_bytes", "10000000000")
 
 
 @dataclass(frozen=True)
@@ -188,7 +185,7 @@ class ProcessReward(Reward):
             name += f"{',' if '=' in name else ':'}device=cuda:{torch.cuda.current_device()}"
         path = os.pathsep.join(entry for entry in sys.path if isinstance(entry, str))  # the same modules as here
         child = subprocess.Popen(
-            [*_COMMAND, name, "--port", str(address[1]), *_OPTIONS],
+            [*_COMMAND, name, "--port", str(address[1]), *_LIMITS],
             env={**os.environ, TOKEN_VARIABLE: token, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
             stdin=subprocess.PIPE,
             stdout=2,

@@ -1,6 +1,5 @@
 """`slas-trl serve-reward`: what it refuses before it listens."""
 
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -62,12 +61,6 @@ def test_with_a_token_all_may_come(started, monkeypatch):
 def test_options_that_cannot_be(capsys, started, options, message):
     said = refused(capsys, "shapes_verifier", *options)
     assert message in said and "two words" not in said
-
-
-def test_a_port_in_use(capsys, started):
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = str(other.getsockname()[1])
-        assert f"--port {port}" in refused(capsys, "shapes_coloured_area", "--port", port)
 
 
 def test_the_model_is_loaded_before_it_listens(capsys, started, tmp_path):

@@ -6,12 +6,21 @@ from PIL import Image
 
 from examples.shapes_pictures import draw, sample_pictures
 from slas_trl import shapes
-from slas_trl.rewards import shapes_clip, shapes_coloured_area, shapes_verifier, shapes_verifier_strict
+from slas_trl.rewards import (
+    brightness,
+    incompressibility,
+    jpeg_compressibility,
+    shapes_clip,
+    shapes_coloured_area,
+    shapes_verifier,
+    shapes_verifier_strict,
+)
 from slas_trl.shapes import world
 from slas_trl.shapes.verifier import verify
 
 
-ALL = [shapes_verifier, shapes_verifier_strict, shapes_clip, shapes_coloured_area]
+PIXELS = [brightness, incompressibility, jpeg_compressibility]
+ALL = [shapes_verifier, shapes_verifier_strict, shapes_clip, shapes_coloured_area, *PIXELS]
 
 
 def as_images(drawn: np.ndarray) -> list[Image.Image]:
