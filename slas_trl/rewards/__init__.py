@@ -18,14 +18,13 @@ from typing import Any
 _FILES = {
     "aesthetics": ("Aesthetic", "aesthetic"),
     "blip": ("ImageReward", "image_reward"),
-    "clip_rewards": ("ClipScore", "PickScore", "clip_score", "pick_score"),
+    "clip": ("ClipScore", "PickScore", "clip_score", "pick_score"),
     "detector": ("ObjectDetector", "object_detector"),
     "hps": ("HPSv2", "hpsv2"),
     "judge": ("UnifiedReward", "VLMJudge", "unified_reward", "vlm_judge"),
     "pixels": ("brightness", "incompressibility", "jpeg_compressibility"),
-    "process": ("ProcessReward",),
     "quoted_text": ("OCR", "ocr"),
-    "remote_reward": ("RemoteReward", "remote"),
+    "remote_reward": ("ProcessReward", "RemoteReward", "remote"),
     "shapes": ("shapes_clip", "shapes_coloured_area", "shapes_verifier", "shapes_verifier_strict"),
 }
 _HOMES = {name: file for file, names in _FILES.items() for name in names}

@@ -1,7 +1,4 @@
-"""
-What rewards have in common: a name, options that are fixed when they are made, and models that are loaded at the first
-call and shared.
-"""
+"""What rewards have in common: a name, options, and models that are loaded at the first call and shared."""
 
 import functools
 import importlib
@@ -26,7 +23,7 @@ RewardFunc = Callable[..., Any]
 Function = TypeVar("Function", bound=Callable)
 Item = TypeVar("Item")
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +31,11 @@ class Reward(ABC):
     """
     A reward with options: a callable whose copy with other options is `dataclasses.replace(reward, option=value)`.
 
-    Args:
-        name (`str`, *optional*): The name in the logs; by default that of the reward.
-
     Attributes:
+        name (`str`, *optional*): The name in the logs; by default that of the reward.
         measures, blind_to (`str`):
-            What the reward measures, and what it cannot see, for the model card: a policy that is trained on it alone
-            gives that up. Any callable may have these two.
+            For the model card: what the reward measures, and what it cannot see, which a policy that is trained on it
+            alone gives up. Any callable may have these two.
         sees_videos (`bool`): Whether it is given all frames of a video in a list, rather than the middle one.
     """
 
@@ -57,11 +52,6 @@ class Reward(ABC):
     @abstractmethod
     def __call__(self, prompts: list[str], images: list[Image], **columns: Any) -> Any:
         """Scores of these images, see [`~slas_trl.rewards`]."""
-
-    def _check_least(self, least: int, *options: str) -> None:
-        for option in options:
-            if (value := getattr(self, option)) is not None and value < least:
-                raise ValueError(f"{option} of {self.__name__} must be at least {least}, but it is {value}.")
 
 
 def describe(measures: str, blind_to: str) -> Callable[[Function], Function]:
@@ -90,8 +80,7 @@ class ModelReward(Reward):
     Args:
         device (`str`, *optional*): Where the model runs; by default the current GPU, or the CPU where there is none.
         dtype (`str`, *optional*, defaults to `"float32"`):
-            Of weights and activations. Features are compared in float32 in any case, but bfloat16 makes them coarse:
-            look at the spread within a group first.
+            Of weights and activations. Features are compared in float32 in any case, but bfloat16 makes them coarse.
         batch_size (`int`, *optional*, defaults to `16`): Images at a time.
     """
 
@@ -100,34 +89,28 @@ class ModelReward(Reward):
     batch_size: int = 16
 
     def __post_init__(self):
-        try:
-            torch.device(self.device or "cpu")
-        except RuntimeError as error:
-            raise ValueError(f"device of {self.__name__}, {self.device!r}, is none of PyTorch's.") from error
+        torch.device(self.device or "cpu")  # raises an error for what is none
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype of {self.__name__} must be one of {', '.join(DTYPES)}, but it is {self.dtype!r}.")
-        self._check_least(1, "batch_size")
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], images: list[Image], **columns: Any) -> Any:
         check_pairs(prompts, images)
-        return self._scores(prompts, images) if images else []
+        return self._scores(prompts, images, columns) if images else []
 
-    def _scores(self, prompts: list[str], images: list[Image]) -> list[float]:
+    @abstractmethod
+    def _scores(self, prompts: list[str], images: list[Image], columns: dict[str, Any]) -> Any:
         """Of at least one image."""
-        raise NotImplementedError
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+        return getattr(torch, self.dtype)
 
     @property
     def torch_device(self) -> torch.device:
         """With its number, since "cuda" means another one in each process."""
         device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        return device
+        return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
 class RewardUnavailableError(RuntimeError):
@@ -163,9 +146,8 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(
-            f'The package {module.split(".")[0]} is needed ({error}). Install it with: pip install "slas-trl[{extra}]"'
-        ) from error
+        install = f'Install it with: pip install "slas-trl[{extra}]"'
+        raise ImportError(f"The package {module.split('.')[0]} is needed ({error}). {install}") from error
 
 
 @contextmanager
@@ -177,21 +159,16 @@ def from_hub(place: str, file: str = "") -> Iterator[None]:
         advice = "Check the path."
         if not Path(place).exists() and place.count("/") == 1:
             advice = f"Run `hf download {place}{file and f' {file}'}`, or give the path of a copy as an option."
-        what = f"{file} of {place}" if file else place
-        raise FileNotFoundError(f"Cannot load {what}: {str(error)[:300]} {advice}") from error
+        raise FileNotFoundError(f"Cannot load {place} {file}: {str(error)[:300]} {advice}") from error
 
 
 def hub_file(place: str, file: str) -> Path:
     """A file of a repository on the Hub, cached or downloaded; or of a folder; or `place` if that is a file."""
-    path = Path(place)
+    path = Path(place) / file if Path(place).is_dir() else Path(place)
     if path.is_file():
         return path
     with from_hub(place, file):
-        if not path.is_dir():
-            return Path(hf_hub_download(place, file))
-        if not (path / file).is_file():
-            raise FileNotFoundError("it is not in this folder.")
-    return path / file
+        return Path(hf_hub_download(place, file))
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -200,3 +177,22 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # pickle's errors are of many kinds
         raise ValueError(f"{path} cannot be loaded as weights, tensors alone: {str(error)[:300]}") from error
+
+
+def put_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], source: Any, what: str) -> None:
+    """Make them the model's, which may be on "meta". Raises `ValueError` for a `source` that does not fit `what`."""
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{source} does not fit {what}. {' '.join(str(error).split())[:500]}") from error
+    model.eval().requires_grad_(False)
+
+
+def load_pretrained(auto: Any, name: str, dtype: torch.dtype) -> Any:
+    """A model of transformers. Raises `ValueError` for weights that its checkpoint lacks, which would be random."""
+    with from_hub(name):
+        model, loaded = auto.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    # Buffers are computed where they are missing, which is usual in older checkpoints.
+    if missing := loaded["missing_keys"] & dict(model.named_parameters()).keys():
+        raise ValueError(f"The weights of {name} lack some of its {type(model).__name__}, as {min(missing)}.")
+    return model.eval().requires_grad_(False)

@@ -1,70 +1,109 @@
 """
-How the rewards that are built on a CLIP load one, prepare pictures and texts for it, and compare them.
+CLIPScore and PickScore, how well a picture fits its prompt, and the loading of a CLIP for all rewards that have one.
 
 A repository or folder with `open_clip_config.json` is read by open_clip, which has the authors' own preprocessing; any
 other by transformers, with its PIL backend, since a score must not change because torchvision was installed.
 """
 
-import functools
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from PIL.Image import Image
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, PreTrainedConfig
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from ..images import to_rgb
-from .base import from_hub, in_batches, load_once, require
+from .base import ModelReward, from_hub, hub_file, in_batches, load_once, load_pretrained, require
 
 
-OPEN_CLIP_CONFIG = "open_clip_config.json"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's pixel values
+
+
+@dataclass(frozen=True)
+class ClipScore(ModelReward):
+    """
+    CLIPScore (https://huggingface.co/papers/2104.08718): the cosine of a CLIP's features of image and text, in
+    [-1, 1], and neither times 100 nor times 2.5. Texts are cut off at the model's context, mostly 77 tokens.
+
+    Args:
+        model (`str`, *optional*, defaults to `"openai/clip-vit-large-patch14"`):
+            Hub id or folder of a CLIP of transformers or open_clip; or an architecture of open_clip, as "ViT-B-32".
+        pretrained (`str`, *optional*): Weights of that architecture: a tag that open_clip knows, or a file.
+    """
+
+    default_name = "clip_score"
+    measures = "how well a picture fits its prompt, by CLIP"
+    blind_to = (
+        "counts, left and right, which color belongs to what; prompts after 77 tokens; what the center crop removes"
+    )
+    model: str = "openai/clip-vit-large-patch14"
+    pretrained: str | None = None
+
+    def _scores(self, prompts: list[str], images: list[Image], columns: dict[str, Any]) -> list[float]:
+        encoder = load_clip(self.model, self.pretrained, self.torch_dtype, self.torch_device)
+        return encoder.cosines(prompts, images, self.batch_size).tolist()
+
+
+@dataclass(frozen=True)
+class PickScore(ModelReward):
+    """
+    PickScore (https://huggingface.co/papers/2305.01569), a CLIP ViT-H/14 trained on what people preferred: the cosine
+    of image and text times the model's exp(logit_scale), mostly 16 to 26; Flow-GRPO divides by 26. Texts are cut off
+    at 77 tokens, and only the square in the middle of an image counts.
+
+    Args:
+        model (`str`, *optional*, defaults to `"yuvalkirstain/PickScore_v1"`): Hub id or folder of its weights.
+        processor (`str`, *optional*, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`):
+            Hub id or folder of its tokenizer and preprocessing.
+    """
+
+    default_name = "pick_score"
+    measures = "which picture of a prompt people would prefer, by the model PickScore"
+    blind_to = "what the center crop removes; detail below 224 pixels"
+    model: str = "yuvalkirstain/PickScore_v1"
+    processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+    def _scores(self, prompts: list[str], images: list[Image], columns: dict[str, Any]) -> list[float]:
+        encoder = load_clip(self.model, None, self.torch_dtype, self.torch_device, processor=self.processor)
+        scale = encoder.model.logit_scale.float().exp()
+        return (scale * encoder.cosines(prompts, images, self.batch_size)).tolist()
+
+
+clip_score, pick_score = ClipScore(), PickScore()
 
 
 @dataclass(eq=False)
 class ClipEncoder:
-    """A CLIP together with its preprocessing."""
+    """A CLIP of transformers together with its preprocessing."""
 
-    model: Any  # with an attribute `logit_scale`
+    model: Any  # with `logit_scale`, the logarithm of what cosines were multiplied by in training
     prepare: Callable[[list[Image]], torch.Tensor]  # RGB images to pixel values `(N, 3, H, W)`
     tokenize: Callable[[list[str]], Any]  # texts to tokens, a tensor or a dictionary of such
-    embed_image: Callable[[torch.Tensor], torch.Tensor]  # pixel values to features `(N, D)`
-    embed_text: Callable[[Any], torch.Tensor]  # tokens to features `(N, D)`
+    _tokenizing: Any = field(default_factory=threading.Lock)
 
-    def __post_init__(self):
-        self.model.eval().requires_grad_(False)
-        # Rewards run in threads, and a fast tokenizer fails when two of them set its truncation at once.
-        self._tokenizing = threading.Lock()
+    def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Features `(N, D)`."""
+        return self.model.get_image_features(pixel_values=pixels).pooler_output
 
-    @property
-    def logit_scale(self) -> torch.Tensor:
-        """Logarithm of what cosines were multiplied by in training."""
-        return self.model.logit_scale.float()
+    def embed_texts(self, tokens: Any) -> torch.Tensor:
+        """Features `(N, D)`."""
+        return self.model.get_text_features(**tokens).pooler_output
 
     def images(self, images: Sequence[Image], batch_size: int) -> torch.Tensor:
         """Unit vectors `(N, D)` in float32."""
-        weights = self.model.logit_scale
-
-        def features(batch: Sequence[Image]) -> torch.Tensor:
-            pixels = self.prepare([to_rgb(image) for image in batch])
-            return self.embed_image(pixels.to(weights.device, weights.dtype))
-
-        return self._unit_vectors(images, batch_size, features)
+        like = self.model.logit_scale
+        pixels = (self.prepare([to_rgb(image) for image in batch]) for batch in in_batches(images, batch_size))
+        return self._unit_vectors(self.embed_images(some.to(like.device, like.dtype)) for some in pixels)
 
     def texts(self, texts: Sequence[str], batch_size: int) -> torch.Tensor:
         """Unit vectors `(N, D)` in float32."""
-
-        def features(batch: Sequence[str]) -> torch.Tensor:
-            with self._tokenizing:
-                tokens = self.tokenize(list(batch))
-            return self.embed_text(tokens.to(self.model.logit_scale.device))
-
-        return self._unit_vectors(texts, batch_size, features)
+        # Rewards run in threads, and a fast tokenizer fails when two of them set its truncation at once.
+        with self._tokenizing:
+            tokens = [self.tokenize(list(batch)) for batch in in_batches(texts, batch_size)]
+        return self._unit_vectors(self.embed_texts(some.to(self.model.logit_scale.device)) for some in tokens)
 
     def cosines(self, prompts: Sequence[str], images: Sequence[Image], batch_size: int) -> torch.Tensor:
         """Cosine of each image with its prompt `(N,)` in float32. A prompt of several images is embedded once."""
@@ -72,11 +111,19 @@ class ClipEncoder:
         texts = self.texts(list(row), batch_size)
         return (self.images(images, batch_size) * texts[[row[prompt] for prompt in prompts]]).sum(-1)
 
-    def _unit_vectors(self, items: Sequence, batch_size: int, features: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+    def _unit_vectors(self, features: Iterable[torch.Tensor]) -> torch.Tensor:
         # Not under the autocast of a training step: half a precision is more than the difference of good images.
         with torch.no_grad(), torch.autocast(self.model.logit_scale.device.type, enabled=False):
-            parts = [features(batch).float() for batch in in_batches(items, batch_size)]
-            return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
+            return torch.nn.functional.normalize(torch.cat([some.float() for some in features]), dim=-1)
+
+
+class OpenClipEncoder(ClipEncoder):
+    """A CLIP of open_clip; its `prepare` takes an image at a time."""
+
+    def __init__(self, model: Any, prepare: Callable[[Image], torch.Tensor], tokenize: Callable[[list[str]], Any]):
+        model.eval().requires_grad_(False)
+        super().__init__(model, lambda images: torch.stack([prepare(image) for image in images]), tokenize)
+        self.embed_images, self.embed_texts = model.encode_image, model.encode_text
 
 
 @load_once
@@ -87,90 +134,45 @@ def load_clip(
     device: torch.device | str = "cpu",
     processor: str | None = None,
 ) -> ClipEncoder:
-    """A CLIP as [`~slas_trl.rewards.ClipScore`] names it; `processor` has its preprocessing, if the model has not."""
+    """A CLIP as [`ClipScore`] names it; `processor` has its preprocessing, if the model has not."""
     folder = Path(model).is_dir()
     if "/" not in model and not folder:
         return _open_clip(model, pretrained, dtype, device)
     if pretrained:
         raise ValueError(f"{model} has weights itself: leave out pretrained={pretrained!r}, which is for ViT-B-32.")
-    if _has_open_clip_config(model):
-        return _open_clip(f"{'local-dir' if folder else 'hf-hub'}:{model}", None, dtype, device)
-    return _transformers_clip(model, processor or model, dtype, device)
-
-
-def open_clip_encoder(model: torch.nn.Module, prepare: Callable[[Image], torch.Tensor], tokenizer: Any) -> ClipEncoder:
-    """One whose model is of open_clip; `prepare` takes an image at a time."""
-
-    def prepare_all(images: list[Image]) -> torch.Tensor:
-        return torch.stack([prepare(image) for image in images])
-
-    parts: Any = model
-    return ClipEncoder(model, prepare_all, tokenizer, parts.encode_image, parts.encode_text)
-
-
-def _has_open_clip_config(model: str) -> bool:
-    if Path(model).is_dir():
-        return (Path(model) / OPEN_CLIP_CONFIG).is_file()
     try:
-        with from_hub(model):
-            hf_hub_download(model, OPEN_CLIP_CONFIG)
-    except FileNotFoundError as error:
-        if isinstance(error.__cause__, EntryNotFoundError):  # or offline and not cached: transformers will say so
-            return False
-        raise
-    return True
+        hub_file(model, "open_clip_config.json")
+    except FileNotFoundError:  # or there is no such model, as transformers will say
+        return _transformers_clip(model, processor or model, dtype, device)
+    return _open_clip(f"{'local-dir' if folder else 'hf-hub'}:{model}", None, dtype, device)
 
 
 def _open_clip(name: str, pretrained: str | None, dtype: torch.dtype, device: torch.device | str) -> ClipEncoder:
     open_clip = require("open_clip", "rewards")
-    config: Any = open_clip.get_model_config(name) if ":" not in name else None
-    tagged = (open_clip.get_pretrained_cfg(name, pretrained) or {}) if config and pretrained else {}
-    if tagged and tagged.get("quick_gelu", False) != config.get("quick_gelu", False):
-        # open_clip warns, and computes features that are slightly wrong.
-        other = name.removesuffix("-quickgelu") if config.get("quick_gelu") else f"{name}-quickgelu"
-        raise ValueError(f"The weights {pretrained!r} are of another activation function than {name}: use {other!r}.")
-    with from_hub(tagged.get("hf_hub", "").rstrip("/") or name.removeprefix("hf-hub:").removeprefix("local-dir:")):
+    tagged = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
+    # Without its own activation function, a model's features are slightly wrong.
+    options = {"pretrained": pretrained, "force_quick_gelu": tagged.get("quick_gelu", False), "weights_only": True}
+    with from_hub(tagged.get("hf_hub", "").rstrip("/") or name.partition(":")[2] or name):
         try:
-            model, prepare = open_clip.create_model_from_pretrained(name, pretrained=pretrained, weights_only=True)
+            model, prepare = open_clip.create_model_from_pretrained(name, **options)
             tokenizer = open_clip.get_tokenizer(name)
         except RuntimeError as error:
             raise FileNotFoundError(f"With pretrained={pretrained!r}, open_clip says: {error}") from error
-    return open_clip_encoder(model.to(device, dtype), prepare, tokenizer)
+    return OpenClipEncoder(model.to(device, dtype), prepare, tokenizer)
 
 
 def _transformers_clip(name: str, processor: str, dtype: torch.dtype, device: torch.device | str) -> ClipEncoder:
-    with from_hub(name):
-        config, _ = PreTrainedConfig.get_config_dict(name)
-        if not config:
-            raise FileNotFoundError("there is no config.json.")
-        if (kind := config.get("model_type")) != "clip":
-            # from_pretrained would go on, with weights that it makes up.
-            raise ValueError(f"Expected a CLIP, but {name} is a model of transformers of type {kind!r}.")
-        loaded: Any = CLIPModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
-    model, found = loaded
-    if missing := [*found["missing_keys"], *found["mismatched_keys"]]:
-        raise ValueError(f"The weights of {name} lack some of its config.json's model, as {missing[0]}.")
+    model = load_pretrained(CLIPModel, name, dtype)
     with from_hub(processor):
         image_processor = AutoImageProcessor.from_pretrained(processor, backend="pil")
-    length = model.config.text_config.max_position_embeddings
-
-    @functools.cache  # not needed by rewards that read no prompt
-    def tokenizer() -> Any:
-        with from_hub(processor):
-            return AutoTokenizer.from_pretrained(processor)
+        tokenizer = AutoTokenizer.from_pretrained(processor)
+    limit = {"truncation": True, "max_length": model.config.text_config.max_position_embeddings}
 
     def prepare(images: list[Image]) -> torch.Tensor:
         # Said, not guessed: an image that is three pixels high looks like one with its channels first.
         return image_processor(images, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
 
     def tokenize(texts: list[str]) -> Any:
-        return tokenizer()(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        return tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False, **limit)
 
-    def embed_text(tokens: Any) -> torch.Tensor:
-        given = {name: tokens[name] for name in ("input_ids", "attention_mask")}
-        return model.get_text_features(**given).pooler_output
-
-    def embed_image(pixels: torch.Tensor) -> torch.Tensor:
-        return model.get_image_features(pixel_values=pixels).pooler_output
-
-    return ClipEncoder(model.to(device), prepare, tokenize, embed_image, embed_text)
+    return ClipEncoder(model.to(device), prepare, tokenize)

@@ -1,8 +1,7 @@
 """Does a picture show the objects, numbers, colors and positions that were asked for? GenEval's checks."""
 
-import difflib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from PIL import Image
 
 from ..images import to_rgb
-from .base import ModelReward, check_pairs, from_hub, in_batches, load_once
+from .base import ModelReward, from_hub, in_batches, load_once, load_pretrained
 from .clip import load_clip
 from .geneval import COLORS, Detection, Specification, canonical, judge, read_specification
 
@@ -25,10 +24,9 @@ _TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a 
 class ObjectDetector(ModelReward):
     """
     GenEval's checks with any of transformers' models for object detection or instance segmentation: which objects, how
-    many, of which color (by CLIP, on what is cut out of the picture), on which side of each other.
-
-    The demands are in the data set, in [GenEval's format](https://github.com/djghosh13/geneval): in columns "include",
-    "exclude" and "tag", or in a column "metadata" of such rows or of their JSON. Prompts are not read.
+    many, of which color (by CLIP, on what is cut out of the picture), on which side of each other. Demands are columns
+    "include", "exclude" and "tag", or a column "metadata" of such rows or their JSON, in
+    [GenEval's format](https://github.com/djghosh13/geneval); prompts are not read:
 
         {"tag": "position", "include": [{"class": "dog", "count": 1},
                                         {"class": "cat", "count": 1, "color": "black", "position": ["left of", 0]}]}
@@ -38,14 +36,11 @@ class ObjectDetector(ModelReward):
     benchmark's published numbers, though of its architecture: do not compare.
 
     Args:
-        model (`str`, *optional*, defaults to `"facebook/mask2former-swin-small-coco-instance"`):
-            Repository or folder. A model with masks judges colors better, since it leaves out the background.
-        clip (`str`, *optional*, defaults to `"openai/clip-vit-large-patch14"`):
-            Repository or folder of the CLIP that names colors, loaded when a color is asked for.
+        model (`str`, *optional*): Repository or folder. With masks, colors are judged without the background.
+        clip (`str`, *optional*): Repository or folder of the CLIP that names colors, loaded when one is asked for.
         strict (`bool`, *optional*, defaults to `False`): The reward is GenEval's verdict, 1 or 0.
-        threshold (`float`, *optional*, defaults to `0.3`): The confidence from which an object counts...
-        counting_threshold (`float`, *optional*, defaults to `0.9`):
-            ... and where numbers are asked for. Both are GenEval's for its detector; others, as RT-DETR, need less.
+        threshold, counting_threshold (`float`, *optional*, default to `0.3`, `0.9`):
+            Confidence from which an object counts, and where numbers are asked for: GenEval's. RT-DETR needs less.
 
     Raises:
         `ValueError`: for a missing column, a row that is not understood, and classes that the detector does not know.
@@ -60,12 +55,11 @@ class ObjectDetector(ModelReward):
     threshold: float = 0.3
     counting_threshold: float = 0.9
 
-    def __call__(self, prompts: list[str], images: list[Image.Image], **columns: Any) -> dict[str, list[float | None]]:
-        check_pairs(prompts, images)
+    def _scores(self, prompts: list[str], images: list[Image.Image], columns: dict[str, Any]) -> dict[str, list]:
         wanted = _specifications(self.__name__, len(prompts), columns)
-        known = self._known_classes() if wanted else {}
-        for specification in wanted.values():
-            _check_classes(self.__name__, specification, known)
+        asked = set().union(*(specification.names for specification in wanted.values()))
+        if asked and (unknown := asked - (known := self._known_classes())):
+            raise ValueError(f"The detector of {self.__name__} has no class {min(unknown)!r}, but {sorted(known)}.")
         rgb = {i: to_rgb(images[i]) for i in wanted}
         found = self._detect(rgb, {i: specification.names for i, specification in wanted.items()})
 
@@ -77,21 +71,17 @@ class ObjectDetector(ModelReward):
             graded[i], strict[i] = share, float(right)
         return {"reward": list(strict) if self.strict else graded, "strict": strict}
 
-    def _known_classes(self) -> dict[str, str]:
-        """Names of the detector's classes by their canonical names."""
-        names = _load_detector(self.model, self.torch_device, self.torch_dtype)[0].config.id2label.values()
-        return {canonical(name): name for name in names}
+    def _known_classes(self) -> set[str]:
+        """Canonical names of the detector's classes."""
+        model, _ = _load_detector(self.model, self.torch_device, self.torch_dtype)
+        return {canonical(name) for name in model.config.id2label.values()}
 
-    @torch.no_grad()
     def _detect(self, images: dict[int, Image.Image], names: dict[int, set[str]]) -> dict[int, list[Detection]]:
         """Objects of the classes that are asked for in each image."""
         # A batch is of images of one size: padding would make an object depend on what else is in the batch.
-        of_size: dict[tuple[int, int], list[int]] = {}
-        for i, image in images.items():
-            of_size.setdefault(image.size, []).append(i)
-        found = {}
-        for rows in of_size.values():
-            for batch in in_batches(rows, self.batch_size):
+        found, sizes = {}, {i: image.size for i, image in images.items()}
+        for size in sorted({*sizes.values()}):
+            for batch in in_batches([i for i in sizes if sizes[i] == size], self.batch_size):
                 objects = self._run([images[i] for i in batch], [names[i] for i in batch])
                 found.update(zip(batch, objects, strict=True))
         return found
@@ -103,14 +93,16 @@ class ObjectDetector(ModelReward):
         for key, value in output.items():
             if isinstance(value, torch.Tensor) and value.is_floating_point():
                 output[key] = value.float()
-        sizes = [image.size[::-1] for image in images]
-        least = min(self.threshold, self.counting_threshold)
+        options: dict[str, Any] = {"threshold": min(self.threshold, self.counting_threshold)}
         if "masks_queries_logits" in output or "pred_masks" in output:
-            return _instances(model, processor, output, sizes, least, names)
-        results = processor.post_process_object_detection(output, threshold=least, target_sizes=sizes)
-        return [_boxes(model, result, asked) for result, asked in zip(results, names, strict=True)]
+            read, process = _instances, processor.post_process_instance_segmentation
+            if "return_binary_maps" in inspect.signature(process).parameters:  # not DETR's
+                options["return_binary_maps"] = True
+        else:
+            read, process = _boxes, processor.post_process_object_detection
+        results = process(output, target_sizes=[image.size[::-1] for image in images], **options)
+        return [read(model, result, asked) for result, asked in zip(results, names, strict=True)]
 
-    @torch.no_grad()
     def _colors(self, image: Image.Image, group: Sequence[Detection]) -> list[str]:
         """The most likely of `COLORS` for each object of a class."""
         clip = load_clip(self.clip, None, self.torch_dtype, self.torch_device)
@@ -136,7 +128,7 @@ def cut_out(image: Image.Image, one: Detection) -> Image.Image:
 
 
 def _specifications(name: str, n: int, columns: dict[str, Any]) -> dict[int, Specification]:
-    """What is asked of each image, by its index, of those of which anything is."""
+    """What is asked, by the index of the image."""
     present = {key: columns[key] for key in ("include", "exclude", "tag") if columns.get(key) is not None}
     rows = columns.get("metadata")
     if rows is None and not present.keys() & {"include", "exclude"}:
@@ -148,47 +140,29 @@ def _specifications(name: str, n: int, columns: dict[str, Any]) -> dict[int, Spe
     return {i: specification for i, specification in wanted.items() if specification is not None}
 
 
-def _check_classes(name: str, wanted: Specification, known: dict[str, str]) -> None:
-    for asked in sorted(wanted.names):
-        if asked not in known:
-            near = difflib.get_close_matches(asked, known, n=3)
-            hint = f"; did you mean {' or '.join(repr(known[one]) for one in near)}?" if near else "."
-            raise ValueError(f"The detector of {name} has {len(known)} classes, and no class {asked!r}{hint}")
-
-
 def box_of(mask: np.ndarray) -> tuple[float, float, float, float]:
     """The box around all that is in a mask `(H, W)`."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
-def _boxes(model: Any, result: Mapping[str, torch.Tensor], asked: set[str]) -> list[Detection]:
+def _boxes(model: Any, result: dict[str, torch.Tensor], asked: set[str]) -> list[Detection]:
     """Objects of these classes, without masks."""
     labels = [model.config.id2label[index] for index in result["labels"].tolist()]
     found = zip(labels, result["scores"].tolist(), result["boxes"].tolist(), strict=True)
     return [Detection(label, score, tuple(box)) for label, score, box in found if canonical(label) in asked]
 
 
-def _instances(
-    model: Any, processor: Any, output: Any, sizes: list, least: float, names: list[set[str]]
-) -> list[list[Detection]]:
-    """Objects with masks, and the boxes around these."""
-    process = processor.post_process_instance_segmentation
-    overlapping = "return_binary_maps" in inspect.signature(process).parameters  # not DETR's
-    options = {"return_binary_maps": True} if overlapping else {}
-    results = process(output, threshold=least, target_sizes=sizes, **options)
-    detections: list[list[Detection]] = []
-    for result, asked in zip(results, names, strict=True):
-        detections.append([])
-        for index, segment in enumerate(result["segments_info"]):
-            label = model.config.id2label[segment["label_id"]]
-            if canonical(label) not in asked:
-                continue
-            maps = result["segmentation"]
+def _instances(model: Any, result: dict[str, Any], asked: set[str]) -> list[Detection]:
+    """Objects of these classes with their masks, and the boxes around these."""
+    found, maps = [], result["segmentation"]
+    for index, segment in enumerate(result["segments_info"]):
+        label = model.config.id2label[segment["label_id"]]
+        if canonical(label) in asked:
             mask = (maps[index] > 0.5 if maps.ndim == 3 else maps == segment["id"]).cpu().numpy()
             if mask.any():
-                detections[-1].append(Detection(label, float(segment["score"]), box_of(mask), mask))
-    return detections
+                found.append(Detection(label, float(segment["score"]), box_of(mask), mask))
+    return found
 
 
 @load_once
@@ -196,26 +170,9 @@ def _load_detector(name: str, device: torch.device, dtype: torch.dtype) -> tuple
     from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
     from transformers import AutoModelForUniversalSegmentation as AutoModelForSegmentation
 
-    try:
-        with from_hub(name):
-            config = AutoConfig.from_pretrained(name)
-            segments = "Segmentation" in "".join(config.architectures or ())
-            auto = AutoModelForSegmentation if segments else AutoModelForObjectDetection
-            options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-            model, loaded = auto.from_pretrained(name, **options)
-            processor = AutoImageProcessor.from_pretrained(name, backend="pil")  # as without torchvision
-    except ValueError as error:
-        expected = "one of transformers' models for object detection or instance segmentation"
-        raise ValueError(f"object_detector cannot use {name!r}: expected {expected}. {error}") from error
-    _check_weights(name, model, loaded)
-    return model.to(device).eval().requires_grad_(False), processor
-
-
-def _check_weights(name: str, model: torch.nn.Module, loaded: Mapping[str, Any]) -> None:
-    """Weights that a checkpoint lacks are random: of a backbone alone, all that would be found."""
-    # Buffers are computed where they are missing, which is usual in older checkpoints.
-    missing = loaded["missing_keys"] & dict(model.named_parameters()).keys()
-    other_sizes = {key for key, *_ in loaded["mismatched_keys"]}
-    if missing or other_sizes:
-        wrong = sorted(missing | other_sizes)[:5]
-        raise ValueError(f"object_detector cannot use {name!r}: weights of the {type(model).__name__} lack {wrong}.")
+    with from_hub(name):
+        config = AutoConfig.from_pretrained(name)
+        segments = "Segmentation" in "".join(config.architectures or ())
+        model = load_pretrained(AutoModelForSegmentation if segments else AutoModelForObjectDetection, name, dtype)
+        processor = AutoImageProcessor.from_pretrained(name, backend="pil")  # as without torchvision
+    return model.to(device), processor

@@ -5,7 +5,6 @@ in it fulfil that: which objects, how many, of which color, and where. Nothing h
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
 
-_KEYS = ("class", "count", "color", "position")  # of an entry of include; the first two of one of exclude
+_KEYS = ("class", "count", "color", "position")  # of an entry of include; exclude has the first two
 _MARGIN = 0.1  # of the sizes of both objects: their centers may differ by so much before one is beside the other
 _MAX_OBJECTS = 16  # of a class; weaker detections are dropped
 
@@ -33,13 +32,13 @@ _NAMES = {other: names[0] for names in _SYNONYMS for other in names}
 
 @dataclass(frozen=True)
 class Demand:
-    """One entry of `include`: `count` objects, of a color, and somewhere relative to those of an earlier entry."""
+    """One entry of `include`: `count` objects, of a color, and where as seen from those of the entry `target`."""
 
     name: str
     count: int = 1
     color: str | None = None
     relation: str | None = None
-    target: int = 0  # the index of that entry
+    target: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,56 +70,39 @@ def canonical(name: str) -> str:
     return _NAMES.get(plain, plain)
 
 
-def read_specification(row: Mapping[str, Any] | str | None) -> Specification | None:
-    """
-    A row of GenEval's metadata, or its JSON; `None` in it is a gap of a table. Raises `ValueError` for what cannot be
-    checked.
-    """
+def read_specification(row: Any) -> Specification | None:
+    """A row of GenEval's metadata, or its JSON; `None` is a gap. Raises `ValueError` for what cannot be checked."""
     row = json.loads(row) if isinstance(row, str) and row.strip() else row
-    if not row:
-        return None
-    if not isinstance(row, Mapping):
-        raise ValueError(f'Expected a row of GenEval\'s metadata, with its "include", but got {row!r}.')
-    if not (row.get("include") or row.get("exclude")):
+    if not row or not (row.get("include") or row.get("exclude")):
         return None
     include = tuple(_demand(entry, index, row) for index, entry in enumerate(row.get("include") or ()))
-    exclude = tuple(
-        (canonical(_name(entry, row, _KEYS[:2])), _count(entry, row)) for entry in row.get("exclude") or ()
-    )
+    exclude = tuple(_counted(entry, row, _KEYS[:2]) for entry in row.get("exclude") or ())
     tag = row.get("tag")
     # Only its tag tells which of GenEval's pictures need more confident detections; these all have something excluded.
     return Specification(include, exclude, counting=tag == "counting" if tag else bool(exclude))
 
 
-def _demand(entry: Mapping[str, Any], index: int, row: Any) -> Demand:
-    name, count, color = canonical(_name(entry, row)), _count(entry, row), entry.get("color")
+def _demand(entry: Any, index: int, row: Any) -> Demand:
+    (name, count), color = _counted(entry, row, _KEYS), entry.get("color")
     if color is not None and color not in COLORS:
         raise ValueError(f"The color {color!r} of {row!r} is not one of {', '.join(COLORS)}.")
     if entry.get("position") is None:
         return Demand(name, count, color)
-    relation, target = None, -1
-    with suppress(TypeError, ValueError, LookupError):
-        relation, target = entry["position"][0], int(entry["position"][1])
-    if relation not in RELATIONS or not 0 <= target < index:
+    relation, target = entry["position"]
+    if relation not in RELATIONS or not 0 <= int(target) < index:
         expected = f"one of {', '.join(RELATIONS)} and the index of an earlier entry of include"
         raise ValueError(f"The position {entry['position']!r} of {row!r} must be a pair of {expected}.")
-    return Demand(name, count, color, relation, target)
+    return Demand(name, count, color, relation, int(target))
 
 
-def _name(entry: Any, row: Any, known: Sequence[str] = _KEYS) -> str:
-    name = entry.get("class") if isinstance(entry, Mapping) else None
-    # An unknown key would be a demand that each picture fulfills. In tables, a key of one row is None in the others.
-    unknown = [key for key, value in entry.items() if key not in known and value is not None] if name else []
-    if not isinstance(name, str) or not name.strip() or unknown:
-        raise ValueError(f"{entry!r} of {row!r} has no class or unknown keys {unknown}; known are {', '.join(known)}.")
-    return name
-
-
-def _count(entry: Mapping[str, Any], row: Any) -> int:
-    count = 1 if entry.get("count") is None else entry["count"]
-    if count != int(count) or count < 1:
-        raise ValueError(f"The count of {entry!r} of {row!r} must be a whole number from 1 on.")
-    return int(count)
+def _counted(entry: Any, row: Any, keys: Sequence[str]) -> tuple[str, int]:
+    """Class and count of an entry, which has no other keys: an unknown one would be a demand that all fulfill."""
+    given = {key: value for key, value in entry.items() if value is not None} if isinstance(entry, Mapping) else {}
+    name, count = given.get("class"), given.get("count", 1)
+    if not isinstance(name, str) or given.keys() - set(keys) or count != int(count) or count < 1:
+        expected = f"Expected a class, a count from 1 on, and no keys but {', '.join(keys)}"
+        raise ValueError(f"{expected}, but got {entry!r} in {row!r}.")
+    return canonical(name), int(count)
 
 
 def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
@@ -144,25 +126,20 @@ def judge(
     counting_threshold: float = 0.9,
 ) -> tuple[float, bool]:
     """
-    How far the objects of a picture are those that were asked for.
+    The share of the demands that the objects of a picture meet, and GenEval's verdict.
+
+    For GenEval the `count` most confident objects of each entry of `include` must all have the color, and be on that
+    side of all those of the other entry, which must be right itself; and there must be fewer objects than each entry
+    of `exclude` has. The share is the mean over what is asked for, as in
+    [Flow-GRPO](https://huggingface.co/papers/2505.05470): `max(0, 1 - |n - count| / count)` of `n` objects, so that
+    too many are as bad as too few; the share of objects with the color; 1 or 0 for a position, and for an entry of
+    `exclude` whose class is not included.
 
     Args:
-        wanted (`Specification`): what was asked for.
-        detections (`Sequence[Detection]`): what was found, in any order.
-        colors_of (`Callable`): the colors of objects of one class, one of `COLORS` for each.
-        threshold (`float`, *optional*, defaults to `0.3`): detections up to this confidence do not count...
-        counting_threshold (`float`, *optional*, defaults to `0.9`): ... nor up to this one, if numbers are asked for.
-
-    Returns:
-        `(float, bool)`: the share of the demands that are met, and GenEval's verdict.
-
-        For GenEval the `count` most confident objects of each entry of `include` must all have the color, and be on
-        that side of all those of the other entry, which must be right itself; and there must be fewer objects than
-        each entry of `exclude` has.
-
-        The share is the mean over what is asked for, as in [Flow-GRPO](https://huggingface.co/papers/2505.05470):
-        `max(0, 1 - |n - count| / count)` of `n` objects, so that too many are as bad as too few; the share of objects
-        with the color; 1 or 0 for a position, and for an entry of `exclude` whose class is not included.
+        wanted, detections: What was asked for, and what was found, in any order.
+        colors_of (`Callable`): The colors of objects of one class, one of `COLORS` for each.
+        threshold, counting_threshold (`float`, *optional*):
+            Detections up to this confidence do not count; and up to the other one, if numbers are asked for.
     """
     limit = counting_threshold if wanted.counting else threshold
     found: dict[str, list[Detection]] = {}

@@ -14,8 +14,8 @@ import torch
 from PIL.Image import Image
 
 from ..images import to_rgb
-from .base import ModelReward, hub_file, load_once, load_weights, require
-from .clip import MEAN, STD, ClipEncoder, open_clip_encoder
+from .base import ModelReward, hub_file, load_once, load_weights, put_weights, require
+from .clip import MEAN, STD, ClipEncoder, OpenClipEncoder
 
 
 SIZE = 224
@@ -46,7 +46,7 @@ class HPSv2(ModelReward):
         if self.version not in FILES:
             raise ValueError(f"version of {self.__name__} must be v2.0 or v2.1, but it is {self.version!r}.")
 
-    def _scores(self, prompts: list[str], images: list[Image]) -> list[float]:
+    def _scores(self, prompts: list[str], images: list[Image], columns: dict[str, Any]) -> list[float]:
         encoder = _load(self.version, self.checkpoint or "xswu/HPSv2", self.torch_dtype, self.torch_device)
         return encoder.cosines(prompts, images, self.batch_size).tolist()
 
@@ -65,9 +65,7 @@ def _resized(image: Image) -> torch.Tensor:
         return pixels
     # At least a pixel: of an image that is 448 times as long as wide, the package leaves none, and fails.
     height, width = (max(1, round(side * (SIZE / longest))) for side in pixels.shape[1:])
-    return torch.nn.functional.interpolate(
-        pixels[None], size=(height, width), mode="bicubic", antialias=True, align_corners=False
-    )[0]
+    return torch.nn.functional.interpolate(pixels[None], (height, width), mode="bicubic", antialias=True)[0]
 
 
 def _padded(pixels: torch.Tensor) -> torch.Tensor:
@@ -89,12 +87,7 @@ def _load(version: str, checkpoint: str, dtype: torch.dtype, device: torch.devic
     # Without memory or random weights: the checkpoint holds them all, of a model that was never another one's.
     with torch.device("meta"):
         model = open_clip.CLIP(**open_clip.get_model_config(ARCHITECTURE))
-    try:
-        model.load_state_dict(weights.get("state_dict", weights), strict=True, assign=True)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{path} is no checkpoint of HPSv2, open_clip's {ARCHITECTURE}: {' '.join(str(error).split())[:300]}"
-        ) from error
+    put_weights(model, weights.get("state_dict", weights), path, f"HPSv2, open_clip's {ARCHITECTURE}")
     # The only buffer, which no checkpoint holds: what a text's tokens may not look at.
     model.attn_mask = torch.full((model.context_length, model.context_length), -math.inf).triu(1)
-    return open_clip_encoder(model.to(device, dtype), _square, open_clip.tokenize)
+    return OpenClipEncoder(model.to(device, dtype), _square, open_clip.tokenize)

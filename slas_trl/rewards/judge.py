@@ -3,11 +3,10 @@
 import json
 import os
 import re
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from math import exp, inf
+from math import exp
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,7 +16,7 @@ from transformers.utils import logging
 
 from ..images import to_rgb
 from .base import Reward, RewardUnavailableError, check_pairs
-from .http import AnswerError, Endpoint, check_patience, check_url
+from .http import AnswerError, Endpoint, check_url
 from .wire import PNG, check_token, encode_picture
 
 
@@ -31,28 +30,19 @@ QUESTION = (
 )
 
 # UnifiedReward 2.0 is trained with exactly this request; other words would ask another question.
-UNIFIED_REWARD_PROMPT = (
-    "You are presented with a generated image and its associated text caption. Your task is to analyze the image "
-    "across multiple dimensions in relation to the caption. Specifically:\n"
-    "Provide overall assessments for the image along the following axes (each rated from 1 to 5):\n"
-    "- Alignment Score: How well the image matches the caption in terms of content.\n"
-    "- Coherence Score: How logically consistent the image is (absence of visual glitches, object distortions, etc.)."
-    "\n- Style Score: How aesthetically appealing the image looks, regardless of caption accuracy.\n\n"
-    "Output your evaluation using the format below:\n\nAlignment Score (1-5): X\nCoherence Score (1-5): Y\n"
-    "Style Score (1-5): Z\n\nYour task is provided as follows:\nText Caption: [{prompt}]"
-)
+_FILE = Path(__file__).parents[1] / "templates" / "unified_reward.txt"
+UNIFIED_REWARD_PROMPT = _FILE.read_text(encoding="utf-8").removesuffix("\n")
 
 _AXES = ("alignment", "coherence", "style")
 _MAX_FAILED_CALLS = 5  # in a row, in which no image had a score
 _TOP_LOGPROBS = 20  # the most that OpenAI and vLLM give
-_LEAST_MASS = 0.1  # of yes and no together, below which the judge means to say something else
 _REFUSED = (400, 413, 422, 451)  # what servers answer to one image: their policy, its size; not a wrong key or address
 _CUT = re.compile(r"(?i)length|max_tokens|filter|error|abort")  # how answers end that are not whole
 _THOUGHT = re.compile(r"(?is)\A.*[<◁]/think\w*[>▷]|[<◁]think\w*[>▷].*")
 # The first word; those after "answer" or a colon, but for "there is: no cat"; and the last one of a whole answer.
 _YES_NO = (
     r"(?is)(?:\A\W*|(?:\b(?:boxed|answer(?: is)?)|[:>])\W*(?!no\s+\w)|(?=\w+[^\w…]*\Z))"
-    r"\b(?<!or )(?<!/)(yes|no)\b(?!\W+or\b|/)"
+    r"\b(?<!or )(?<!/)(?<!not )(?<!not a )(yes|no)\b(?!\W+or\b|/)"
 )
 _NUMBER = r"[-+]?(?:\d+[.,]|\.)?\d+"
 _SCORE = rf"\W*score\W*(?:\([^)]*\)\W*)?(?:is\W*)?({_NUMBER})"
@@ -68,7 +58,6 @@ _SCALE = re.compile(
 )
 _PLAIN = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | dict.fromkeys(map(ord, "*_`"))  # no markdown
 _ANSWERS = {"yes_no": (_YES_NO, 16), "number": (rf"(?<![\w.]){_NUMBER}(?!\w)", 1024)}  # pattern and longest answer
-Scores = float | dict[str, float]
 
 
 class _NoScoreError(Exception):
@@ -79,30 +68,26 @@ class _NoScoreError(Exception):
 class VLMJudge(Reward):
     """
     Asks a judge about each image, in a request of its own. An answer without a score is `None`, with a warning, and so
-    is an image that the server refuses, or fails at while it answers others; after five calls in a row without any
-    score, an error ends the training. What a judge thinks before `</think>` is not read.
+    is an image that the server refuses, or fails at while it answers others. Thoughts before `</think>` are not read.
 
     Args:
-        url (`str`): The server's base URL, http://127.0.0.1:8000/v1. Without a path, /v1 is added.
-        model (`str`): The model's name there.
+        url, model (`str`): The server's base URL, http://127.0.0.1:8000/v1, and the model's name there.
         template (`str`, *optional*): The question with `{prompt}` in it, or a file of it that ends in .txt.
         answer (`str`, *optional*, defaults to `"yes_no"`):
             "yes_no": the probability of yes, among yes and no in any spelling, where the answer says one of them: as
             first word, after "answer" or a colon, or last. Without log-probabilities the word counts, as 1 or 0.
             "number": the last number of an answer that is not cut off; the 10 of "8 / 10" or "8 of 10" is none.
-        pattern (`str`, *optional*):
-            Another regular expression of either. The last match counts, and its first group if there is one.
+        pattern (`str`, *optional*): Another regular expression of either; of the last match the first group, if any.
         low, high (`float`, *optional*): Numbers that become 0 and 1. Those outside are no score.
-        api_key (`str`, *optional*): A bearer token; by default what the environment variable `api_key_env` has.
-        api_key_env (`str`, *optional*, defaults to `"SLAS_TRL_JUDGE_API_KEY"`): An environment variable's name.
+        api_key, api_key_env (`str`, *optional*): A bearer token, or the environment variable that has it.
         max_image_side (`int`, *optional*, defaults to `1024`): Largest side. Those below 32 are padded.
-        max_tokens (`int`, *optional*): Longest answer; 16 tokens for yes and no by default, and 1024 for a number.
+        max_tokens (`int`, *optional*): Longest answer; by default 16 tokens for yes and no, and 1024 for a number.
         extra_body (`dict` or `str`, *optional*):
             More for the body of each request, as a dictionary, JSON, or a file that ends in .json; null takes out what
             is sent otherwise: {"max_completion_tokens": 16, "max_tokens": null, "temperature": null}.
         concurrency (`int`, *optional*, defaults to `8`): Requests at a time.
-        timeout (`float`, *optional*, defaults to `60`): Seconds for one attempt.
-        retries (`int`, *optional*, defaults to `6`): Further attempts where the server is busy or away.
+        timeout, retries (*optional*, default to `60`, `6`):
+            Seconds for one attempt, and further attempts where the server is busy or away.
 
     Raises:
         `RewardUnavailableError`: when the last attempt was not answered either, for any image.
@@ -133,13 +118,10 @@ class VLMJudge(Reward):
         name = self.__name__
         check_url(self.url, name)
         check_token(self.api_key)
-        check_patience(name, self.timeout, self.retries)
         if self.answer not in _ANSWERS:
             raise ValueError(f"answer of {name} must be one of {', '.join(_ANSWERS)}, but it is {self.answer!r}.")
-        low, high = self.low, self.high
-        if (low is None) != (high is None) or (low is not None and high is not None and not low < high):
-            raise ValueError(f"low of {name} must be below high, or both left out, but they are {low} and {high}.")
-        self._check_least(1, "max_image_side", "concurrency")
+        if (self.low is None) != (self.high is None):
+            raise ValueError(f"{name} needs low and high, or neither, but they are {self.low} and {self.high}.")
         if "{prompt}" not in self._text():
             raise ValueError(f"template of {name} has no {{prompt}} in it: {self._text()[:200]!r}.")
         self._extra()
@@ -149,40 +131,29 @@ class VLMJudge(Reward):
         if not images:
             return []
         endpoint, template, extra = self._endpoint(), self._text(), self._extra()
-        stop, answered = threading.Event(), []
 
-        def ask(prompt: str, image: Image.Image) -> Scores | Exception:
+        def ask(prompt: str, image: Image.Image) -> Any:
             try:
-                body = self._body(template.replace("{prompt}", prompt), image, extra)
-                result = endpoint.request(self._read, body, stop)
-            except RewardUnavailableError as error:
-                if not answered:
-                    stop.set()  # one attempt for each of the others shows whether it is the image or the server
+                return endpoint.request(self._read, self._body(template.replace("{prompt}", prompt), image, extra))
+            except (RewardUnavailableError, _NoScoreError) as error:
                 return error
-            except (AnswerError, _NoScoreError) as error:
-                if getattr(error, "status", 400) not in _REFUSED:
-                    stop.set()  # the others need not wait for the same
+            except AnswerError as error:
+                if error.status not in _REFUSED:
                     raise
-                result = error
-            answered.append(result)
-            return result
+                return error
 
         with ThreadPoolExecutor(min(self.concurrency, len(images))) as threads:
             found = list(threads.map(ask, prompts, images))
-        failed = [result for result in found if isinstance(result, Exception)]
-        if not answered:
-            raise failed[0]
-        self._check([str(error) for error in failed], len(found))
-        return [None if isinstance(result, Exception) else result for result in found]
-
-    def _check(self, failed: list[str], images: int) -> None:
-        """Warn of images without a score; but a judge that never gives one ends the training."""
-        self._failed_calls[:] = [*self._failed_calls, failed[0]] if len(failed) == images else []
+        if all(isinstance(result, RewardUnavailableError) for result in found):
+            raise found[0]
+        failed = [str(result) for result in found if isinstance(result, Exception)]
+        self._failed_calls[:] = [*self._failed_calls, failed[0]] if len(failed) == len(found) else []
         if len(self._failed_calls) >= _MAX_FAILED_CALLS:
             raise ValueError(f"No image had a score in {_MAX_FAILED_CALLS} calls in a row. The last: {failed[0]}")
         if failed:
             reasons = " ".join([*dict.fromkeys(failed)][:3])
-            logger.warning(f"{self.__name__}: {len(failed)} of {images} images have no score: {reasons}")
+            logger.warning(f"{self.__name__}: {len(failed)} of {len(found)} images have no score: {reasons}")
+        return [None if isinstance(result, Exception) else result for result in found]
 
     def _text(self) -> str:
         return Path(self.template).read_text(encoding="utf-8") if self.template.endswith(".txt") else self.template
@@ -190,11 +161,8 @@ class VLMJudge(Reward):
     def _extra(self) -> dict[str, Any]:
         extra = self.extra_body or {}
         if isinstance(extra, str):
-            with suppress(ValueError):
-                extra = json.loads(Path(extra).read_text(encoding="utf-8") if extra.endswith(".json") else extra)
-        if not isinstance(extra, dict) or "messages" in extra:
-            raise ValueError(f"extra_body of {self.__name__}, {extra!r:.200}, is no JSON object without messages.")
-        return extra
+            extra = json.loads(Path(extra).read_text(encoding="utf-8") if extra.endswith(".json") else extra)
+        return dict(extra)
 
     def _endpoint(self) -> Endpoint:
         url = check_url(self.url, self.__name__)
@@ -223,16 +191,13 @@ class VLMJudge(Reward):
             body |= {"logprobs": True, "top_logprobs": _TOP_LOGPROBS}
         return {key: value for key, value in (body | extra).items() if extra.get(key, value) is not None}
 
-    def _read(self, answer: Any) -> Scores:
+    def _read(self, answer: Any) -> Any:
+        if not isinstance(answer, dict) or "choices" not in answer:
+            raise ValueError(f"no chat completion, but {str(answer)[:200]}.")
         try:
             choice = answer["choices"][0]
-            text = choice["message"]["content"]
-            if isinstance(text, list):
-                text = "".join(part["text"] for part in text if part["type"].endswith("text"))
-            text = _THOUGHT.sub("", text).strip()
-        except (TypeError, LookupError, AttributeError):
-            if not isinstance(answer, dict) or "choices" not in answer:
-                raise ValueError(f"no chat completion, but {str(answer)[:200]}.") from None
+            text = _THOUGHT.sub("", choice["message"]["content"]).strip()
+        except (TypeError, LookupError):
             raise _NoScoreError(f"One has no text: {str(answer['choices'])[:200]}.") from None
         is_cut = bool(_CUT.search(str(choice.get("finish_reason"))))
         if self.answer == "yes_no":
@@ -243,25 +208,21 @@ class VLMJudge(Reward):
         return self._number(plain, self.pattern or _ANSWERS["number"][0])
 
     def _probability(self, logprobs: Any, text: str) -> float:
-        if self.pattern is None:
-            said = {found[1].lower() for found in re.finditer(_YES_NO, text)}
-            if len(said) > 1 or re.search(r"(?i)\bnot\W+(?:a\W+)?(?:yes|no)\b", text):
-                raise _NoScoreError(f"One is {text[:200]!r}; expected yes or no.")
-        word, place = _last(self.pattern or _YES_NO, text)
-        has_said = word or (self.pattern is None and re.search(r"\w", text))
-        yes, no = _probabilities(logprobs if has_said else None, text, place)
-        if yes + no >= _LEAST_MASS:
-            return yes / (yes + no)
-        if (word := _word(word)) not in ("yes", "no"):
+        """Of yes, where the answer last says yes or no."""
+        found = _found(self.pattern or _YES_NO, text)
+        said = {_word(word) for word, _ in (found[-1:] if self.pattern else found)}
+        if said not in ({"yes"}, {"no"}):
             raise _NoScoreError(f"One is {text[:200]!r}; expected yes or no.")
+        mass = _probabilities(logprobs, text, found[-1][1])
+        if (total := mass["yes"] + mass["no"]) > 0:  # NaN is not
+            return mass["yes"] / total
         logger.warning_once(f"{self.__name__}: {self.model} gives no log-probabilities; yes and no count as 1 and 0.")
-        return float(word == "yes")
+        return float(said == {"yes"})
 
-    def _number(self, text: str, pattern: str) -> float:
-        found, _ = _last(pattern, text)
+    def _number(self, text: str, pattern: str) -> Any:
         try:
-            number = float(found.replace(",", "."))
-        except ValueError:
+            number = float(_found(pattern, text)[-1][0].replace(",", "."))
+        except (LookupError, ValueError):
             raise _NoScoreError(f"One is {text[-200:]!r}; expected a number.") from None
         if self.low is None or self.high is None:
             return number
@@ -274,8 +235,7 @@ class VLMJudge(Reward):
 class UnifiedReward(VLMJudge):
     """
     UnifiedReward 2.0 (https://huggingface.co/papers/2503.05236), by `vllm serve CodeGoat24/UnifiedReward-2.0-qwen-7b`:
-    its numbers from 1 to 5 become 0 to 1, as components `alignment`, `coherence` and `style`. The options are those
-    of [`VLMJudge`], but for what is asked and how the answer is read.
+    its numbers from 1 to 5 become 0 to 1, as components `alignment`, `coherence` and `style`. Options as [`VLMJudge`].
     """
 
     default_name = "unified_reward"
@@ -306,26 +266,24 @@ vlm_judge = VLMJudge
 unified_reward = UnifiedReward
 
 
-def _last(pattern: str, text: str) -> tuple[str, int]:
-    """What the pattern finds last, or its first group, and where."""
-    found = [*re.finditer(pattern, text)]
-    group = min(1, found[-1].re.groups) if found else 0
-    return (found[-1][group] or "", found[-1].start(group)) if found else ("", 0)
+def _found(pattern: str, text: str) -> list[tuple[str, int]]:
+    """What the pattern finds, or its first group if there is one, and where."""
+    groups = ((found, min(1, found.re.groups)) for found in re.finditer(pattern, text))
+    return [(found[group] or "", found.start(group)) for found, group in groups]
 
 
-def _probabilities(logprobs: Any, text: str, place: int) -> tuple[float, float]:
+def _probabilities(logprobs: Any, text: str, place: int) -> dict[str, float]:
     """Of yes and no at a place in the text, as far as the log-probabilities tell."""
-    mass, token = {"yes": 0.0, "no": 0.0}, {}
-    with suppress(TypeError, LookupError, AttributeError, ValueError):
+    mass = {"yes": 0.0, "no": 0.0}
+    with suppress(TypeError, LookupError, AttributeError, ValueError, OverflowError):
         place += "".join(token["token"] for token in logprobs["content"]).lower().rindex(text.lower().rstrip("…"))
         for token in logprobs["content"]:  # which may begin with what a judge has thought
             if (place := place - len(token["token"])) < 0:
                 break
-        for candidate in token.get("top_logprobs") or [token]:
-            value = -inf if candidate["logprob"] is None else candidate["logprob"]
-            if (word := _word(candidate["token"])) in mass and value < 1:  # NaN is not
-                mass[word] += exp(min(value, 0.0))
-    return mass["yes"], mass["no"]
+        for word, probability in [(_word(one["token"]), exp(one["logprob"])) for one in token["top_logprobs"]]:
+            if word in mass:
+                mass[word] += probability
+    return mass
 
 
 def _word(token: str) -> str:

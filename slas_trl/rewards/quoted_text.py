@@ -36,18 +36,14 @@ class OCR(Reward):
 
     1 if the text is there, whatever else is; otherwise `1 - d / n`, where `d` is the edit distance between all that is
     read and the text, at most its length `n`. Spaces, case, the kind of quotes and the width of a character do not
-    matter. Text without contrast or smaller than some 8 pixels is not read at all.
-
-    The weights come with the package rapidocr: nothing is downloaded. They read Chinese, English and the other
-    languages of PP-OCRv6.
+    matter. Text without contrast or smaller than some 8 pixels is not read at all. The weights, of PP-OCRv6, come with
+    the package rapidocr: nothing is downloaded.
 
     Args:
         threads (`int`, *optional*): Threads of the reader, which runs on the CPU; by default as many as PyTorch's.
-        min_confidence (`float`, *optional*, defaults to `0.5`):
-            Text that is read with less is not counted: with 0, noise is read as text now and then.
+        min_confidence (`float`, *optional*, defaults to `0.5`): Text that is read with less is left out: noise.
         min_side (`int`, *optional*, defaults to `736`):
-            The shorter side that smaller pictures are enlarged to. Less is quicker, and enough for text that fills a
-            small picture. Pictures longer than 3:1 are padded to it, and reduced to 2000 pixels.
+            The shorter side that smaller pictures are enlarged to: less is quicker, and enough for large letters.
     """
 
     default_name = "ocr"
@@ -58,10 +54,8 @@ class OCR(Reward):
     min_side: int = 736
 
     def __post_init__(self):
-        self._check_least(1, "threads")
-        self._check_least(32, "min_side")
-        if not 0 <= self.min_confidence <= 1:
-            raise ValueError(f"min_confidence of {self.__name__} must be in [0, 1], but it is {self.min_confidence}.")
+        if self.min_side < 32 or not 0 <= self.min_confidence <= 1:
+            raise ValueError(f"{self.__name__} needs a min_side from 32 on, and a min_confidence in [0, 1].")
 
     def __call__(self, prompts: list[str], images: list[Image.Image], **columns: Any) -> list[float | None]:
         check_pairs(prompts, images)

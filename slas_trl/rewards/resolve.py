@@ -10,17 +10,16 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_args
+from typing import Any
 
 from .. import rewards
 from .base import Reward, RewardFunc, unwrapped
 
 
-EXPECTED = "Use a name from slas_trl.rewards, or a function as package.module:function or file.py:function."
 SEVERAL = "names are separated by spaces on the command line, and are a list in YAML and Python."
+EXPECTED = f"Use a name, package.module:function or file.py:function. If these are several: {SEVERAL}"
 
 # User and password of a URL; what follows an option, a key or a flag by such a name, up to the next option.
 _NAMES = r"(?:\w*(?:token|secret|auth(?:orization)?|cookie)|(?:\w*_|\bapi|\b)key|pass\w*|pwd?|cred\w*|sig(?:nature)?)"
@@ -39,9 +38,8 @@ def resolve_reward(reward: RewardFunc | str) -> RewardFunc:
     Args:
         reward (`Callable` or `str`):
             A callable; a name in `slas_trl.rewards`; "package.module:function", "package.module.function" or
-            "folder/file.py:function". Options follow after a colon, as in "hpsv2:version=v2.0,device=cuda:1"; they
-            are fields of a reward like [`~slas_trl.rewards.HPSv2`], or keyword arguments of a function or class.
-            `process=true` among them calls the reward in a process of its own.
+            "folder/file.py:function". Options follow after a colon, as in "hpsv2:version=v2.0,device=cuda:1":
+            keyword arguments of the function or class, and `process=true` for a process of its own.
 
     Raises:
         `ValueError`: for a reward that does not exist, and options that do not fit.
@@ -54,13 +52,13 @@ def resolve_reward(reward: RewardFunc | str) -> RewardFunc:
         raise TypeError(f"A reward must be a callable or a string, but got a {kind}: {masked(repr(reward))}.")
     place, name, text = split_name(reward)
     shown = shown_name(reward)
-    if place.endswith(".py") and not name:
-        raise ValueError(f'The reward {shown!r} is a file; expected a function of it: "{masked(place)}:function".')
     try:
         module = _load_file(str(Path(place).resolve())) if place.endswith(".py") else importlib.import_module(place)
         found = getattr(module, name)
     except Exception as error:  # whatever the user's module raises
-        raise ValueError(f"There is no reward {shown!r} ({masked(str(error))}).{_hint(reward)} {EXPECTED}") from error
+        near = difflib.get_close_matches(reward.split(":")[0], rewards.NAMES, n=1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"There is no reward {shown!r} ({masked(str(error))}). {hint}{EXPECTED}") from error
     made = _with_options(reward, found, text) if callable(found) else found
     if not callable(made):
         raise TypeError(f"The reward {shown!r} is a {type(made).__name__}, which cannot be called.")
@@ -96,48 +94,37 @@ def reward_name(reward: RewardFunc) -> str:
     return getattr(reward, "__name__", type(reward).__name__)
 
 
-def _hint(reward: str) -> str:
-    if "," in reward.split("=")[0]:  # not between options
-        return f" If these are several: {SEVERAL}"
-    near = difflib.get_close_matches(reward.split(":")[0], rewards.NAMES, n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
-
-
 @functools.cache
 def _load_file(path: str) -> ModuleType:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}")
     # Dataclasses, pickle and inspect look modules up by their names: no other module has this one's.
     name = f"{Path(path).stem.replace('.', '_')}@{hashlib.sha256(path.encode()).hexdigest()[:12]}"
     spec: Any = importlib.util.spec_from_file_location(name, path)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     sys.path.append(str(Path(path).parent))  # for what the file imports from beside it, as a script does
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
+    spec.loader.exec_module(module)
     return module
 
 
 def _with_options(reward: str, found: Any, text: str) -> RewardFunc:
     shown = shown_name(reward)
     given = _options_in(text, shown)
-    target = type(found) if isinstance(found, Reward) else found
-    known = _annotations(target)
-    if "process" in given and "process" not in known and _value(shown, "process", given.pop("process"), bool):
+    parameters = inspect.signature(type(found) if isinstance(found, Reward) else found).parameters.values()
+    known = {one.name: str(one.annotation) for one in parameters if one.kind != one.VAR_KEYWORD}
+    for name in ("prompts", "images", "completions"):
+        known.pop(name, None)
+    if "process" in given and "process" not in known and _value("process", given.pop("process"), "bool"):
         others = ",".join(f"{key}={value}" for key, value in given.items())
         place = reward.removesuffix(text).rstrip(":")
         return rewards.ProcessReward(f"{place}:{others}" if others else place)
     if unknown := [key for key in given if key not in known]:
         raise ValueError(f"The reward {shown!r} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}.")
-    options = {key: _value(shown, key, value, known[key]) for key, value in given.items()}
     try:
+        options = {key: _value(key, value, known[key]) for key, value in given.items()}
         if isinstance(found, Reward):
             return dataclasses.replace(found, **options)
         if isinstance(found, type):
             return found(**options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"The reward {shown!r} cannot be made: {masked(str(error))}") from error
     return functools.partial(found, **options) if options else found
 
@@ -153,33 +140,14 @@ def _options_in(text: str, shown: str) -> dict[str, str]:
     return given
 
 
-def _annotations(target: Callable) -> Mapping[str, Any]:
-    """Keyword arguments and their annotations."""
-    try:
-        signature = inspect.signature(target, eval_str=True)  # for "from __future__ import annotations"
-    except NameError:  # of what is imported for type checkers alone
-        signature = inspect.signature(target)
-    given_by_us = {"prompts", "images", "completions"} if not isinstance(target, type) else set()
-    return {
-        name: parameter.annotation
-        for name, parameter in signature.parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name not in given_by_us
-    }
-
-
-def _value(shown: str, option: str, text: str, annotation: Any) -> Any:
+def _value(option: str, text: str, annotation: str) -> Any:
     """Text where the annotation has `str`; otherwise a number, true, false or none, if the text is one."""
-    kinds: tuple = get_args(annotation) or (annotation,)
-    if str in kinds:
+    if re.search(r"\bstr\b", annotation):
         return text
     # As in YAML, but for its surprises: "1e3" is a number, and "on" and "1:30" are text.
-    value = _WORDS.get(text.lower(), text)
-    for kind in (float, int) if value is text else ():
+    for kind in (int, float):
         with contextlib.suppress(ValueError):
-            value = kind(text)
-    is_number = {int, float, bool, type(None)}.issuperset(kinds)
-    if is_number and not isinstance(value, (*kinds, int) if float in kinds else kinds):
-        names = " or ".join(kind.__name__ for kind in kinds)
-        said = masked(f"{option}={text}")
-        raise ValueError(f"The option {option} of the reward {shown!r} must be {names}, but got {said}.")
-    return value
+            return kind(text)
+    if text.lower() not in _WORDS and re.search(r"\b(int|float|bool)\b", annotation):
+        raise ValueError(f"the option {option} must be a number, true, false or none, but got {option}={text}.")
+    return _WORDS.get(text.lower(), text)

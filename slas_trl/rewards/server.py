@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -21,7 +21,7 @@ from .. import __version__
 from .base import RewardFunc, RewardUnavailableError
 from .call import call_reward, numbers
 from .resolve import reward_name
-from .wire import GIVEN, Limits, check_token, decode_picture, decode_value, in_threads
+from .wire import Limits, check_token, decode_picture, decode_value, in_threads
 
 
 logger = logging.get_logger(__name__)
@@ -30,7 +30,7 @@ logger = logging.get_logger(__name__)
 class ScoreRequest(BaseModel):
     """What is scored: as it came, and with pictures once it has been decoded."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
     id: str = Field(min_length=1, max_length=200)
     prompts: list[str] = Field(min_length=1)
     images: list[Any]
@@ -45,8 +45,6 @@ def parse_request(body: bytes | bytearray, limits: Limits) -> ScoreRequest:
         count = len(request.prompts)
         if any(len(values) != count for values in (request.images, *request.columns.values())):
             raise ValueError("images and each column must have one value for each prompt.")
-        if taken := GIVEN & request.columns.keys():
-            raise ValueError(f"a column cannot have the name {min(taken)!r}.")
         if count > limits.max_batch_size:
             raise HTTPException(413, f"{count} images are more than the {limits.max_batch_size} of --max_batch_size.")
         request.images = [decode_picture(text, f"image {i}", opened) for i, text in enumerate(request.images)]
@@ -56,14 +54,10 @@ def parse_request(body: bytes | bytearray, limits: Limits) -> ScoreRequest:
         if max(pixels) > most or sum(pixels) > most * limits.max_batch_size:
             raise HTTPException(413, f"A picture has more than {most} pixels (--max_image_pixels), or all too many.")
         in_threads(lambda picture: picture.load(), opened)
-    except HTTPException:
-        raise
     except Exception as error:  # pictures fail in many ways
-        said = str(error)
-        if isinstance(error, ValidationError):
-            found = error.errors(include_input=False)[0]
-            said = f"{'.'.join(map(str, found['loc']))[:100]}: {found['msg']}."
-        raise HTTPException(400, f"The request is not understood: {said}") from error
+        if isinstance(error, HTTPException):
+            raise
+        raise HTTPException(400, f"The request is not understood: {str(error)[:500]}") from error
     return request
 
 
@@ -84,11 +78,10 @@ def score_request(reward: RewardFunc, body: bytes | bytearray, limits: Limits) -
     return {"id": request.id, "scores": plain.get(None, plain)}
 
 
-def make_app(reward: RewardFunc, limits: Limits | None = None, token: str | None = None) -> Starlette:
+def make_app(reward: RewardFunc, limits: Limits, token: str | None = None) -> Starlette:
     """The application, to be run by uvicorn. Without a token, anybody who can connect is served."""
     from fastapi import FastAPI
 
-    limits = limits or Limits()
     expected = f"Bearer {token}".encode() if check_token(token) else None
     worker = ThreadPoolExecutor(1, thread_name_prefix="reward")
     turn = asyncio.Lock()
@@ -114,7 +107,11 @@ def make_app(reward: RewardFunc, limits: Limits | None = None, token: str | None
             raise HTTPException(503, waiting, {"Retry-After": "1"})
         inside += 1
         try:
-            body = await _read_body(request, limits.max_request_bytes)
+            body = bytearray()
+            async for part in request.stream():
+                body += part
+                if len(body) > (most := limits.max_request_bytes):  # whatever its length is said to be
+                    raise HTTPException(413, f"The body is longer than the {most} bytes of --max_request_bytes.")
             async with turn:
                 if await request.is_disconnected():  # nobody waits for it any more
                     raise ClientDisconnect
@@ -128,13 +125,3 @@ def make_app(reward: RewardFunc, limits: Limits | None = None, token: str | None
             inside -= 1
 
     return app
-
-
-async def _read_body(request: Request, most: int) -> bytearray:
-    """No further than allowed, whatever its length is said to be."""
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > most:
-            raise HTTPException(413, f"The body is longer than the {most} bytes of --max_request_bytes.")
-    return body

@@ -3,16 +3,16 @@ Rewards for pictures of the shapes world: its exact verifier, a learned reward t
 """
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from PIL import Image
+from transformers import CLIPModel, CLIPTokenizer
 
 from ..shapes import verifier, weights_folder
-from .base import check_pairs, describe
+from .base import check_pairs, describe, load_pretrained
+from .clip import ClipEncoder
 
-
-if TYPE_CHECKING:
-    from .clip import ClipEncoder
 
 _MAX_TOKENS = 16  # what the encoder was trained with
 _BATCH = 256  # pictures at a time
@@ -57,33 +57,20 @@ def shapes_clip(prompts: list[str], images: list[Image.Image], **columns: Any) -
 
 
 @cache
-def _encoder() -> "ClipEncoder":
-    import torch
-    from transformers import CLIPModel, CLIPTokenizer
-    from transformers.utils import logging
+def _encoder() -> ClipEncoder:
+    from ..shapes.pipeline import quiet
 
-    from .clip import ClipEncoder
+    folder = str(weights_folder("clip"))
+    with quiet():
+        model = load_pretrained(CLIPModel, folder, torch.float32)
+    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    # Padding is not masked, as in its training.
+    options = {"padding": "max_length", "max_length": _MAX_TOKENS, "truncation": True, "return_attention_mask": False}
 
-    folder = weights_folder("clip")
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-
-    def prepare(images: list[Image.Image]) -> "torch.Tensor":
+    def prepare(images: list[Image.Image]) -> torch.Tensor:
         return torch.from_numpy(verifier.to_pixels(images)).permute(0, 3, 1, 2).float() / 255 * 2 - 1
 
     def tokenize(texts: list[str]) -> Any:
-        return tokenizer(texts, padding="max_length", max_length=_MAX_TOKENS, truncation=True, return_tensors="pt")
+        return tokenizer(texts, return_tensors="pt", return_token_type_ids=False, **options)
 
-    def embed_image(pixels: "torch.Tensor") -> "torch.Tensor":
-        return model.get_image_features(pixel_values=pixels).pooler_output
-
-    def embed_text(tokens: Any) -> "torch.Tensor":  # its padding is not masked, as in its training
-        return model.get_text_features(input_ids=tokens["input_ids"]).pooler_output
-
-    return ClipEncoder(model, prepare, tokenize, embed_image, embed_text)
+    return ClipEncoder(model, prepare, tokenize)

@@ -10,12 +10,13 @@ A video is a list of pictures, and a picture within a column is {"image/png": ba
 
 import base64
 import io
+import json
 import math
 import os
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from PIL import Image
@@ -27,32 +28,17 @@ Result = TypeVar("Result")
 
 PNG = "image/png"
 _PNG_MODES = ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
-GIVEN = {"prompts", "images", "completions"}  # what a reward is given besides columns
 TOKEN_VARIABLE = "SLAS_TRL_REWARD_TOKEN"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """
-    What a request may ask for.
+    """What a request may ask for."""
 
-    Args:
-        max_batch_size (`int`, *optional*, defaults to `64`): Images.
-        max_image_pixels (`int`, *optional*, defaults to `4194304`):
-            Pixels of an image; those of the whole request may be `max_batch_size` times as many.
-        max_request_bytes (`int`, *optional*, defaults to `67108864`): Length of the body.
-        max_waiting (`int`, *optional*, defaults to `32`): Requests that wait while another one is scored.
-    """
-
-    max_batch_size: int = 64
-    max_image_pixels: int = 2048 * 2048
-    max_request_bytes: int = 64 * 2**20
-    max_waiting: int = 32
-
-    def __post_init__(self):
-        for name, value in asdict(self).items():
-            if value < (least := int(name != "max_waiting")):
-                raise ValueError(f"{name} must be at least {least}, but it is {value}.")
+    max_batch_size: int = 64  # images
+    max_image_pixels: int = 2048 * 2048  # of an image; those of the request may be `max_batch_size` times as many
+    max_request_bytes: int = 64 * 2**20  # length of the body
+    max_waiting: int = 32  # requests that wait while another one is scored
 
 
 def check_token(token: str | None) -> str | None:
@@ -60,15 +46,6 @@ def check_token(token: str | None) -> str | None:
     if token is not None and not (token and token.isascii() and token.isprintable() and " " not in token):
         raise ValueError("A token must be of visible ASCII characters, and not empty.")
     return token
-
-
-def columns_of(columns: dict[str, Any], count: int) -> dict[str, list[Any]]:
-    """The arguments that are lists of a value for each image. Raises `ValueError` for a list of another length."""
-    lists = {k: list(v) for k, v in columns.items() if isinstance(v, (list, tuple)) and k not in GIVEN}
-    for name, values in lists.items():
-        if len(values) != count:
-            raise ValueError(f"Column {name!r} has {len(values)} values for {count} images; expected one for each.")
-    return lists
 
 
 def in_threads(function: Callable[..., Result], *lists: Sequence[Any]) -> list[Result]:
@@ -87,16 +64,14 @@ def encode_picture(picture: Image.Image | list[Image.Image]) -> Any:
 
 
 def encode_value(value: Any) -> Any:
-    """A column's value as JSON. Raises `ValueError` for what JSON does not have."""
-    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    if isinstance(value, Image.Image):
-        return {PNG: encode_picture(value)}
-    if isinstance(value, (list, tuple)):
-        return [encode_value(part) for part in value]
-    if isinstance(value, dict) and all(isinstance(key, str) and key != PNG for key in value):
-        return {key: encode_value(part) for key, part in value.items()}
-    raise ValueError(f"holds {value!r:.100}; expected text, finite numbers, None, images, or lists or objects of them")
+    """A column's value as JSON. Raises `TypeError` or `ValueError` for what JSON does not have."""
+    return json.loads(json.dumps(value, default=_marked, allow_nan=False))
+
+
+def _marked(picture: Any) -> dict[str, str]:
+    if not isinstance(picture, Image.Image):
+        raise TypeError(f"{picture!r:.100} is neither JSON nor an image")
+    return {PNG: encode_picture(picture)}
 
 
 def decode_picture(text: Any, where: str, opened: list[Image.Image]) -> Any:

@@ -51,8 +51,5 @@ def weights_folder(name: str) -> Path:
     """Where the weights `name`, `"pipeline"` or `"clip"`, are. Raises `FileNotFoundError` if they are not."""
     folder = WEIGHTS / name
     if not (folder / {"pipeline": "model_index.json", "clip": "config.json"}[name]).is_file():
-        raise FileNotFoundError(
-            f"The weights of the shapes world are not in {folder}. Install the package with its data files, or make "
-            "them with examples/pretrain_shapes.py and copy its exports there."
-        )
+        raise FileNotFoundError(f"The weights are not in {folder}: make them with examples/pretrain_shapes.py.")
     return folder

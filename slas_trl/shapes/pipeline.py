@@ -63,19 +63,17 @@ def load_shapes_pipeline(
 ) -> ShapesPipeline:
     """
     Load the text-to-image pipeline that comes with the package, to sample from or to train. No network is needed.
+    Its components are in eval mode, without gradients, and it shows no progress bar.
 
     Args:
         torch_dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of all weights.
         device (`str` or `torch.device`, *optional*): where to put it; by default it stays on the CPU.
 
-    Returns:
-        [`ShapesPipeline`]: components in eval mode, without gradients, and with no progress bar.
-
     Raises:
         `FileNotFoundError`: when the package was installed without its weights.
     """
     folder = weights_folder("pipeline")
-    with _quiet():
+    with quiet():
         pipe = ShapesPipeline.from_pretrained(
             folder, dtype=torch_dtype, text_encoder_3=None, tokenizer_3=None, local_files_only=True
         )
@@ -87,7 +85,7 @@ def load_shapes_pipeline(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Loading without progress bars, and without diffusers' warning of a value in `AutoencoderTiny`'s own config."""
     libraries = (diffusers.utils.logging, transformers.utils.logging)
     before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]

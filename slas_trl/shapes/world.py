@@ -86,10 +86,7 @@ def parse_caption(text: str) -> Caption:
     """The demands of a prompt. Raises `ValueError` when `text` is not one of the sentences of [`all_captions`]."""
     caption = all_captions().get(" ".join(text.lower().split()).rstrip("."))
     if caption is None:
-        raise ValueError(
-            f"{text!r} is not a prompt of the shapes world, so its pictures cannot be verified. Use prompts such as "
-            "'a red circle', from `slas_trl.shapes.shapes_prompts`."
-        )
+        raise ValueError(f"{text!r} is not of the shapes world: use prompts of `slas_trl.shapes.shapes_prompts`.")
     return caption
 
 

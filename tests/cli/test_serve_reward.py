@@ -1,6 +1,5 @@
 """`slas-trl serve-reward`: what it refuses before it listens."""
 
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -56,20 +55,12 @@ def test_with_a_token_all_may_come(started, monkeypatch):
     [
         (["--token", "two words"], "visible ASCII"),
         (["--token", ""], "visible ASCII"),
-        (["--max_batch_size", "0"], "max_batch_size must be at least 1"),
-        (["--max_waiting", "-1"], "max_waiting must be at least 0"),
         (["--port", "70000"], "--port 70000"),
     ],
 )
 def test_options_that_cannot_be(capsys, started, options, message):
     said = refused(capsys, "shapes_verifier", *options)
     assert message in said and "two words" not in said
-
-
-def test_a_port_in_use(capsys, started):
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = str(other.getsockname()[1])
-        assert f"--port {port}" in refused(capsys, "shapes_coloured_area", "--port", port)
 
 
 def test_the_model_is_loaded_before_it_listens(capsys, started, tmp_path):
@@ -96,10 +87,3 @@ def test_without_its_packages(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert 'pip install "slas-trl[serve]"' in done.stderr
-
-
-def test_help(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main(["serve-reward", "--help"])
-    said = capsys.readouterr().out
-    assert all(option in said for option in ("--host", "--port", "--token", "--max_batch_size", "--max_image_pixels"))

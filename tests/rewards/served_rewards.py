@@ -5,7 +5,6 @@ import signal
 import time
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 
@@ -39,10 +38,6 @@ def with_columns(prompts, images, offset, reference=None, **columns):
     }
 
 
-def redness(prompts, images, **columns):
-    return [float(np.asarray(image)[..., 0].mean()) / 255 for image in images]
-
-
 async def later(prompts, images, **columns):
     return [number_of(image) for image in images]
 
@@ -57,5 +52,5 @@ def in_process(prompts, images, scale: int = 1, **columns):
             os._exit(3)
         if os.path.isfile(prompt):  # so that it happens once
             os.remove(prompt)
-            time.sleep(600) if prompt.endswith("hang") else os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
     return [os.getpid() if p == "process" else scale * number_of(i) for p, i in zip(prompts, images, strict=True)]

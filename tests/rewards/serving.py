@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -48,11 +47,9 @@ class ServedProcess:
         assert found, line + self.log.read_text()
         self.name, self.url, self.port = found[1], found[2], int(found[3])
 
-    def stop(self, *signals: signal.Signals) -> int:
-        """Its status, once it has ended after these."""
-        for number in signals:
-            self.process.send_signal(number)
-            time.sleep(0.3)
+    def stop(self) -> int:
+        """Its status, once it has ended."""
+        self.process.terminate()
         return self.process.wait(20)
 
     def kill(self) -> None:

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPTextModelWithProjection
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from slas_trl import rewards
@@ -77,16 +76,7 @@ def test_what_is_not_there(published, monkeypatch, tmp_path):
 
 
 def test_what_does_not_fit_is_not_used(published, tmp_path):
-    folder, clip, head = published
-    torch.save(random_weights(head_shapes(64)), tmp_path / "wide.pth")  # for another CLIP
+    folder, _, head = published
     torch.save({**head, "layers.8.weight": torch.ones(1, 1)}, tmp_path / "long.pth")
-    # Half of a CLIP: the other half would be random.
-    CLIPTextModelWithProjection(CLIPConfig.from_pretrained(folder).text_config).save_pretrained(tmp_path)
-    clip.config.save_pretrained(tmp_path)
-    for model, given, message in (
-        (folder, tmp_path / "wide.pth", r"wide\.pth, as head .*size mismatch for 0\.weight"),
-        (folder, tmp_path / "long.pth", r"five linear layers.*8\.weight"),
-        (tmp_path, folder, "lack some"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            Aesthetic(str(model), str(given))([""], [Image.new("RGB", (8, 8))])
+    with pytest.raises(ValueError, match=r"five linear layers.*8\.weight"):
+        Aesthetic(str(folder), str(tmp_path / "long.pth"))([""], [Image.new("RGB", (8, 8))])

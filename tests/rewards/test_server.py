@@ -1,6 +1,5 @@
 """The server of rewards, as a process that is sent what nobody should send; it says what is wrong, and lives on."""
 
-import asyncio
 import base64
 import io
 import json
@@ -25,7 +24,7 @@ pytest.importorskip("uvicorn")
 from slas_trl import __version__  # noqa: E402
 from slas_trl.rewards.base import RewardUnavailableError  # noqa: E402
 from slas_trl.rewards.wire import encode_picture  # noqa: E402
-from tests.rewards.served_rewards import numbers, picture  # noqa: E402
+from tests.rewards.served_rewards import picture  # noqa: E402
 from tests.rewards.serving import HERE, ServedProcess, served  # noqa: E402
 
 
@@ -91,11 +90,10 @@ def test_health_needs_no_token(server):
     answer = httpx2.get(f"{server.url}/health").json()
     assert (answer["status"], answer["name"], answer["version"]) == ("ok", "numbers", __version__)
     assert answer["limits"] == LIMITS
-    for path in ("/docs", "/openapi.json", "/../../etc/passwd"):
-        assert httpx2.get(server.url + path).status_code == 404
+    assert httpx2.get(f"{server.url}/docs").status_code == 404
 
 
-@pytest.mark.parametrize("given", ["", "Bearer", f"Bearer {TOKEN}x", f"Basic {TOKEN}", "Bearer é"])
+@pytest.mark.parametrize("given", ["", f"Bearer {TOKEN}x", "Bearer é"])
 def test_without_the_token(post, given):
     answer = post(GOOD, Authorization=given.encode())
     refused(answer, 401, "token")
@@ -105,15 +103,13 @@ def test_without_the_token(post, given):
 @pytest.mark.parametrize(
     "body",
     [
-        *(b"", b"\x80\x04]\x94.", b"\xff\xfe{}", json.dumps(GOOD).encode()[:-5], b"[]", b"null", b"9" * 50_000),
-        *(b'{"id": NaN}', b'{"id": -Infinity}', b"[" * 50_000, b'{"columns":' * 8_000),
+        *(b"", b"\x80\x04]\x94.", json.dumps(GOOD).encode()[:-5], b"null", b'{"id": NaN}', b"[" * 50_000),
         *({**GOOD, "id": "\ud800"}, {**GOOD, "prompts": ["\udfff"]}),
-        *({**GOOD, "more": 1}, {**GOOD, "id": 1}, {**GOOD, "id": "x" * 201}, {"id": "x"}),
-        *({**GOOD, "prompts": "a"}, {**GOOD, "prompts": [1]}, {**GOOD, "prompts": ["a", "b"]}),
-        *({"id": "x", "prompts": [], "images": []}, {**GOOD, "images": "x"}, {**GOOD, "images": [7]}),
+        *({**GOOD, "more": 1}, {**GOOD, "id": 1}, {**GOOD, "id": "x" * 201}, {**GOOD, "prompts": ["a", "b"]}),
+        *({"id": "x", "prompts": [], "images": []}, {**GOOD, "images": [7]}),
         {**GOOD, "images": [base64.b64encode(file_of(picture(8), "JPEG")).decode()]},
-        *({**GOOD, "images": [text]} for text in ("é", "http://127.0.0.1/a.png", "", GOOD["images"][0][:60])),
-        *({**GOOD, "columns": columns} for columns in ([], {"x": 1}, {"x": [1, 2]}, {"images": [1]})),
+        *({**GOOD, "images": [text]} for text in ("é", "", GOOD["images"][0][:60])),
+        *({**GOOD, "columns": columns} for columns in ([], {"x": 1}, {"x": [1, 2]})),
         *({**GOOD, "columns": {"x": [value]}} for value in ({"image/png": 1}, [{"image/png": "aaaa"}])),
         json.dumps({**GOOD, "columns": {"x": [0.5]}}).encode().replace(b"0.5", b"1e999"),
     ],
@@ -131,20 +127,6 @@ def test_lengths(server, post):
     answer = httpx2.post(f"{server.url}/score", content=pieces, headers=headers, timeout=20)
     refused(answer, 413, "--max_request_bytes")
     refused(post(request(["a"] * 5, [picture(8)] * 5)), 413, "--max_batch_size")
-
-
-def test_what_is_no_http(server, post):
-    address = (httpx2.URL(server.url).host, server.port)
-    lines = ["POST /score HTTP/1.1", "Host: x", f"Authorization: Bearer {TOKEN}", "Content-Type: application/json"]
-    with socket.create_connection(address) as connection:  # a body that ends too soon
-        connection.sendall("\r\n".join([*lines, "Content-Length: 1000", "", "{"]).encode())
-    with socket.create_connection(address) as connection:
-        connection.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 100)  # the beginning of TLS
-        assert b" 400 " in connection.recv(1000)
-    with socket.create_connection(address, timeout=10) as connection, pytest.raises(ConnectionError):
-        for _ in range(1000):  # a header without end
-            connection.sendall(b"GET /health HTTP/1.1\r\nX: " + b"x" * 60_000 + b"\r\n")
-    assert b"Traceback" not in server.log.read_bytes()
 
 
 def test_bombs(post):
@@ -200,13 +182,9 @@ def test_what_nobody_waits_for_is_not_scored():
 @pytest.mark.parametrize(
     ("values", "status", "expected"),
     [
-        ([1, None, float("nan")], 200, [1.0, None, None]),
-        ([True, False, 2], 200, [1.0, 0.0, 2.0]),
+        ([True, None, float("nan")], 200, [1.0, None, None]),
         ({"a": [1, 2, 3], "b": [None] * 3}, 200, {"a": [1.0, 2.0, 3.0], "b": [None] * 3}),
         ([1, 2], 500, "2 values for 3 images"),
-        ([1, 2, float("inf")], 500, "returned inf for image 2"),
-        ([1, 2, 10**400], 500, f"returned {10**19} for image 2"),
-        (None, 500, "returned a NoneType"),
     ],
 )
 def test_what_a_reward_may_return(values, status, expected):
@@ -218,7 +196,7 @@ def test_what_a_reward_may_return(values, status, expected):
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(ValueError, 500), (SystemExit, 500), (asyncio.CancelledError, 500), (RewardUnavailableError, 503)],
+    [(ValueError, 500), (SystemExit, 500), (RewardUnavailableError, 503)],
 )
 def test_whatever_it_raises(error, status, caplog):
     """It is called once, and not again image by image."""
@@ -238,10 +216,7 @@ def test_whatever_it_raises(error, status, caplog):
         assert httpx2.post(f"{url}/score", json=GOOD).json()["scores"] == [1]
 
 
-@pytest.mark.parametrize(
-    ("signals", "status"), [([signal.SIGTERM], 143), ([signal.SIGINT] * 2, 130)], ids=["grace", "second Ctrl-C"]
-)
-def test_what_is_not_answered_when_it_stops_is_to_be_asked_again(tmp_path, signals, status):
+def test_what_is_not_answered_when_it_stops_is_to_be_asked_again(tmp_path):
     """What is being scored, what waits for it, and what is still on its way."""
     with ServedProcess(f"{HERE}:numbers", log=tmp_path / "log", grace=0.5) as server, ThreadPoolExecutor(3) as clients:
         slow = request([str(tmp_path / "begun")], [picture(8)])
@@ -253,7 +228,7 @@ def test_what_is_not_answered_when_it_stops_is_to_be_asked_again(tmp_path, signa
                 time.sleep(0.05)
             time.sleep(0.5)
             start = time.monotonic()
-            assert server.stop(*signals) == status
+            assert server.stop() == 143
             assert time.monotonic() - start < 6  # rather than when the reward is done
             assert half.recv(100).startswith(b"HTTP/1.1 503")
         for answer in answers:
@@ -271,4 +246,3 @@ def test_ctrl_c(tmp_path):
             assert answer.result().json()["scores"] == [1.0]  # what has begun is finished
         assert server.process.wait(20) == 130
     assert server.log.read_text() == "slas-trl serve-reward: interrupted.\n"
-    assert numbers(["a"], [picture(8)], [picture(8)]) == [1.0]

@@ -234,7 +234,7 @@ PICTURE = scene(RED_CIRCLE)[None]
     [
         (["a dog"], PICTURE, ValueError, "a dog"),
         (["a circle"] * 2, PICTURE, ValueError, "2 prompts and 1 images"),
-        (["a circle"], PICTURE * 2 - 1, ValueError, "from -1 to"),
+        (["a circle"], PICTURE * 2 - 1, ValueError, "-1 to"),
         (["a circle"], np.full_like(PICTURE, np.nan), ValueError, "nan"),
         (["a circle"], PICTURE.transpose(0, 3, 1, 2), ValueError, r"\(1, 3, 32, 32\)"),
         (["a circle"], (PICTURE * 255).astype(np.uint8), ValueError, "uint8"),
