@@ -80,14 +80,18 @@ class Endpoint:
             response = client.request("GET" if body is None else "POST", self.url, **given)
         except httpx2.HTTPError as error:
             raise _Transient(f"{type(error).__name__}, timeout={self.timeout:g}: {error}.", 0) from None
-        if response.is_success:
-            return response.json()
-        what = f"{response.status_code}: {_message_in(response)}"
-        if response.status_code in self.retried:
+        answer, status = response.json() if response.is_success else None, response.status_code
+        if isinstance(answer, dict) and (reported := answer.get("error")):  # a gateway, which has said 200 already
+            code = str(reported.get("code") if isinstance(reported, dict) else "")
+            status = int(code) if code.isdecimal() and 300 <= int(code) < 600 else 500
+        if status // 100 == 2:
+            return answer
+        what = f"{status}: {_message_in(response)}"
+        if status in self.retried:
             after = response.headers.get("Retry-After", "")
             raise _Transient(what, float(after) if after.isdecimal() else 0)
         error = AnswerError(self._said(f"answered {what}"))
-        error.status = response.status_code
+        error.status = status
         raise error
 
     def _said(self, message: str) -> str:

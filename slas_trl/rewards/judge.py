@@ -131,16 +131,19 @@ class VLMJudge(Reward):
         if not images:
             return []
         endpoint, template, extra = self._endpoint(), self._text(), self._extra()
+        results: list[Any] = []  # as they come
 
         def ask(prompt: str, image: Image.Image) -> Any:
+            if results and all(isinstance(result, RewardUnavailableError) for result in results):
+                return results[0]  # it is the server, not the image
             try:
-                return endpoint.request(self._read, self._body(template.replace("{prompt}", prompt), image, extra))
-            except (RewardUnavailableError, _NoScoreError) as error:
-                return error
-            except AnswerError as error:
-                if error.status not in _REFUSED:
+                result = endpoint.request(self._read, self._body(template.replace("{prompt}", prompt), image, extra))
+            except (RewardUnavailableError, _NoScoreError, AnswerError) as error:
+                if isinstance(error, AnswerError) and error.status not in _REFUSED:
                     raise
-                return error
+                result = error
+            results.append(result)
+            return result
 
         with ThreadPoolExecutor(min(self.concurrency, len(images))) as threads:
             found = list(threads.map(ask, prompts, images))
@@ -196,7 +199,10 @@ class VLMJudge(Reward):
             raise ValueError(f"no chat completion, but {str(answer)[:200]}.")
         try:
             choice = answer["choices"][0]
-            text = _THOUGHT.sub("", choice["message"]["content"]).strip()
+            text = choice["message"]["content"]
+            if isinstance(text, list):
+                text = "".join(part["text"] for part in text if part["type"].endswith("text"))
+            text = _THOUGHT.sub("", text).strip()
         except (TypeError, LookupError):
             raise _NoScoreError(f"One has no text: {str(answer['choices'])[:200]}.") from None
         is_cut = bool(_CUT.search(str(choice.get("finish_reason"))))

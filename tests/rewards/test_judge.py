@@ -316,7 +316,8 @@ def test_unified_reward(server, text, scores):
 
 
 def test_it_is_asked_again_when_it_is_busy(server):
-    server.judge = lambda number, attempt: says("yes") if attempt > 2 else ((429, 500)[attempt - 1], {})
+    busy = (200, {"error": {"code": 429, "message": "slow down"}}), (500, {})  # a gateway's, and the server's own
+    server.judge = lambda number, attempt: says("yes") if attempt > 2 else busy[attempt - 1]
     assert VLMJudge(server.url, "a-model")(PROMPTS, IMAGES) == [1.0] * 6
     assert set(server.attempts.values()) == {3}
 
@@ -357,6 +358,8 @@ def test_answers_without_a_score_end_the_training_when_there_are_no_others(serve
 
 def test_images_that_are_refused(server, caplog):
     def judge(number, attempt):
+        if number == 0:
+            return {"message": {"content": [{"type": "text", "text": "Yes"}]}}
         if number == 2:
             return 400, {"error": {"message": "against our policy"}}
         if number == 3:
@@ -364,7 +367,7 @@ def test_images_that_are_refused(server, caplog):
         return says("yes", {"yes": 0.5, "no": 0.5})
 
     server.judge = judge
-    assert VLMJudge(server.url, "a-model")(PROMPTS, IMAGES) == [0.5, 0.5, None, None, 0.5, 0.5]
+    assert VLMJudge(server.url, "a-model")(PROMPTS, IMAGES) == [1.0, 0.5, None, None, 0.5, 0.5]
     (warning,) = warnings(caplog)
     assert all(part in warning for part in ("2 of 6 images have no score: ", "against our policy", "I will not"))
 
