@@ -12,7 +12,7 @@ from ..advantages import Advantages
 from ..reports.calibration import narrow_share
 from ..statistics import mean_over_prompts
 from .distributed import gathered
-from .scoring import Scores, reward_resolution, typical_group_std
+from .scoring import Scores
 
 
 logger = logging.get_logger(__name__)
@@ -83,13 +83,16 @@ def advantage_problem(result: Advantages, min_group_std: float) -> str | None:
 
 
 def warn_of_resolution(names: list[str], rewards: torch.Tensor, num_generations: int) -> None:
-    """Warn of rewards `(N, K)` that are coarser than the differences within a group."""
-    for name, column in zip(names, rewards.T, strict=True):
-        resolution, spread = reward_resolution(column), typical_group_std(column, num_generations)
-        if resolution >= spread > 0:
+    """Warn of rewards `(N, K)` whose finest difference is coarser than the typical std within a group."""
+    for name, column in zip(names, rewards.double().T, strict=True):
+        groups = column.reshape(-1, num_generations)
+        std = (groups - groups.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
+        values, std = column[~column.isnan()].unique(), std[std > 0]
+        # The gap of a reward with two values is a verdict's, and no rounding.
+        if len(std) and len(values) > 2 and (gap := values.diff().min()) >= std.median():
             logger.warning(
-                f"Reward {name!r} resolves differences of {resolution:.3g}, but within a group its values spread by "
-                f"only {spread:.3g}: much of the advantage is rounding. Score in float32, or return finer values."
+                f"Reward {name!r} resolves differences of {gap:.3g}, but within a group its values spread by only "
+                f"{std.median():.3g}: much of the advantage is rounding. Score in float32, or return finer values."
             )
 
 
