@@ -24,8 +24,8 @@ from ..publishing.facts import Evaluation, RunFacts, Sample
 from ..statistics import evenly_spaced
 from . import adapters
 from .card_facts import gather_facts
+from .checkpoints import ON_HUB, fetch_checkpoint
 from .distributed import gathered, raise_together, wait_together
-from .hub_checkpoints import fetch_checkpoint, names_checkpoint
 
 
 if TYPE_CHECKING:
@@ -281,7 +281,7 @@ class Publisher(TrainerCallback):
         A checkpoint on the Hub as a folder, anything else as it is; one process of each machine downloads. Collective:
         every rank must call this.
         """
-        if not isinstance(source, str) or Path(source).is_dir() or not names_checkpoint(source):
+        if not isinstance(source, str) or Path(source).is_dir() or not ON_HUB.fullmatch(source):
             return source
         args, path, error = self.trainer.args, None, None
         is_own = "/".join(source.split("@")[0].split("/")[:2]) == gathered(self.repo_id)[0]

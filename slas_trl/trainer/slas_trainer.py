@@ -32,20 +32,20 @@ from ..objective import clip_indicators, clipped_surrogate_loss, gaussian_kl, im
 from ..policy import PipelineReplayer, Rollout, check_pipeline, measure_ratio
 from ..rewards.base import RewardFunc
 from ..schedulers import stochastic_scheduler
-from . import checkpoints, sampling
+from . import sampling
 from .base_trainer import BaseTrainer, Buffer
 from .calibration import CalibrationCallback, rollout_record
 from .callbacks import (
     DenoiserTensorBoardCallback,
     MetricsFileCallback,
     PromptOrderCallback,
+    RewardHackingCallback,
     RLProgressCallback,
     show_images,
 )
 from .distributed import average_gradients, check_sharding, gathered, raise_together, reshard
 from .evaluator import Evaluator
 from .gamma import GammaControl
-from .hacking import RewardHackingCallback
 from .metrics import MetricMeans, advantage_problem, reward_times, rollout_metrics, warn_of_resolution
 from .pipeline_inputs import Batch, PipelineInputs, as_pictures
 from .prompts import check_prompts, load_prompts
@@ -111,7 +111,6 @@ class SLASTrainer(BaseTrainer):
         eval_reward_funcs: RewardFunc | str | Sequence[RewardFunc | str] | None = None,
     ):
         args = SLASConfig() if args is None else args
-        checkpoints.try_writing(args.run_dir)
         self.scorer = self.eval_scorer = RewardScorer(reward_funcs)
         if eval_reward_funcs:
             self.eval_scorer = RewardScorer([*self.scorer.functions, *RewardScorer(eval_reward_funcs).functions])

@@ -3,7 +3,7 @@
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from slas_trl.trainer.hacking import RewardHackingCallback
+from slas_trl.trainer.callbacks import RewardHackingCallback
 from tests.trainer.tiny_trainers import PROMPTS, logged, redness, same, tiny_trainer, trained, trained_weights
 
 
