@@ -1,12 +1,11 @@
-"""Callbacks of [`SLASTrainer`]: progress, metrics on disk, pictures in the trackers, prompts by epoch, hacking."""
+"""Callbacks of [`SLASTrainer`]: progress, metrics on disk, prompts by epoch, reward hacking."""
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
-from PIL.Image import Image
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
@@ -89,30 +88,27 @@ class MetricsFileCallback(StepFileCallback):
             self.append(args, {"step": state.global_step, **logs})
 
 
+@dataclass(eq=False)
 class PromptOrderCallback(TrainerCallback):
     """Tells the sampler the epoch, so that a resumed run draws the prompts of the interrupted one."""
 
-    def __init__(self, sampler: EpochRepeatSampler):
-        self.sampler = sampler
+    sampler: EpochRepeatSampler
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.sampler.epoch = int((state.epoch or 0) + 1e-6)  # a resumed run begins within an epoch
 
 
+@dataclass(eq=False)
 class RewardHackingCallback(TrainerCallback):
     """
     Warns, or ends training, when in some evaluations in a row the trained reward (`eval_reward`) rose and the mean of
     a held-out one fell: what reward hacking looks like. It goes by the Trainer's history of logs, so that a resumed
     run sees what the uninterrupted one does.
-
-    Args:
-        held_out (`Sequence[str]`): Names of the rewards that are not trained on.
-        patience (`int`, *optional*, defaults to `3`): Evaluations in a row; the first is compared with one before.
-        action (`str`, *optional*, defaults to `"warn"`): Or `"stop"`, which ends training after this evaluation.
     """
 
-    def __init__(self, held_out: Sequence[str], patience: int = 3, action: str = "warn"):
-        self.held_out, self.patience, self.action = list(held_out), patience, action
+    held_out: Sequence[str]  # names of the rewards that are not trained on
+    patience: int  # evaluations in a row; the first is compared with one before
+    action: str  # "warn", or "stop"
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         for key in metrics or {}:
@@ -141,30 +137,3 @@ class RewardHackingCallback(TrainerCallback):
 def _moves(logs: Sequence[Mapping[str, float]], key: str, sign: int) -> bool:
     """Whether a metric goes one way at every step; NaN goes none."""
     return all(sign * (after - before) > 0 for before, after in pairwise(log.get(key, float("nan")) for log in logs))
-
-
-def show_images(
-    report_to: list[str],
-    callbacks: list[TrainerCallback],
-    images: Mapping[str, Image],
-    captions: list[str],
-    step: int,
-    caption_is: str = "prompt",
-) -> None:
-    """Pictures by name, with their captions, in every tracker of `report_to` that can show them."""
-    pairs = list(zip(images.items(), captions, strict=True))
-    for callback in callbacks:
-        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            for (name, image), caption in pairs:
-                callback.tb_writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
-                callback.tb_writer.add_text(f"{name}/{caption_is}", caption, step)
-    if "trackio" in report_to:
-        import trackio
-
-        shown: dict[str, Any] = {name: trackio.Image(image, caption=caption) for (name, image), caption in pairs}
-        trackio.log({**shown, "train/global_step": step})
-    if "wandb" in report_to:
-        import wandb  # type: ignore[import-not-found]
-
-        shown = {name: wandb.Image(image, caption=caption) for (name, image), caption in pairs}
-        wandb.log({**shown, "train/global_step": step})

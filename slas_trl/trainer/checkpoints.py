@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: what belongs to one, how to tell, rollouts on disk, and those on the Hub."""
+"""Checkpoints that are whole or not there: how to tell, rollouts on disk, and those on the Hub."""
 
 import functools
 import json

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed as dist
@@ -47,37 +47,24 @@ class GammaState:
     checks_kl: bool = False  # whether the KL of the rollout's updates is measured too
 
 
+@dataclass(eq=False)
 class GammaControl(TrainerCallback):
     """
     Chooses γ by `args.gamma_schedule`, after the rewards of a rollout are known and before they become advantages.
-
     Collective: every rank must call each method, and all make the same choice. Measurements leave weights, gradients
     and random numbers as they were.
-
-    Args:
-        args ([`SLASConfig`]): the configuration.
-        replayer ([`~slas_trl.policy.PipelineReplayer`]): what the policy is evaluated with.
-        model (`torch.nn.Module`): what is trained.
-        accelerator ([`~accelerate.Accelerator`]): knows how many processes there are, and how they share the model.
-        log (`Callable`): is called with the name and value of each figure.
-
-    Raises:
-        `ValueError`: when the Fisher matrix is asked for and cannot be measured.
     """
 
-    FILE = "gamma.pt"
+    args: SLASConfig
+    replayer: PipelineReplayer
+    model: torch.nn.Module  # what is trained
+    accelerator: Accelerator  # knows how many processes there are, and how they share the model
+    log: Callable[[str, float], None]  # name and value of each figure
+    FILE: ClassVar = "gamma.pt"
 
-    def __init__(
-        self,
-        args: SLASConfig,
-        replayer: PipelineReplayer,
-        model: torch.nn.Module,
-        accelerator: Accelerator,
-        log: Callable[[str, float], None],
-    ):
-        self.args, self.replayer, self.model, self.accelerator, self.log = args, replayer, model, accelerator, log
-        self.interval = args.fisher_interval
-        if self.interval is not None and accelerator.distributed_type == DistributedType.DEEPSPEED:
+    def __post_init__(self):
+        self.interval = self.args.fisher_interval
+        if self.interval is not None and self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise ValueError(
                 "DeepSpeed makes the update within its backward pass, where its length cannot be measured. Use DDP or "
                 "FSDP2, or another gamma_schedule than 'trust_region' and no fisher_update_steps."

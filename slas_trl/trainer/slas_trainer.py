@@ -41,7 +41,6 @@ from .callbacks import (
     PromptOrderCallback,
     RewardHackingCallback,
     RLProgressCallback,
-    show_images,
 )
 from .distributed import average_gradients, check_sharding, gathered, raise_together, reshard
 from .evaluator import Evaluator
@@ -119,12 +118,10 @@ class SLASTrainer(BaseTrainer):
         check_pipeline(pipe)
         self.pipe, self.inputs = pipe, PipelineInputs(pipe, args)
         self.publisher = Publisher(self)
-        self.publisher.dataset_name = args.prompt_dataset if train_dataset is None else None
-        data = (
-            load_prompts(args.prompt_dataset)
-            if train_dataset is None
-            else check_prompts(train_dataset, "train_dataset")
-        )
+        if train_dataset is None:
+            data, self.publisher.dataset_name = load_prompts(args.prompt_dataset), args.prompt_dataset
+        else:
+            data = check_prompts(train_dataset, "train_dataset")
         self.inputs.check(data)
         self.scorer.check(data)
         self._sampler = sampling.prompt_sampler(args, len(data))
@@ -144,9 +141,9 @@ class SLASTrainer(BaseTrainer):
             callbacks=[PromptOrderCallback(self._sampler), MetricsFileCallback(), self.publisher, *(callbacks or [])],
             optimizers=optimizers,
         )
-        weights = dict(zip(self.scorer.names, self.trained_weights, strict=True))
-        self.evaluator = Evaluator(trained, self.inputs, self.eval_scorer, weights, args, self.accelerator)
-        self.evaluator.before_error = lambda: self.save_unfinished("A reward failed") if self.is_in_train else None
+        self.evaluator = Evaluator(
+            trained, self.inputs, self.eval_scorer, self.trained_weights, args, self.accelerator, self._before_error
+        )
         for prompts in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
             if prompts is not None:
                 self.evaluator.check(prompts, like=data)
@@ -155,20 +152,21 @@ class SLASTrainer(BaseTrainer):
         set_seed(args.seed, device_specific=True)
         trained.to(self.accelerator, self.is_fsdp_enabled)
         self.gamma = GammaControl(
-            args, self.replayer, trained.module, self.accelerator, lambda name, value: self._metrics.add(name, value)
+            args, self.replayer, trained.module, self.accelerator, lambda *figure: self._metrics.add(*figure)
         )
         self.parts.append(self.gamma)
         self._add_callbacks()
         self.reset_progress()
 
+    def _before_error(self) -> None:
+        if self.is_in_train:
+            self.save_unfinished("A reward failed")
+
     def _check_rewards(self, args: SLASConfig, has_held_out: bool, has_eval_dataset: bool) -> None:
         if has_held_out and not has_eval_dataset:
             raise ValueError(
-                "eval_reward_funcs are scored in evaluation, for which there are no prompts; pass eval_dataset. A "
-                "reward of weight 0 (reward_weights) is scored on every rollout, and not trained on either."
+                "eval_reward_funcs are scored in evaluation, for which there are no prompts: pass eval_dataset."
             )
-        if has_held_out and args.eval_strategy == "no":
-            logger.warning("eval_strategy is 'no': eval_reward_funcs are scored by evaluate(), not in training.")
         if args.reward_weights is not None and len(args.reward_weights) != len(self.scorer.names):
             raise ValueError(
                 f"reward_weights has {len(args.reward_weights)} entries for {len(self.scorer.names)} rewards "
@@ -317,14 +315,11 @@ class SLASTrainer(BaseTrainer):
         reshard(cast(torch.nn.Module, self.model_wrapped))
         problem = report.problem(self.args.epsilon)
         if not any(finite):
-            problem = (
-                "The denoiser's predictions are NaN or infinite before any update. Check the pipeline and its dtype: "
-                "float16 overflows in models that were trained in bfloat16."
-            )
+            problem = "The denoiser's predictions are NaN or infinite before any update. Does it overflow in float16?"
         elif problem is None and rewards[:, trained].isnan().all():
-            reasons = [problem for chunk in chunks for problem in chunk.problems if problem is not None]
-            reasons += [f"{', '.join(names)} returned only None or NaN"]
-            problem = f"No image of the first rollout got a score: {reasons[0]}."
+            reasons = filter(None, (problem for chunk in chunks for problem in chunk.problems))
+            reason = next(reasons, f"{', '.join(names)} returned only None or NaN")
+            problem = f"No image of the first rollout got a score: {reason}."
         raise_together(None if problem is None else ValueError(problem))
         warn_of_resolution(names, rewards[:, trained], self.args.num_generations)
 
@@ -381,10 +376,9 @@ class SLASTrainer(BaseTrainer):
         if self._skipped > self.args.max_skipped_updates or is_last or self.is_deepspeed_enabled:
             self.save_unfinished("The run has diverged")
             raise ValueError(
-                f"Update {number} of {self.state.max_steps} had {what}, after {self._skipped - 1} others in a row "
-                f"that were skipped (max_skipped_updates {self.args.max_skipped_updates}; the last update is never "
-                "skipped, and DeepSpeed skips none). Resume from an earlier checkpoint with a lower learning_rate or "
-                "max_grad_norm."
+                f"Update {number} of {self.state.max_steps} had {what}, after {self._skipped - 1} that were skipped "
+                f"(max_skipped_updates {self.args.max_skipped_updates}; never the last one, nor any by DeepSpeed). "
+                "Resume from an earlier checkpoint with a lower learning_rate or max_grad_norm."
             )
         logger.warning(f"Update {number} is skipped: it had {what}.")
 
@@ -423,22 +417,16 @@ class SLASTrainer(BaseTrainer):
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """
-        Write the model card, `README.md`, into `args.output_dir`, with what is known of the run by now.
-
-        Args:
-            model_name (`str`, *optional*): by default that of the repository, or of the folder.
-            dataset_name (`str`, *optional*): of the prompts: a Hub id, or a file.
-            tags (`str` or `list[str]`, *optional*): further ones, beside those of every run.
+        Write the model card, `README.md`, into `args.output_dir`, with what is known of the run by now. The name is by
+        default that of the repository or folder; the data set is a Hub id or file; `tags` are further ones.
         """
         if self.is_world_process_zero():
             self.publisher.write_result(model_name, dataset_name, tags)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """
-        Make the repository, or see that it is there. Without a network, training goes on, and every push tries again.
-
-        Raises:
-            `ValueError`: when the Hub refuses the token or the name, before anything is trained.
+        Make the repository, or see that it is there. Raises `ValueError` when the Hub refuses the token or the name.
+        Without a network, training goes on, and every push tries again.
         """
         self.publisher.create_repository(token, private)
 
@@ -458,9 +446,9 @@ class SLASTrainer(BaseTrainer):
         Args:
             commit_message (`str`, *optional*, defaults to `"End of training"`): of the commit.
             blocking (`bool`, *optional*, defaults to `True`): whether to wait; otherwise a `Future` is returned.
-            token (`str`, *optional*): by default `args.hub_token`, or that of `hf auth login`.
-            revision (`str`, *optional*): branch, by default `args.hub_revision`; made if it is not there.
-            private (`bool`, *optional*): for a repository that is made, by default `args.hub_private_repo`.
+            token, revision, private (*optional*):
+                by default `args.hub_token`, `args.hub_revision`, `args.hub_private_repo`. A branch or repository that
+                is not there is made.
             kwargs: of [`~SLASTrainer.create_model_card`].
 
         Returns:
@@ -470,8 +458,7 @@ class SLASTrainer(BaseTrainer):
             [`~slas_trl.publishing.repository.PushError`]: when nothing was pushed; the message says why, and how to
                 push it later. All of the result is in `args.output_dir` by then.
         """
-        message = commit_message or "End of training"
-        return self.publisher.push(message, blocking, token, revision, private, **kwargs)
+        return self.publisher.push(commit_message or "End of training", blocking, token, revision, private, **kwargs)
 
     def save_unfinished(self, why: str) -> None:
         super().save_unfinished(why)
@@ -484,11 +471,14 @@ class SLASTrainer(BaseTrainer):
         if self.calibration is not None and self.is_world_process_zero():
             record = rollout_record(self.args.scale_rewards, self.weight_of, result, metrics)
             self.calibration.append(self.args, {"step": self.state.global_step + 1, **record})
-            self._show_images([_prompt_of(chunk, i) for chunk in chunks for i in range(len(chunk))], images)
+            prompts = [_prompt_of(chunk, i) for chunk in chunks for i in range(len(chunk))]
+            # The first eight in the trackers, but those without a score.
+            shown = {i: still(image) for i, image in enumerate(images[:8]) if image is not None}
+            pictures = {f"samples/{i}": image for i, image in shown.items()}
+            self.calibration.show(self.args, pictures, [prompts[i] for i in shown], self.state.global_step, "prompt")
         self._unscored = self._unscored + 1 if result.rewards.isnan().all() else 0
         if not self._unscored:
-            problem = advantage_problem(result, self.args.min_group_std)
-            if problem and not self._has_warned:
+            if not self._has_warned and (problem := advantage_problem(result, self.args.min_group_std)):
                 logger.warning(problem)
                 self._has_warned = True
             return
@@ -497,14 +487,6 @@ class SLASTrainer(BaseTrainer):
         if self._unscored == UNSCORED_ROLLOUTS:
             self.save_unfinished("No image had a score")
             raise ValueError(f"{what}, the {UNSCORED_ROLLOUTS}th in a row. The warnings above say why.")
-
-    def _show_images(self, prompts: list[str], images: list[Any]) -> None:
-        """The first eight in the trackers, but those without a score."""
-        shown = {i: still(image) for i, image in enumerate(images[:8]) if image is not None}
-        if shown:
-            trackers, callbacks = cast(list, self.args.report_to), self.callback_handler.callbacks
-            pictures = {f"samples/{i}": image for i, image in shown.items()}
-            show_images(trackers, callbacks, pictures, [prompts[i] for i in shown], self.state.global_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a training log

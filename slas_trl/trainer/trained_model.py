@@ -5,6 +5,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -248,20 +249,15 @@ class TrainedModel:
                 copy_full_tensor(target, saved[key])
 
 
+@dataclass(eq=False)
 class MovingAverage(TrainerCallback):
-    """
-    An exponential moving average of the trained weights, and its files. It begins when training does.
+    """An exponential moving average of the trained weights, and its files. It begins when training does."""
 
-    Args:
-        module (`torch.nn.Module`): what is trained of it is averaged.
-        decay (`float`): share of the old average that an update keeps.
-    """
+    module: nn.Module  # what is trained of it is averaged
+    decay: float  # share of the old average that an update keeps
+    model: EMAModel | None = None
 
     AVERAGE_FILE, WEIGHTS_FILE = "ema.pt", "weights_before_averaging.pt"
-
-    def __init__(self, module: nn.Module, decay: float):
-        self.module, self.decay = module, decay
-        self.model: EMAModel | None = None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
