@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import save_fsdp_optimizer
@@ -25,26 +25,17 @@ from .. import run_files
 from ..policy import PipelineReplayer, Rollout
 from . import checkpoints
 from .distributed import gathered
+from .gamma import GammaControl
 from .pipeline_inputs import Batch
 from .publisher import Publisher
 from .slas_config import SLASConfig
-from .trained_model import TrainedModel
+from .trained_model import MovingAverage, TrainedModel
 
 
 logger = logging.get_logger(__name__)
 
 # Hyperparameters in the groups of an optimizer, beside which it may keep states there. The rate is the scheduler's.
 GIVEN = {"initial_lr", "weight_decay", "betas", "eps", "momentum", "dampening", "nesterov", "alpha"}
-
-
-class Part(Protocol):
-    """Something with a state that belongs to a checkpoint. Collective: every rank must call both methods."""
-
-    def save(self, folder: Path, writes: bool) -> None:
-        """Add files to the checkpoint in `folder`, if this process `writes`."""
-
-    def load(self, folder: Path) -> None:
-        """Read them."""
 
 
 @dataclass
@@ -65,10 +56,6 @@ class BaseTrainer(Trainer, ABC):
     """
     A Trainer whose micro-step is one chunk of a rollout at one timestep, and whose checkpoints hold the rollout under
     way. The subclass samples.
-
-    Args:
-        trained ([`TrainedModel`]): what is trained.
-        kwargs: of transformers' Trainer, without `model`.
     """
 
     args: SLASConfig
@@ -78,7 +65,8 @@ class BaseTrainer(Trainer, ABC):
 
     def __init__(self, trained: TrainedModel, **kwargs: Any):
         self.trained = trained
-        self.parts: list[Part] = [trained.average] if trained.average is not None else []
+        # With a state that belongs to a checkpoint, which `save` and `load` are collective for.
+        self.parts: list[MovingAverage | GammaControl] = [trained.average] if trained.average is not None else []
         self._writing: Path | None = None  # where the checkpoint under way is written
         super().__init__(model=trained.module, **kwargs)
 
@@ -109,12 +97,8 @@ class BaseTrainer(Trainer, ABC):
         config = self.trained.adapter_config
         adapter = config and [config.r, config.lora_alpha, sorted(cast(Any, config.target_modules)), config.use_rslora]
         prompts = hashlib.sha256("\n".join(self.train_dataset["prompt"]).encode()).hexdigest()
-        return {
-            **self.args.resume_signature,
-            "adapter": adapter,
-            "prompts": prompts,
-            "continued": self.trained.continued,
-        }
+        own = {"adapter": adapter, "prompts": prompts, "continued": self.trained.continued}
+        return {**self.args.resume_signature, **own}
 
     @property
     def resume_settings(self) -> dict[str, Any]:
@@ -305,9 +289,7 @@ class BaseTrainer(Trainer, ABC):
             raise ValueError(f"The checkpoint {str(folder)!r} was made with other settings: {changed}.")
         if changed := _differences(state["settings"], self.resume_settings):
             update = state["micro_step"] // self.args.micro_steps_per_update
-            logger.warning(
-                f"After update {update} (rewards: after its rollout), training goes on with other settings: {changed}."
-            )
+            logger.warning(f"After update {update}, training goes on with other settings: {changed}.")
         self.trained.load(folder)
         for part in self.parts:
             part.load(folder)
@@ -359,10 +341,7 @@ class BaseTrainer(Trainer, ABC):
             return
         if folder.resolve() not in self._own_checkpoints:
             self._save_checkpoint(self.model, None)
-        logger.warning(
-            f"{why} after update {step}; the checkpoint is {str(folder)!r}. Resume with "
-            f"train(resume_from_checkpoint={str(folder)!r}), or --resume_from_checkpoint {folder} on the command line."
-        )
+        logger.warning(f"{why} after update {step}. To go on from there: --resume_from_checkpoint {folder}")
         self._finish_current_push()
 
 

@@ -30,15 +30,8 @@ from transformers import TrainerCallback
 
 from ..policy.checks import denoisers_of
 from ..run_files import adapter_file
-from .adapters import (
-    ADAPTER_NAME,
-    REFERENCE_NAME,
-    add_adapter,
-    carries_adapter,
-    continue_adapter,
-    keep_reference,
-)
-from .distributed import copy_full_tensor, full_state, full_tensor, reshard
+from .adapters import ADAPTER_NAME, REFERENCE_NAME, add_adapter, carries_adapter, continue_adapter, keep_reference
+from .distributed import copy_full_tensor, full_tensor, reshard
 from .slas_config import SLASConfig
 
 
@@ -61,11 +54,8 @@ class TrainedModel:
     """
     The denoisers of a pipeline, of which an adapter or all weights are trained. All other weights are frozen.
 
-    Args:
-        pipe ([`~diffusers.DiffusionPipeline`]): the pipeline.
-        args ([`SLASConfig`]): the configuration.
-        peft_config (`LoraConfig`, *optional*):
-            a new adapter. Without it, the adapter that the pipeline carries is trained on, or else all weights.
+    `peft_config` is a new adapter; without it, the adapter that the pipeline carries is trained on, or else all
+    weights. Raises `ValueError` or `TypeError` when this pipeline cannot be trained so.
 
     Attributes:
         names (`list[str]`): components of the denoisers, such as `["transformer", "transformer_2"]`.
@@ -73,9 +63,6 @@ class TrainedModel:
         has_adapter (`bool`): whether an adapter is trained.
         continued (`str`, *optional*): a hash of the adapter that training goes on with.
         average ([`MovingAverage`], *optional*): of the trained weights.
-
-    Raises:
-        `ValueError`, `TypeError`: when this pipeline cannot be trained so.
     """
 
     def __init__(self, pipe: DiffusionPipeline, args: SLASConfig, peft_config: PeftConfig | None = None):
@@ -162,8 +149,7 @@ class TrainedModel:
     def as_published(self) -> Iterator[None]:
         """
         Within, the pipeline is what a reader of the saved weights loads: in eval mode, its weights averaged, and
-        without the mixed precision of training. The mixed precision stays where components differ in dtype, which may
-        need it, and where weights are sharded.
+        without the mixed precision of training, unless components differ in dtype or weights are sharded.
         """
         modes = {denoiser: denoiser.training for denoiser in self.denoisers.values()}
         components = [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
@@ -225,12 +211,7 @@ class TrainedModel:
             LoraBaseMixin.write_lora_layers(state, str(folder), True, file, no_function, True, metadata)
 
     def load(self, folder: Path) -> None:
-        """
-        Read what [`save`] wrote into the denoisers in place, be they sharded or not.
-
-        Raises:
-            `ValueError`: when the files are of another adapter or model.
-        """
+        """Read what [`save`] wrote, in place. Raises `ValueError` when it is of another adapter or model."""
         for name, denoiser in self.denoisers.items():
             if self.has_adapter:
                 targets = get_peft_model_state_dict(cast(Any, denoiser), adapter_name=ADAPTER_NAME)
@@ -242,8 +223,8 @@ class TrainedModel:
             shapes, found = ({key: value.shape for key, value in state.items()} for state in (targets, saved))
             if differing := [key for key in {**shapes, **found} if shapes.get(key) != found.get(key)]:
                 raise ValueError(
-                    f"The weights of {name} in {str(folder)!r} do not fit this model: {differing[:3]} and the like "
-                    "are missing, of another shape, or too much. Use the model and peft_config they were trained with."
+                    f"The weights of {name} in {str(folder)!r} do not fit this model, as {differing[0]!r}. Use the "
+                    "model and peft_config they were trained with."
                 )
             for key, target in targets.items():
                 copy_full_tensor(target, saved[key])
@@ -353,7 +334,7 @@ def _rounded(denoisers: Any) -> Iterator[None]:
 
 def _save_denoiser(denoiser: Any, folder: Path, writes: bool) -> None:
     if any(isinstance(parameter, DTensor) for parameter in denoiser.parameters()):
-        state = full_state(denoiser)
+        state = {key: full_tensor(value).cpu() for key, value in denoiser.state_dict().items()}
         # save_pretrained does not know shards, and from_pretrained not the class that FSDP makes of the model's.
         with torch.device("meta"):
             denoiser = plain_class(denoiser).from_config(denoiser.config)
