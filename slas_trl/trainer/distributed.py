@@ -74,9 +74,7 @@ def check_sharding(accelerator: Accelerator, is_fsdp: bool, denoisers: int) -> N
     if is_fsdp and not accelerator.is_fsdp2:
         raise ValueError("FSDP of version 1 is not supported; set fsdp_version: 2 (accelerate_config fsdp2).")
     if is_fsdp and denoisers > 1:
-        raise ValueError(
-            f"FSDP cannot shard {denoisers} denoisers as one model; use DDP (accelerate_config multi_gpu)."
-        )
+        raise ValueError(f"FSDP cannot shard {denoisers} denoisers as one; use DDP (accelerate_config multi_gpu).")
 
 
 @torch.no_grad()

@@ -26,9 +26,8 @@ def prompt_sampler(args: SLASConfig, prompts: int) -> EpochRepeatSampler:
     per_rollout = args.images_per_rollout * args.world_size // args.num_generations
     if prompts < per_rollout:
         raise ValueError(
-            f"A rollout needs {per_rollout} prompts (generation_batch_size {args.generation_batch_size} / "
-            f"num_generations {args.num_generations}), but there are {prompts}. Add prompts or lower "
-            "steps_per_generation."
+            f"A rollout needs {per_rollout} prompts (generation_batch_size / num_generations), but there are {prompts}. "
+            "Add prompts or lower steps_per_generation."
         )
     return EpochRepeatSampler(
         range(prompts),
@@ -72,21 +71,18 @@ def trained_steps(args: SLASConfig, rollout: Rollout, rng: np.random.Generator) 
     skipped = rollout.steps[0].index
     if rollout.window is not None and (args.sde_window_start or 0) < skipped:  # before which none begins
         raise ValueError(
-            f"The pipeline begins at step {skipped} of {args.num_inference_steps} (`strength`), so a window "
-            f"of stochastic steps may lie before it; set sde_window_start to {skipped} or more."
+            f"The pipeline begins at step {skipped} (`strength`): sde_window_start must be so much or more."
         )
     if rollout.steps[-1].std > 0 and not args.train_final_step:
         raise ValueError(
-            f"The pipeline ended at step {rollout.steps[-1].index}, before its schedule does: noise that no trained "
-            "step explains is left on the images. Set train_final_step=True, or an sde_window_size."
+            f"The pipeline ended at step {rollout.steps[-1].index}, before its schedule, with noise on the images that no "
+            "trained step explains. Set train_final_step=True, or an sde_window_size."
         )
     trainable = rollout.trainable_steps
     wanted = args.num_trained_timesteps
     if len(trainable) < wanted:
         raise ValueError(
-            f"{wanted} timesteps should be trained (timestep_fraction {args.timestep_fraction} of "
-            f"num_inference_steps {args.num_inference_steps}), but the pipeline took {len(rollout.steps)} "
-            f"steps, of which {len(trainable)} can be trained. Lower timestep_fraction or sde_window_size, or "
-            "raise the noise (noise_level, eta) if it is 0."
+            f"{wanted} timesteps should be trained, but of the {len(rollout.steps)} that the pipeline took only "
+            f"{len(trainable)} can be. Lower timestep_fraction or sde_window_size; noise_level or eta may not be 0."
         )
     return rng.permutation(trainable)[:wanted].tolist()
