@@ -17,6 +17,7 @@ from peft.utils import get_peft_model_state_dict
 # The trained adapter is not called "default", as a user's own may be. peft matches adapters by substring: neither name
 # may contain the other.
 ADAPTER_NAME, REFERENCE_NAME = "slas", "kl_reference"
+SET_ONE = 'call `pipe.set_adapters("name")` for one'
 ANOTHER = "pass a peft_config, to train another adapter on top of it"
 
 
@@ -36,7 +37,7 @@ def add_adapter(denoiser: Any, config: PeftConfig) -> None:
         raise ValueError(f"lora_dropout ({config.lora_dropout}) would make the ratio random; set it to 0.")
     if not _is_plain(config):
         raise ValueError("peft_config has bias or modules_to_save, which diffusers' files of adapters cannot hold.")
-    if not isinstance(denoiser, PeftAdapterMixin):
+    if not hasattr(denoiser, "add_adapter"):
         raise ValueError(f"A {type(denoiser).__name__} takes no adapter; leave peft_config out to train all of it.")
     if not config.target_modules and not config.target_parameters:
         config.target_modules = ["to_q", "to_k", "to_v", "to_out.0"]  # peft has defaults for language models alone
@@ -59,9 +60,7 @@ def continue_adapter(pipe: DiffusionPipeline, names: list[str]) -> str:
     `ValueError` when there is not one active LoRA adapter in each denoiser, or what is saved would not be all of it.
     """
     if elsewhere := [name for name in pipe.components if name not in names and _active(pipe.components[name])]:
-        raise ValueError(
-            f"The adapter also changes {elsewhere[0]}, which is not trained and would not be saved; {ANOTHER}."
-        )
+        raise ValueError(f"The adapter also changes {elsewhere[0]}, which would not be saved; {ANOTHER}.")
     chosen = [(pipe.components[name], _the_active(pipe.components[name], name)) for name in names]
     digest = hashlib.sha256()
     for denoiser, adapter in chosen:
@@ -121,16 +120,12 @@ def _put(denoiser: Any, name: str, config: LoraConfig, state: dict[str, torch.Te
 def _the_active(denoiser: Any, name: str) -> str:
     """The one active adapter of the denoiser `name`, if it can be trained."""
     if not carries_adapter(denoiser):
-        raise ValueError(
-            f"{name} carries no adapter to go on from, as another denoiser does. Load one for it too, as by "
-            f"`pipe.load_lora_weights(..., load_into_{name}=True)`; or {ANOTHER}."
-        )
+        raise ValueError(f"{name} carries no adapter, as another denoiser does. Load one for it too; or {ANOTHER}.")
     _refuse_fused(denoiser)
     active = sorted(_active(denoiser))
     if len(active) != 1:
         raise ValueError(
-            f"Of the adapters {list(denoiser.peft_config)} of {name}, {active or 'none'} is active: one has to be, to "
-            f"go on from. Call `pipe.set_adapters(...)` or `pipe.enable_lora()`; or {ANOTHER}."
+            f"{name} has {active or 'none'} of {[*denoiser.peft_config]} active: {SET_ONE}; or {ANOTHER}."
         )
     [adapter] = active
     config = denoiser.peft_config[adapter]
@@ -140,10 +135,7 @@ def _the_active(denoiser: Any, name: str) -> str:
     scaled = [layer for layer in _layers(denoiser) if isinstance(layer, LoraLayer) and adapter in layer.scaling]
     weights = [layer.scaling[adapter] * root(layer.r[adapter]) / layer.lora_alpha[adapter] for layer in scaled]
     if odd := [weight for weight in weights if not math.isclose(weight, 1, rel_tol=1e-6)]:
-        raise ValueError(
-            f"The adapter {adapter!r} of {name} has the weight {odd[0]:g}, which is not saved. Call "
-            f'`pipe.set_adapters("{adapter}")` for a weight of 1; or {ANOTHER}.'
-        )
+        raise ValueError(f"The adapter {adapter!r} of {name} has weight {odd[0]:g}: {SET_ONE}; or {ANOTHER}.")
     return adapter
 
 
@@ -161,9 +153,7 @@ def _active(module: Any) -> set[str]:
 
 def _refuse_fused(denoiser: Any) -> None:
     if any(layer.merged for layer in _layers(denoiser)):
-        raise ValueError(
-            "An adapter is fused into the denoiser. Call `pipe.unload_lora_weights()` after `fuse_lora()`."
-        )
+        raise ValueError("An adapter is fused into the denoiser; call `pipe.unload_lora_weights()` after fusing it.")
 
 
 def _layers(denoiser: Any) -> list[Any]:

@@ -74,7 +74,7 @@ def read_state(folder: Path) -> dict[str, Any]:
                 raise ValueError("not as it was written")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"The checkpoint {str(folder)!r} is damaged, unfinished, or of an earlier version: {file} ({error})."
+            f"The checkpoint {str(folder)!r} is damaged or of an earlier version: {file} ({error})."
         ) from error
     return state
 
@@ -259,8 +259,7 @@ def fetch_checkpoint(source: str, output_dir: Path, revision: str | None = None,
             folder = wanted or (LAST_CHECKPOINT if LAST_CHECKPOINT in there else there[-1] if there else None)
             if folder not in there:
                 raise ValueError(
-                    f"{source!r} is no checkpoint on the Hub; {repo_id} has {', '.join(there) or 'none'}. A run "
-                    "pushes them with hub_strategy='checkpoint' or 'all_checkpoints'."
+                    f"{source!r} is not on the Hub; the checkpoints of {repo_id}: {', '.join(there) or 'none'}."
                 )
             logger.info(f"Downloading {folder} of {repo_id}.")
             download = functools.partial(snapshot_download, repo_id, revision=revision, token=token, local_dir=place)

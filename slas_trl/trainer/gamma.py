@@ -65,10 +65,7 @@ class GammaControl(TrainerCallback):
     def __post_init__(self):
         self.interval = self.args.fisher_interval
         if self.interval is not None and self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise ValueError(
-                "DeepSpeed makes the update within its backward pass, where its length cannot be measured. Use DDP or "
-                "FSDP2, or another gamma_schedule than 'trust_region' and no fisher_update_steps."
-            )
+            raise ValueError("gamma_schedule 'trust_region' and fisher_update_steps need DDP or FSDP2, not DeepSpeed.")
         self.reset()
 
     @property

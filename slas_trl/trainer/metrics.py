@@ -68,17 +68,11 @@ def reward_times(names: list[str], scores: Scores) -> dict[str, float]:
 def advantage_problem(result: Advantages, min_group_std: float) -> str | None:
     """Why little can be learned from a rollout, if so."""
     if not (result.group_std > 0).any():
-        return (
-            "In no group do the rewards differ; images like these teach nothing. Look at the reward, or raise the "
-            "noise (noise_level, eta) or num_generations."
-        )
+        return "In no group do the rewards differ. Raise the noise (noise_level, eta), or look at the reward."
     if result.frac_groups_filtered == 1:
         return f"The std of every group is below min_group_std ({min_group_std:g}); lower it."
     if result.effective_share < 0.1:
-        return (
-            f"The effective sample share is {result.effective_share:.2f}, below 0.1: few images decide the update. "
-            "Lower gamma, or enlarge the rollout."
-        )
+        return f"Few images decide the update: the effective share is {result.effective_share:.2f}. Lower gamma."
     return None
 
 
@@ -90,10 +84,8 @@ def warn_of_resolution(names: list[str], rewards: torch.Tensor, num_generations:
         values, std = column[~column.isnan()].unique(), std[std > 0]
         # The gap of a reward with two values is a verdict's, and no rounding.
         if len(std) and len(values) > 2 and (gap := values.diff().min()) >= std.median():
-            logger.warning(
-                f"Reward {name!r} resolves differences of {gap:.3g}, but within a group its values spread by only "
-                f"{std.median():.3g}: much of the advantage is rounding. Score in float32, or return finer values."
-            )
+            how = f"resolves differences of {gap:.3g}, but in a group its std is only {std.median():.3g}"
+            logger.warning(f"Reward {name!r} {how}: much of the advantage is rounding. Score in float32.")
 
 
 class MetricMeans:

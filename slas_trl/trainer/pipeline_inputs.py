@@ -56,7 +56,7 @@ class Batch:
 
 class PipelineInputs:
     """
-    The inputs of one pipeline. Raises `ValueError` when it takes no prompt, or an argument that it does not know is set.
+    The inputs of one pipeline. Raises `ValueError` when it takes no prompt, or an argument is set that it lacks.
 
     A column whose name is an argument of the pipeline's call reaches it if `args.pipeline_columns` lists it or, with
     `None`, if it holds text or images. Where not only texts are among them, each call is of one row, repeated by
@@ -71,10 +71,8 @@ class PipelineInputs:
             raise ValueError(f"{self.name} takes no prompt; expected a pipeline that makes images of a text.")
         open_ended = any(p.kind is p.VAR_KEYWORD for p in self.parameters.values())
         if not open_ended and (unknown := sorted(self.arguments.keys() - self.parameters.keys())):
-            raise ValueError(
-                f"{self.name} takes no {', '.join(unknown)}, but {', '.join(list(self.parameters)[1:])}. Leave it out, or "
-                "set what it calls differently in pipeline_kwargs."
-            )
+            takes = ", ".join(list(self.parameters)[1:])
+            raise ValueError(f"{self.name} takes no {', '.join(unknown)}: set pipeline_kwargs by its names, {takes}.")
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -93,10 +91,8 @@ class PipelineInputs:
         if self.args.pipeline_columns is None:
             return [c for c in free if is_picture_column(dataset, c) or _is_text(dataset.features[c])]
         if unfit := [column for column in self.args.pipeline_columns if column not in free]:
-            raise ValueError(
-                f"pipeline_columns names {unfit[0]!r}, but of the columns {dataset.column_names} only {free} are "
-                f"arguments of {self.name} that nothing else sets. Rename the column, or leave it out."
-            )
+            why = f"of {dataset.column_names} only {free} are arguments of {self.name} that nothing else sets"
+            raise ValueError(f"pipeline_columns names {unfit[0]!r}, but {why}. Rename the column, or leave it out.")
         return self.args.pipeline_columns
 
     def one_row_each(self, dataset: Dataset) -> bool:
@@ -137,10 +133,8 @@ class PipelineInputs:
                 logger.warning(f"{self.name} draws from texts alone. If it should edit, name the column `image`.")
             return
         if group % size:
-            raise ValueError(
-                f"per_device_train_batch_size ({size}) must divide num_generations ({group}) where a call is of one "
-                f"prompt with its {self.columns(dataset)}."
-            )
+            what = f"each call is of one prompt with its {self.columns(dataset)}"
+            raise ValueError(f"per_device_train_batch_size ({size}) must divide num_generations ({group}): {what}.")
         if size > 1 and "num_images_per_prompt" not in self.parameters:
             raise ValueError(f"{self.name} has no num_images_per_prompt; set per_device_train_batch_size=1.")
 

@@ -25,10 +25,8 @@ def prompt_sampler(args: SLASConfig, prompts: int) -> EpochRepeatSampler:
     """The order of so many prompts. Raises `ValueError` when there are too few for a rollout."""
     per_rollout = args.images_per_rollout * args.world_size // args.num_generations
     if prompts < per_rollout:
-        raise ValueError(
-            f"A rollout needs {per_rollout} prompts (generation_batch_size / num_generations), but there are {prompts}. "
-            "Add prompts or lower steps_per_generation."
-        )
+        how = "(generation_batch_size / num_generations); lower steps_per_generation"
+        raise ValueError(f"There are {prompts} prompts, but a rollout needs {per_rollout} {how}, or add prompts.")
     return EpochRepeatSampler(
         range(prompts),
         mini_repeat_count=args.num_generations,
@@ -70,19 +68,13 @@ def trained_steps(args: SLASConfig, rollout: Rollout, rng: np.random.Generator) 
     """The trained timesteps, in random order. Raises `ValueError` when the pipeline did not take what is asked for."""
     skipped = rollout.steps[0].index
     if rollout.window is not None and (args.sde_window_start or 0) < skipped:  # before which none begins
-        raise ValueError(
-            f"The pipeline begins at step {skipped} (`strength`): sde_window_start must be so much or more."
-        )
+        raise ValueError(f"The pipeline begins at step {skipped} (`strength`): set sde_window_start to that or more.")
     if rollout.steps[-1].std > 0 and not args.train_final_step:
-        raise ValueError(
-            f"The pipeline ended at step {rollout.steps[-1].index}, before its schedule, with noise on the images that no "
-            "trained step explains. Set train_final_step=True, or an sde_window_size."
-        )
+        what = f"The pipeline ended early, at step {rollout.steps[-1].index}, with noise on the images"
+        raise ValueError(f"{what} that no trained step explains. Set train_final_step=True, or an sde_window_size.")
     trainable = rollout.trainable_steps
     wanted = args.num_trained_timesteps
     if len(trainable) < wanted:
-        raise ValueError(
-            f"{wanted} timesteps should be trained, but of the {len(rollout.steps)} that the pipeline took only "
-            f"{len(trainable)} can be. Lower timestep_fraction or sde_window_size; noise_level or eta may not be 0."
-        )
+        what = f"Only {len(trainable)} of {wanted} timesteps can be trained"
+        raise ValueError(f"{what}; lower timestep_fraction or sde_window_size, or raise noise_level or eta.")
     return rng.permutation(trainable)[:wanted].tolist()

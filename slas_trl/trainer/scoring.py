@@ -62,10 +62,8 @@ class RewardScorer:
             except ValueError:  # written in C
                 continue
             except TypeError as error:
-                raise TypeError(
-                    f"Reward {name!r} cannot be called with {', '.join(given)} ({error}). Define it as "
-                    "reward(prompts, images, **columns)."
-                ) from error
+                what = f"Reward {name!r} cannot be called with {', '.join(given)} ({error})"
+                raise TypeError(f"{what}. Define it as reward(prompts, images, **columns).") from error
 
     def score(self, prompts: list[str], images: list[Any], columns: dict[str, list[Any]]) -> torch.Tensor:
         """
@@ -200,10 +198,8 @@ def same_components(name: str, found: Sequence[Iterable[str]]) -> list[str]:
     """The components of a reward, whose sum the trained reward may be. Raises `ValueError` where they differ."""
     for names in found:
         if set(names) != set(found[0]):
-            raise ValueError(
-                f"Reward {name!r} returned the components {sorted(found[0])} for some images, and {sorted(names)} for "
-                "others; expected the same ones every time, with None for an image that has no such score."
-            )
+            what = f"Reward {name!r} returned the components {sorted(found[0])} and later {sorted(names)}"
+            raise ValueError(f"{what}; return the same ones every time, with None where there is no such score.")
     return list(found[0]) if found else []
 
 
@@ -224,10 +220,8 @@ def _score_chunk(
     except (RewardUnavailableError, ImportError, FileNotFoundError) as error:  # no image is to blame
         raise ValueError(f"Reward {name!r} cannot be used: {error}") from error
     except BaseException as error:  # such as SystemExit: the trainer tells the other processes, and saves
-        raise ValueError(
-            f"Reward {name!r} raised {type(error).__name__}: {error} on {len(images)} images, the first of "
-            f"{prompts[0]!r}. Return None for an image that cannot be scored."
-        ) from error
+        what = f"Reward {name!r} raised {type(error).__name__}: {error} on {len(images)} images from {prompts[0]!r} on"
+        raise ValueError(f"{what}. Return None for an image that cannot be scored.") from error
     parts = result if isinstance(result, dict) else {"reward": result}
     if not parts:
         raise ValueError(f"Reward {name!r} returned an empty dictionary; expected lists of scores by component.")

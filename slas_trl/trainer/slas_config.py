@@ -15,7 +15,6 @@ from ..schedulers.flow_sde import NOISE_SCHEDULES
 
 # Arguments of the pipeline's call that are the trainer's, or have a field of their own.
 RESERVED = {"prompt", "generator", "num_inference_steps", "num_images_per_prompt", "output_type", "return_dict"}
-MODES = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]  # of torch.compile
 
 # Of the inherited ones; any other has to be finite.
 INHERITED = {
@@ -83,7 +82,6 @@ class SLASConfig(AdvantageOptions, TrainingArguments):
     logging_nan_inf_filter: bool = option(False, "Hide NaN losses in the logs.")
     report_to: None | str | list[str] = option("none", "Trackers to report to.")
     remove_unused_columns: bool | None = option(False, "Kept off: all columns reach the rewards.")
-    torch_compile_mode: str | None = option(None, "See torch.compile.", choices=MODES)
     gradient_accumulation_steps: Count | None = option(  # type: ignore[assignment]
         None, "Micro-steps per update. Default: one update per pass over a rollout."
     )
@@ -237,32 +235,21 @@ class SLASConfig(AdvantageOptions, TrainingArguments):
         if one_update_per_pass:
             self.gradient_accumulation_steps = self.micro_steps_per_pass
         elif self.micro_steps_per_pass % self.micro_steps_per_update:
-            raise ValueError(
-                f"gradient_accumulation_steps ({self.gradient_accumulation_steps}) must divide the "
-                f"{self.micro_steps_per_pass} micro-steps of a rollout. Leave it out for one update per rollout."
-            )
+            what = f"gradient_accumulation_steps ({self.gradient_accumulation_steps}) must divide the"
+            raise ValueError(f"{what} {self.micro_steps_per_pass} micro-steps of a rollout; leave it out for all.")
 
     def _divide_the_rollout(self) -> None:
         chunk, group = self.per_device_train_batch_size * self.world_size, self.num_generations
-        if self.generation_batch_size is None:
-            self.generation_batch_size = chunk * (self.steps_per_generation or group)
-        if self.generation_batch_size % chunk:
-            raise ValueError(
-                f"generation_batch_size ({self.generation_batch_size}) must be divisible by {chunk}, the images of a "
-                f"chunk of all processes; use {math.ceil(self.generation_batch_size / chunk) * chunk}."
-            )
-        steps = self.generation_batch_size // chunk
-        if self.steps_per_generation not in (None, steps):
-            raise ValueError(
-                f"generation_batch_size ({self.generation_batch_size}) and steps_per_generation "
-                f"({self.steps_per_generation} × {chunk} images) disagree; give one of them."
-            )
-        self.steps_per_generation = steps
-        if self.generation_batch_size % group:
-            raise ValueError(
-                f"A rollout of {self.generation_batch_size} images does not divide into groups of num_generations "
-                f"({group}). Use steps_per_generation={group // math.gcd(chunk, group)} or a multiple."
-            )
+        images = self.generation_batch_size or chunk * (self.steps_per_generation or group)
+        rollout, fitting = f"A rollout (generation_batch_size) of {images} images", math.ceil(images / chunk) * chunk
+        if images % chunk:
+            raise ValueError(f"{rollout} does not divide into chunks of {chunk} over all processes; use {fitting}.")
+        if self.steps_per_generation not in (None, images // chunk):
+            raise ValueError(f"{rollout} is not {self.steps_per_generation} × {chunk} images (steps_per_generation).")
+        if images % group:
+            fix = f"use steps_per_generation={group // math.gcd(chunk, group)} or a multiple"
+            raise ValueError(f"{rollout} does not divide into groups of num_generations ({group}); {fix}.")
+        self.generation_batch_size, self.steps_per_generation = images, images // chunk
 
     def _check_numbers(self) -> None:
         size, start, last = self.sde_window_size, self.sde_window_start, self.num_trainable_steps

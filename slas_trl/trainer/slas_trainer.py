@@ -164,14 +164,10 @@ class SLASTrainer(BaseTrainer):
 
     def _check_rewards(self, args: SLASConfig, has_held_out: bool, has_eval_dataset: bool) -> None:
         if has_held_out and not has_eval_dataset:
-            raise ValueError(
-                "eval_reward_funcs are scored in evaluation, for which there are no prompts: pass eval_dataset."
-            )
+            raise ValueError("eval_reward_funcs are scored on the prompts of eval_dataset; pass one.")
         if args.reward_weights is not None and len(args.reward_weights) != len(self.scorer.names):
-            raise ValueError(
-                f"reward_weights has {len(args.reward_weights)} entries for {len(self.scorer.names)} rewards "
-                f"({', '.join(self.scorer.names)}); give one for each."
-            )
+            given = f"reward_weights has {len(args.reward_weights)} entries for {len(self.scorer.names)} rewards"
+            raise ValueError(f"{given} ({', '.join(self.scorer.names)}); give one for each.")
 
     def _check_best_metric(self) -> None:
         """Raises `ValueError` for a `metric_for_best_model` that no evaluation will have."""
@@ -377,8 +373,7 @@ class SLASTrainer(BaseTrainer):
             self.save_unfinished("The run has diverged")
             raise ValueError(
                 f"Update {number} of {self.state.max_steps} had {what}, after {self._skipped - 1} that were skipped "
-                f"(max_skipped_updates {self.args.max_skipped_updates}; never the last one, nor any by DeepSpeed). "
-                "Resume from an earlier checkpoint with a lower learning_rate or max_grad_norm."
+                "(max_skipped_updates). Resume from an earlier checkpoint with a lower learning_rate or max_grad_norm."
             )
         logger.warning(f"Update {number} is skipped: it had {what}.")
 

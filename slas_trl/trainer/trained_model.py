@@ -90,10 +90,8 @@ class TrainedModel:
         elif not self.has_adapter:
             denoiser.requires_grad_(True)
             if narrow := {p.dtype for p in denoiser.parameters()} & {*HALF_PRECISION.values()}:
-                raise ValueError(
-                    f"All weights would be trained in {narrow.pop()}, which rounds most updates away. Load the "
-                    "pipeline in float32 and set bf16=True, or train an adapter (peft_config, use_peft)."
-                )
+                what = f"All weights would be trained in {narrow.pop()}, which rounds most updates away"
+                raise ValueError(f"{what}. Load them in float32 and set bf16=True, or train an adapter (peft_config).")
         elif self._keeps_reference:
             keep_reference(denoiser)
         if self.args.activation_checkpointing:
@@ -222,10 +220,8 @@ class TrainedModel:
                 saved = plain_class(denoiser).from_pretrained(folder / name).state_dict()
             shapes, found = ({key: value.shape for key, value in state.items()} for state in (targets, saved))
             if differing := [key for key in {**shapes, **found} if shapes.get(key) != found.get(key)]:
-                raise ValueError(
-                    f"The weights of {name} in {str(folder)!r} do not fit this model, as {differing[0]!r}. Use the "
-                    "model and peft_config they were trained with."
-                )
+                what = f"The weights of {name} in {str(folder)!r} are of another model or peft_config"
+                raise ValueError(f"{what}: {differing[:3]} differ. Use those they were trained with.")
             for key, target in targets.items():
                 copy_full_tensor(target, saved[key])
 
