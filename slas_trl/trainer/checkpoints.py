@@ -73,9 +73,7 @@ def read_state(folder: Path) -> dict[str, Any]:
             if _content(folder / file) != content:
                 raise ValueError("not as it was written")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"The checkpoint {str(folder)!r} is damaged or of an earlier version: {file} ({error})."
-        ) from error
+        raise ValueError(f"The checkpoint {str(folder)!r} is damaged, unfinished or old: {file} ({error}).") from error
     return state
 
 

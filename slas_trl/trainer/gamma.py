@@ -64,6 +64,7 @@ class GammaControl(TrainerCallback):
 
     def __post_init__(self):
         self.interval = self.args.fisher_interval
+        self._keeps_state = self.interval is not None or self.args.gamma_schedule == "kl"  # of other rollouts
         if self.interval is not None and self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise ValueError("gamma_schedule 'trust_region' and fisher_update_steps need DDP or FSDP2, not DeepSpeed.")
         self.reset()
@@ -78,11 +79,6 @@ class GammaControl(TrainerCallback):
         """γ of the current rollout."""
         return self.state.gamma
 
-    @property
-    def _keeps_state(self) -> bool:
-        """Whether γ depends on more than the rollout."""
-        return self.interval is not None or self.args.gamma_schedule == "kl"
-
     def reset(self) -> None:
         """Back to the state before training."""
         self.state = GammaState(gamma=self.args.gamma)
@@ -93,13 +89,8 @@ class GammaControl(TrainerCallback):
 
     def choose(self, x: torch.Tensor, chunks: list[Rollout], steps: list[int], update: int) -> float:
         """
-        γ for a rollout.
-
-        Args:
-            x (`torch.Tensor` of shape `(N,)`): scaled rewards of all processes, around the mean of each group.
-            chunks (`list[Rollout]`): this process's part of the rollout.
-            steps (`list[int]`): the trained timesteps.
-            update (`int`): number of updates made before.
+        γ for a rollout, given the scaled rewards `x` `(N,)` of all processes around the mean of each group, this
+        process's chunks, the trained timesteps, and the number of updates made before.
         """
         if self.interval is not None:
             last = self.state.measured_at
@@ -126,11 +117,9 @@ class GammaControl(TrainerCallback):
             case "kl" if state.kls:
                 kl = sum(kl for _, kl in state.kls) / len(state.kls)
                 return trust_region.kl_feedback(state.gamma, kl, args.allowed_kl, args.gamma_max)
-            case "kl":
-                return state.gamma
-            case "trust_region":
-                return state.gamma if bound is None else bound
-        return args.gamma
+            case "trust_region" if bound is not None:
+                return bound
+        return args.gamma if args.gamma_schedule == "constant" else state.gamma
 
     def _bound(self, x: torch.Tensor) -> float | None:
         """The largest γ whose moment is within the budget; `None` before the first update, and where all x are 0."""
@@ -145,11 +134,9 @@ class GammaControl(TrainerCallback):
         bound = trust_region.largest_gamma(x, budget, top)
         for name, value in (("tau", tau), ("g_max", g_max), ("budget", budget), ("gamma_bound", bound)):
             self.log(f"trust_region/{name}", value)
-        corollaries = {
-            "bounded": trust_region.gamma_bound_bounded(budget, x.abs().max().item()),
-            "sub_gaussian": trust_region.gamma_bound_sub_gaussian(budget, trust_region.sub_gaussian_norm(x)),
-        }
-        for name, admissible in corollaries.items():
+        bounded = trust_region.gamma_bound_bounded(budget, x.abs().max().item())
+        sub_gaussian = trust_region.gamma_bound_sub_gaussian(budget, trust_region.sub_gaussian_norm(x))
+        for name, admissible in (("bounded", bounded), ("sub_gaussian", sub_gaussian)):
             self.log(f"trust_region/gamma_bound_{name}", max(0.0, min(top, admissible.high)))  # 0 where there is none
         return bound
 
@@ -183,22 +170,12 @@ class GammaControl(TrainerCallback):
             least, most = FIRST_PRODUCTS
         if not 0 < curvature < math.inf:
             return Eigenpair(curvature, start, 0)
-        product = FisherProduct(
-            policies,
-            self.parameters,
-            curvature,
-            gradients=self._gradients,
-            inner=self._inner,
-            shift=NARROW_SHIFT if self._is_narrow else SHIFT,
-        )
-        return trust_region.power_iteration(
-            product, start, min_products=least, max_products=most, tolerance=TOLERANCE, inner=self._inner
-        )
-
-    @property
-    def _is_narrow(self) -> bool:
-        """Whether the mean is computed in half precision, so that small differences are lost."""
-        return self.accelerator.mixed_precision != "no" or any(p.dtype in NARROW for p in self.model.parameters())
+        # Small differences are lost where the mean is computed in half precision.
+        is_narrow = self.accelerator.mixed_precision != "no" or any(p.dtype in NARROW for p in self.model.parameters())
+        by: dict[str, Any] = {"gradients": self._gradients, "inner": self._inner}
+        product = FisherProduct(policies, self.parameters, curvature, **by, shift=NARROW_SHIFT if is_narrow else SHIFT)
+        bounds: dict[str, Any] = {"min_products": least, "max_products": most, "tolerance": TOLERANCE}
+        return trust_region.power_iteration(product, start, **bounds, inner=self._inner)
 
     def _policy(self, rollout: Rollout, step: int) -> StepOutput:
         output = self.replayer.replay(rollout, step)

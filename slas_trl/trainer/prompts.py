@@ -42,9 +42,8 @@ def load_prompts(name_or_path: str, split: str = "train") -> Dataset:
         data = _read(path) if path.is_file() else datasets.load_dataset(name_or_path, split=split)
     except Exception as error:  # from the Hub, the cache or the file: too many kinds to name
         expected = f"Expected a data set on the Hub, or a file ({', '.join(SUFFIXES)}) in UTF-8"
-        raise ValueError(
-            f"The prompts {name_or_path!r} cannot be read: {error.__cause__ or error}. {expected}."
-        ) from error
+        why = error.__cause__ or error
+        raise ValueError(f"The prompts {name_or_path!r} cannot be read: {why}. {expected}.") from error
     data = check_prompts(data, repr(name_or_path))
     pictures = [column for column in data.column_names if is_picture_column(data, column)]
     if path.is_file() and pictures:

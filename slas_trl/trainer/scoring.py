@@ -112,8 +112,8 @@ class Scoring:
         columns = {key: [values[i] for i in shown] for key, values in columns.items()}
         names, functions = self.scorer.names, self.scorer.functions
         for name, function, thread, chunks in zip(names, functions, self._threads, self._chunks, strict=True):
-            previous = chunks[-1] if chunks else None
-            chunks.append(thread.submit(_score_chunk, previous, name, function, prompts, images, columns))
+            call = partial(call_reward, function, prompts, images, columns)
+            chunks.append(thread.submit(_score_chunk, chunks[-1] if chunks else None, name, call, prompts))
             if not self.concurrent:
                 wait(chunks)
 
@@ -125,8 +125,7 @@ class Scoring:
     def result(self) -> tuple[Scores, Exception | None]:
         """Wait for the scores of this process; and the first error of a reward, if one raised any."""
         rewards = torch.full((self._images, len(self.scorer.names)), math.nan, dtype=torch.float64)
-        components: dict[str, torch.Tensor] = {}
-        seconds = [0.0] * len(self.scorer.names)
+        components, seconds = {}, [0.0] * len(self.scorer.names)
         try:
             for k, (name, chunks) in enumerate(zip(self.scorer.names, self._chunks, strict=True)):
                 scored = [chunk.result() for chunk in chunks]
@@ -204,23 +203,18 @@ def same_components(name: str, found: Sequence[Iterable[str]]) -> list[str]:
 
 
 def _score_chunk(
-    previous: "Future[_ChunkScores] | None",
-    name: str,
-    function: RewardFunc,
-    prompts: list[str],
-    images: list[Any],
-    columns: dict[str, list[Any]],
+    previous: "Future[_ChunkScores] | None", name: str, call: Callable[[], Any], prompts: list[str]
 ) -> _ChunkScores:
     """Raises `ValueError` or `TypeError`, whatever happens; at once if the chunk before raised it."""
     if previous is not None and (error := previous.exception()) is not None:
         raise error
     start = time.perf_counter()
     try:
-        result = call_reward(function, prompts, images, columns)
+        result = call()
     except (RewardUnavailableError, ImportError, FileNotFoundError) as error:  # no image is to blame
         raise ValueError(f"Reward {name!r} cannot be used: {error}") from error
     except BaseException as error:  # such as SystemExit: the trainer tells the other processes, and saves
-        what = f"Reward {name!r} raised {type(error).__name__}: {error} on {len(images)} images from {prompts[0]!r} on"
+        what = f"Reward {name!r} raised {type(error).__name__}: {error} on {len(prompts)} images, as of {prompts[0]!r}"
         raise ValueError(f"{what}. Return None for an image that cannot be scored.") from error
     parts = result if isinstance(result, dict) else {"reward": result}
     if not parts:

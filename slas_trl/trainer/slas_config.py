@@ -13,6 +13,9 @@ from ..advantages import AdvantageOptions, Count, NotNegative, Positive, check_f
 from ..schedulers.flow_sde import NOISE_SCHEDULES
 
 
+Index = Annotated[int, "[0, inf)"]
+Finite = Annotated[float, "(-inf, inf)"]
+
 # Arguments of the pipeline's call that are the trainer's, or have a field of their own.
 RESERVED = {"prompt", "generator", "num_inference_steps", "num_images_per_prompt", "output_type", "return_dict"}
 
@@ -60,12 +63,12 @@ class SLASConfig(AdvantageOptions, TrainingArguments):
     `gamma_schedule` changes γ from rollout to rollout, from 0 to `gamma_max`: `"trust_region"` takes the largest γ
     whose moment is within the budget of Theorem 4, `"kl"` goes by the measured KL of the updates, and both begin with
     `gamma`; `"ess"` takes the largest with an effective share of `min_effective_share`. `kl_threshold` is ζ of Eq. 78:
-    of a bound under `"trust_region"`, far above the KL with AdamW, and of a measurement under `"kl"`. With
-    `fisher_update_steps`, other schedules log the bounds as well.
+    of a bound under `"trust_region"`, far above the KL with AdamW, and of a measurement under `"kl"`, both in nats per
+    latent element. `fisher_update_steps` is 20 with `"trust_region"`; set, other schedules log the bounds as well.
 
-    A trajectory has `sde_window_size` stochastic steps, from `sde_window_start` on; `sde_window_slide_every` moves
-    them to the end and over again, as MixGRPO does. The noise of the last transition would stay on the image, so it is
-    deterministic unless `train_final_step`.
+    A trajectory has `sde_window_size` stochastic steps, from `sde_window_start` on, which is drawn anew for each
+    rollout; `sde_window_slide_every` moves them from there to the end and over again, as MixGRPO does. The noise of
+    the last transition would stay on the image, so it is deterministic unless `train_final_step`.
 
     `pipeline_columns` reach the pipeline's call under their names, such as `image`; by default those with text or
     images that it takes, and `[]` for none. `log_completions` shows every tenth rollout in the trackers of `report_to`
@@ -97,21 +100,13 @@ class SLASConfig(AdvantageOptions, TrainingArguments):
     epsilon: Positive = option(1e-4, "Clip range of the ratio.")
     epsilon_high: Positive | None = option(None, "Upper clip range. Default: epsilon.")
     beta: NotNegative = option(0.0, "Weight of the KL divergence to the reference policy.")
-    kl_reference: str = option(
-        "initial", "Going on from an adapter: KL to it as it came, or to the base model.", choices=["initial", "base"]
-    )
+    kl_reference: str = option("initial", "A continued adapter as it came, or the base.", choices=["initial", "base"])
 
     # How γ changes
-    gamma_schedule: str = option(
-        "constant", "How gamma changes from rollout to rollout.", choices=["constant", "trust_region", "kl", "ess"]
-    )
+    gamma_schedule: str = option("constant", "How gamma changes.", choices=["constant", "trust_region", "kl", "ess"])
     gamma_max: NotNegative = option(1.0, "Largest gamma of trust_region, kl and ess.")
-    kl_threshold: Positive | None = option(
-        None, "KL of an update that trust_region (default: 3e-4) and kl (1e-5) keep to, in nats per latent element."
-    )
-    fisher_update_steps: Count | None = option(
-        None, "Updates between measurements of the Fisher matrix. Default: 20 with trust_region, else never."
-    )
+    kl_threshold: Positive | None = option(None, "KL of an update. Default: 3e-4 for trust_region, 1e-5 for kl.")
+    fisher_update_steps: Count | None = option(None, "Updates from one Fisher matrix to the next.")
     min_effective_share: Annotated[float, "(0, 1]"] = option(0.25, "Share of images to carry the update under ess.")
 
     # Rewards
@@ -121,9 +116,7 @@ class SLASConfig(AdvantageOptions, TrainingArguments):
 
     # Sampling
     num_inference_steps: Count = option(10, "Denoising steps.")
-    guidance_scale: Annotated[float, "(-inf, inf)"] | None = option(
-        None, "Guidance in sampling and loss. Default: the pipeline's own."
-    )
+    guidance_scale: Finite | None = option(None, "Guidance in sampling and loss. Default: the pipeline's own.")
     height: Count | None = option(None, "Image height in pixels. Default: the pipeline's own.")
     width: Count | None = option(None, "Image width in pixels. Default: the pipeline's own.")
     eta: Annotated[float, "[0, 1]"] = option(1.0, "Noise of the DDIM step (epsilon, v and x0 prediction).")
@@ -132,14 +125,12 @@ class SLASConfig(AdvantageOptions, TrainingArguments):
     timestep_fraction: Annotated[float, "(0, 1]"] = option(1.0, "Share of the trainable timesteps to train.")
     train_final_step: bool = option(False, "Train the last transition too.")
     sde_window_size: Count | None = option(None, "Number of stochastic steps. Default: all.")
-    sde_window_start: Annotated[int, "[0, inf)"] | None = option(
-        None, "First stochastic step. Default: drawn for each rollout from the first half, or 0 if it slides."
-    )
+    sde_window_start: Index | None = option(None, "First stochastic step. Default: random in the first half, or 0.")
     sde_window_slide_every: Count | None = option(None, "Rollouts after which the window moves on by one step.")
     init_same_noise: bool = option(True, "Start all images of a group from the same noise.")
 
     # The rest
-    max_skipped_updates: Annotated[int, "[0, inf)"] = option(3, "Updates in a row that NaN or infinity may skip.")
+    max_skipped_updates: Index = option(3, "Updates in a row that NaN or infinity may skip.")
     offload_frozen_components: bool = option(False, "Text encoders and VAE are on the CPU during updates.")
     use_ema: bool = option(False, "Evaluate and save a moving average of the weights.")
     ema_decay: Annotated[float, "[0, 1)"] = option(0.9, "Decay of the moving average per update.")
