@@ -19,7 +19,6 @@ from ..loading import EMBEDDED, load_with_adapter
 from ..rewards.resolve import SEVERAL, masked
 from ..shapes import WEIGHTS
 from ..trainer import SLASConfig
-from ..trainer.slas_config import refuse_removed
 
 
 # Defaults of the embedded pipeline; no other model is touched by them.
@@ -176,7 +175,6 @@ def parse(
     )
     rest, values = take_config(argv) if settings is None else (list(argv), dict(settings))
     flags = flags_of(rest)
-    refuse_removed(flags)
     given, unknown = parser.parse_known_args(rest)
     if unknown:
         _refuse_unknown(flags_of(unknown), "option", prefix="--")
@@ -224,7 +222,6 @@ def take_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ValueError(f"{path} must hold 'field: value' lines, got {type(values).__name__}.")
-    refuse_removed(values)
     _refuse_unknown(values.keys() - {"env"}, f"field in {path}", prefix="")
     return [*words[:place], *words[place + 2 :]], values
 

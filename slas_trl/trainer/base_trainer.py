@@ -100,11 +100,6 @@ class BaseTrainer(Trainer, ABC):
         own = {"adapter": adapter, "prompts": prompts, "continued": self.trained.continued}
         return {**self.args.resume_signature, **own}
 
-    @property
-    def resume_settings(self) -> dict[str, Any]:
-        """What may differ when a run is resumed; differences are logged."""
-        return self.args.settings
-
     # Micro-steps
 
     def _prepare_inputs(self, inputs: list[int]) -> dict[str, Any]:  # type: ignore[override]
@@ -198,7 +193,7 @@ class BaseTrainer(Trainer, ABC):
             self.accelerator.wait_for_everyone()  # the files of all processes are listed
             if self.args.should_save:
                 done, midway = self._progress
-                settings = {"layout": self.resume_signature, "settings": self.resume_settings}
+                settings = {"layout": self.resume_signature, "settings": self.args.settings}
                 checkpoints.write_state(written, micro_step=done, midway=midway, **settings)
                 self.publisher.facts().write(written)  # not part of what a training needs to go on
                 checkpoints.publish(written, folder)
@@ -287,7 +282,7 @@ class BaseTrainer(Trainer, ABC):
         state = json.loads((folder / run_files.STATE).read_text())  # `train` has looked whether it is whole
         if changed := _differences(state["layout"], self.resume_signature):
             raise ValueError(f"The checkpoint {str(folder)!r} was made with other settings: {changed}.")
-        if changed := _differences(state["settings"], self.resume_settings):
+        if changed := _differences(state["settings"], self.args.settings):
             update = state["micro_step"] // self.args.micro_steps_per_update
             logger.warning(f"After update {update}, training goes on with other settings: {changed}.")
         self.trained.load(folder)
@@ -308,16 +303,15 @@ class BaseTrainer(Trainer, ABC):
         # The checkpoint's hyperparameters came along, but those of this run's arguments hold.
         for group, own in zip(optimizer.param_groups, given, strict=True):
             group.update(own)
+        then = json.loads((Path(checkpoint) / run_files.STATE).read_text())["settings"]["learning_rate"]
         if isinstance(scheduler, LambdaLR):
             scheduler.base_lrs = [own["initial_lr"] for own in given]
             now = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
             scheduler._last_lr = [base * factor(scheduler.last_epoch) for base, factor in now]
+        elif then != self.args.learning_rate:
+            raise ValueError(f"learning_rate {then} cannot change: {type(scheduler).__name__} takes the checkpoint's.")
         for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
             group["lr"] = rate
-        then = json.loads((Path(checkpoint) / run_files.STATE).read_text())["settings"]["learning_rate"]
-        if then != self.args.learning_rate and not isinstance(scheduler, LambdaLR):
-            kind, now = type(scheduler).__name__, self.args.learning_rate
-            raise ValueError(f"learning_rate {then} cannot become {now}: with a {kind} it is the checkpoint's.")
 
     # Ending early
 

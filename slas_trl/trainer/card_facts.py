@@ -45,7 +45,7 @@ def gather_facts(trainer: "SLASTrainer") -> RunFacts:
     prompt = publisher.samples[0].prompt if publisher.samples else data["prompt"][0]
     panel = args.log_completions and not publisher.is_training and (folder / run_files.CALIBRATION).is_file()
     dtype = str(trained_model.base_dtype(denoiser) or torch.float32).removeprefix("torch.")
-    call = facts.plain(trainer.inputs.arguments) | _texts(trainer, prompt)
+    call = facts.plain(trainer.inputs.arguments)
     hub = Place(trainer.hub_model_id, args.hub_revision, on_hub=True) if trainer.hub_model_id else None
     dataset, on_hub = _dataset(publisher.dataset_name)
     return RunFacts(
@@ -82,16 +82,6 @@ def gather_facts(trainer: "SLASTrainer") -> RunFacts:
         tags=[*publisher.tags, *(["hf_jobs"] if "JOB_ID" in os.environ else [])],
         place=hub or Place(facts.local_name(folder)),
     )
-
-
-def _texts(trainer: "SLASTrainer", prompt: str) -> dict[str, str]:
-    """The other texts, such as "negative_prompt", that reach the pipeline with this prompt."""
-    data = trainer.train_dataset
-    names = [c for c in trainer.inputs.columns(data) if not is_picture_column(data, c)]
-    if not names or prompt not in (prompts := list(data["prompt"])):
-        return {}
-    row = data.select_columns(names)[prompts.index(prompt)]
-    return {name: value for name, value in row.items() if isinstance(value, str)}
 
 
 def _dataset(name: str | None) -> tuple[str | None, bool]:

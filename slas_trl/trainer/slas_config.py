@@ -1,7 +1,6 @@
 """Arguments of [`SLASTrainer`]: TRL's names for reinforcement learning, diffusers' names for sampling."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -28,21 +27,6 @@ INHERITED = {
     **dict.fromkeys(("seed", "data_seed", "save_total_limit"), f"[0, {2**32})"),
     **{"eval_delay": "[0, inf)", "max_steps": "[-1, inf)", "adam_epsilon": "(0, inf)"},
 }
-
-# Options, or values of one, that earlier versions had, and what to use instead.
-REMOVED = {
-    "shape_order": "rewards are scaled first, and shaped then; leave it out",
-    "gamma_warmup_steps": "gamma_schedule='ess' lowers gamma where few images would decide an update",
-    **dict.fromkeys(("gamma_schedule=linear", "gamma_schedule=cosine"), "use 'constant', or 'ess' against outliers"),
-}
-
-
-def refuse_removed(given: Mapping[str, Any]) -> None:
-    """Raises `ValueError` for an option in `given` that is no more, naming what to use instead."""
-    for removed, instead in REMOVED.items():
-        name, _, value = removed.partition("=")
-        if name in given and value in ("", given[name]):
-            raise ValueError(f"{removed} was removed: {instead}.")
 
 
 @dataclass
@@ -206,10 +190,6 @@ class SLASConfig(AdvantageOptions, TrainingArguments):
                  "kl_reference")  # fmt: skip
         others = {"pipeline_kwargs": repr(self.pipeline_kwargs), "optim": OptimizerNames(self.optim).value}
         return {name: getattr(self, name) for name in names} | others
-
-    def __new__(cls, *args: Any, **given: Any):
-        refuse_removed(given)
-        return super().__new__(cls)
 
     def __post_init__(self):
         self._home = Path.cwd()

@@ -113,7 +113,11 @@ class SLASTrainer(BaseTrainer):
         self.scorer = self.eval_scorer = RewardScorer(reward_funcs)
         if eval_reward_funcs:
             self.eval_scorer = RewardScorer([*self.scorer.functions, *RewardScorer(eval_reward_funcs).functions])
-        self._check_rewards(args, bool(eval_reward_funcs), eval_dataset is not None)
+        if eval_reward_funcs and eval_dataset is None:
+            raise ValueError("eval_reward_funcs are scored on the prompts of eval_dataset; pass one.")
+        if args.reward_weights is not None and len(args.reward_weights) != len(self.scorer.names):
+            given = f"reward_weights has {len(args.reward_weights)} entries for {len(self.scorer.names)} rewards"
+            raise ValueError(f"{given} ({', '.join(self.scorer.names)}); give one for each.")
         pipe = load_pipeline(model, cast(dict, args.model_init_kwargs or {})) if isinstance(model, str) else model
         check_pipeline(pipe)
         self.pipe, self.inputs = pipe, PipelineInputs(pipe, args)
@@ -162,13 +166,6 @@ class SLASTrainer(BaseTrainer):
         if self.is_in_train:
             self.save_unfinished("A reward failed")
 
-    def _check_rewards(self, args: SLASConfig, has_held_out: bool, has_eval_dataset: bool) -> None:
-        if has_held_out and not has_eval_dataset:
-            raise ValueError("eval_reward_funcs are scored on the prompts of eval_dataset; pass one.")
-        if args.reward_weights is not None and len(args.reward_weights) != len(self.scorer.names):
-            given = f"reward_weights has {len(args.reward_weights)} entries for {len(self.scorer.names)} rewards"
-            raise ValueError(f"{given} ({', '.join(self.scorer.names)}); give one for each.")
-
     def _check_best_metric(self) -> None:
         """Raises `ValueError` for a `metric_for_best_model` that no evaluation will have."""
         metric, data = self.args.metric_for_best_model, self.eval_dataset
@@ -209,11 +206,6 @@ class SLASTrainer(BaseTrainer):
     @property
     def resume_signature(self) -> dict[str, Any]:
         return {**super().resume_signature, "rewards": self.scorer.names}
-
-    @property
-    def resume_settings(self) -> dict[str, Any]:
-        names = (f"options of {name}, or where it is from (checksum)" for name in self.scorer.names)
-        return {**super().resume_settings, **dict(zip(names, self.scorer.options, strict=True))}
 
     def reset_progress(self) -> None:
         super().reset_progress()
@@ -282,8 +274,6 @@ class SLASTrainer(BaseTrainer):
         for batch, size in zip(batches, sizes, strict=True):
             if self.accelerator.num_processes == 1:
                 self.stop_if_interrupted()
-                if scoring.failed:  # why sample the rest?
-                    scoring.gather(before_error=self.evaluator.before_error)
             rollout = self.replayer.sample(noise_generator=[next(noise) for _ in range(size)], **batch.call)
             made = as_pictures(rollout.images, rollout.problems, batch.call["prompt"])
             scoring.add(batch.prompts, made, batch.columns)
