@@ -142,9 +142,9 @@ class BaseTrainer(Trainer, ABC):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        Write the trained weights into `output_dir`, `args.output_dir` by default: the adapter, which
-        `pipe.load_lora_weights` reads, or the denoiser's folder. With `args.push_to_hub`, what is in `args.output_dir`
-        is pushed; a push that fails is logged. Collective: every rank must call this.
+        Write the trained weights into `output_dir`, `args.output_dir` by default: the adapter, or the denoiser's
+        folder. With `args.push_to_hub` they are pushed; a push that fails is logged. Collective: every rank must call
+        this.
         """
         folder = Path(output_dir) if output_dir else self.args.run_dir
         if self.args.should_save:
@@ -164,9 +164,7 @@ class BaseTrainer(Trainer, ABC):
                 logger.error(str(error))
 
     def _load_best_model(self) -> None:
-        best = cast(str, self.state.best_model_checkpoint)  # the caller has looked
-        logger.info(f"Loading the best weights, from {best} ({self.state.best_metric}).")
-        self.trained.load(Path(best))
+        self.trained.load(Path(cast(str, self.state.best_model_checkpoint)))  # the caller has looked
         if self.trained.average is not None:
             self.trained.average.restart()
 

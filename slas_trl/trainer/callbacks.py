@@ -22,13 +22,8 @@ logger = logging.get_logger(__name__)
 class RLProgressCallback(ProgressCallback):
     """The progress bar with the figures that matter, in place of a line for each log."""
 
-    SHOWN = {
-        "reward": "reward",
-        "reward_std": "std",
-        "kl": "kl",
-        "clip_ratio/region_mean": "clip",
-        "images_per_second": "images/s",
-    }
+    SHOWN = {"reward": "reward", "reward_std": "std", "kl": "kl", "clip_ratio/region_mean": "clip"}
+    SHOWN |= {"images_per_second": "images/s"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,8 +33,7 @@ class RLProgressCallback(ProgressCallback):
         if self.training_bar is not None and logs:
             self._shown |= {label: f"{logs[key]:.3g}" for key, label in self.SHOWN.items() if key in logs}
             self.training_bar.set_postfix(self._shown)
-            evaluated = {key: f"{value:.4g}" for key, value in logs.items() if key.startswith("eval_reward")}
-            if evaluated:
+            if evaluated := {key: f"{value:.4g}" for key, value in logs.items() if key.startswith("eval_reward")}:
                 self.training_bar.write(f"step {state.global_step}: {evaluated}")
 
 

@@ -121,8 +121,8 @@ def find(output_dir: Path, wanted: str | bool | None) -> Path | None:
 def on_interrupt(note: Callable[[int], None]) -> Iterator[None]:
     """
     Within, Ctrl-C, SIGTERM and SIGHUP call `note` with their number, so that no update is torn apart. A second Ctrl-C
-    interrupts as usual, as do the others after one; but SIGTERM may well come twice, from a scheduler and a launcher.
-    What is ignored, as SIGHUP under nohup, stays so, other than Ctrl-C.
+    interrupts as usual; but SIGTERM may well come twice, from a scheduler and a launcher. An ignored SIGHUP (nohup)
+    stays so.
     """
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
         yield
@@ -242,10 +242,9 @@ def load_rollouts(
 
 def fetch_checkpoint(source: str, output_dir: Path, revision: str | None = None, token: str | None = None) -> Path:
     """
-    Download a checkpoint that a run with `hub_strategy` "checkpoint" or "all_checkpoints" has pushed, and the best one
-    that it names, into folders such as `checkpoint-20` of `output_dir`, as if the run had been here. `source` is as in
-    [`~SLASTrainer.train`], and `revision` a branch, unless it names one. Raises `ValueError` when there is none, or
-    another checkpoint of that number is in `output_dir`.
+    Download a checkpoint that a run has pushed, and the best one that it names, into folders such as `checkpoint-20`
+    of `output_dir`, as if the run had been here. `source` is as in [`~SLASTrainer.train`], and `revision` a branch,
+    unless it names one. Raises `ValueError` without one, and where another one of that number is in `output_dir`.
     """
     repo_id, wanted, branch = ON_HUB.fullmatch(source).groups()  # type: ignore[union-attr]
     place, revision = output_dir / f"_fetched-{repo_id.replace('/', '-')}", branch or revision

@@ -88,10 +88,7 @@ class Evaluator:
         return Scores(scores.rewards[: len(indices)], components, scores.seconds)
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
-        """
-        Metrics of `num_generations_eval` pictures of each prompt, with the same noise every time. Collective: every
-        rank must call this.
-        """
+        """Metrics, see [`~SLASTrainer.evaluate`]. Collective: every rank must call this."""
         args, names, start = self.args, self.scorer.names, time.perf_counter()
         copies = args.num_generations_eval or args.num_generations
         jobs = [(i, j) for i in range(len(dataset)) for j in range(copies)]

@@ -22,6 +22,7 @@ from ..policy.rollout import StepOutput
 from ..trust_region import Eigenpair, FisherProduct, Vector
 from .distributed import copy_full_tensor, full_tensor, gathered, reshard, world_size
 from .slas_config import SLASConfig
+from .trained_model import HALF_PRECISION
 
 
 logger = logging.get_logger(__name__)
@@ -29,7 +30,6 @@ logger = logging.get_logger(__name__)
 UPDATES_KEPT = 20  # for G
 FIRST_PRODUCTS, LATER_PRODUCTS = (5, 20), (2, 6)  # at least and at most; later, from the last eigenvector
 TOLERANCE = 0.05  # between rollouts, λ_max differs by more
-NARROW = (torch.float16, torch.bfloat16)
 SHIFT, NARROW_SHIFT = 0.003, 0.03  # stds by which the mean is moved for a derivative
 
 
@@ -74,11 +74,6 @@ class GammaControl(TrainerCallback):
         """Not cached: FSDP replaces the parameter objects."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    @property
-    def gamma(self) -> float:
-        """γ of the current rollout."""
-        return self.state.gamma
-
     def reset(self) -> None:
         """Back to the state before training."""
         self.state = GammaState(gamma=self.args.gamma)
@@ -89,13 +84,12 @@ class GammaControl(TrainerCallback):
 
     def choose(self, x: torch.Tensor, chunks: list[Rollout], steps: list[int], update: int) -> float:
         """
-        γ for a rollout, given the scaled rewards `x` `(N,)` of all processes around the mean of each group, this
-        process's chunks, the trained timesteps, and the number of updates made before.
+        γ for a rollout, by the scaled rewards `x` `(N,)` of all processes around the mean of each group, the chunks of
+        this process, the trained timesteps, and the number of updates before.
         """
         if self.interval is not None:
             last = self.state.measured_at
-            due = last is None or update - last >= self.interval
-            if due:
+            if due := last is None or update - last >= self.interval:
                 self._measure_fisher(chunks, steps)
             self.state = replace(self.state, checks_kl=due, measured_at=update if due else last)
         gamma = gathered(self._choose(x))[0]
@@ -171,7 +165,9 @@ class GammaControl(TrainerCallback):
         if not 0 < curvature < math.inf:
             return Eigenpair(curvature, start, 0)
         # Small differences are lost where the mean is computed in half precision.
-        is_narrow = self.accelerator.mixed_precision != "no" or any(p.dtype in NARROW for p in self.model.parameters())
+        is_narrow = self.accelerator.mixed_precision != "no" or any(
+            p.dtype in HALF_PRECISION.values() for p in self.model.parameters()
+        )
         by: dict[str, Any] = {"gradients": self._gradients, "inner": self._inner}
         product = FisherProduct(policies, self.parameters, curvature, **by, shift=NARROW_SHIFT if is_narrow else SHIFT)
         bounds: dict[str, Any] = {"min_products": least, "max_products": most, "tolerance": TOLERANCE}
@@ -246,11 +242,10 @@ class GammaControl(TrainerCallback):
             self.log("trust_region/kl", kl)
             self.state = replace(self.state, kls=(*self.state.kls, (step, kl))[-self.args.num_trained_timesteps :])
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._finished = self.state
-
     def on_step_end(self, args, state, control, **kwargs):
         self._finished = self.state
+
+    on_train_begin = on_step_end
 
     def save(self, folder: Path, writes: bool) -> None:
         """The eigenvector may be sharded, so every rank must call this; the one that `writes` writes."""

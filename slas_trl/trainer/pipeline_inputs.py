@@ -150,10 +150,7 @@ class PipelineInputs:
     def batches(
         self, dataset: Dataset, indices: Sequence[int], generators: Sequence[torch.Generator], size: int
     ) -> Iterator[Batch]:
-        """
-        The inputs of successive calls of at most `size` images, one for each of `indices` and `generators`. Each row
-        is read once, if equal indices are neighbors.
-        """
+        """Of successive calls of at most `size` images. A row is read once, if equal indices are neighbors."""
         rows: dict[int, dict[str, Any]] = {}
         for chunk in self.chunks(dataset, indices, size):
             rows = {i: rows.get(i) or self.row(dataset, i) for i in dict.fromkeys(indices[chunk])}

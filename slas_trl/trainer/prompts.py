@@ -64,8 +64,6 @@ def _read(path: Path) -> Any:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return datasets.load_dataset("parquet", data_files=str(path), split="train")
-    if suffix not in SUFFIXES:
-        raise ValueError("the end of its name is of no format that is read")
     text = path.read_text(encoding="utf-8-sig")
     if "\0" in text:
         raise UnicodeError("it has zero bytes, as UTF-16 has")

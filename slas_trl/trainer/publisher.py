@@ -64,8 +64,8 @@ class Publisher(TrainerCallback):
         self._upload: tuple[Future[CommitInfo], Path] | None = None  # the last one, and where its files are kept
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.is_training, self.samples, self.sheet, self.curves, self.evaluation = True, [], None, None, None
-        self._has_shown = False
+        self.is_training, self._has_shown = True, False
+        self.samples, self.sheet, self.curves, self.evaluation = [], None, None, None
         if args.push_to_hub and self._data is None and state.global_step == 0:
             self.choose_prompts(*self._default_prompts)
 
@@ -76,8 +76,8 @@ class Publisher(TrainerCallback):
 
     def choose_prompts(self, data: Dataset, rows: Sequence[int]) -> None:
         """
-        The prompts whose pictures the card shows, the i-th drawn with seed i. Those before training are drawn now, if
-        later there is no adapter to leave out. Collective: every rank must call this.
+        The prompts whose pictures the card shows, the i-th drawn with seed i; now, if later there is no adapter to
+        leave out. Collective: every rank must call this.
         """
         self._data, self._rows = data, rows
         if not self._begins_without_adapter:

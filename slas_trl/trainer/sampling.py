@@ -27,13 +27,9 @@ def prompt_sampler(args: SLASConfig, prompts: int) -> EpochRepeatSampler:
     if prompts < per_rollout:
         how = "(generation_batch_size / num_generations); lower steps_per_generation"
         raise ValueError(f"There are {prompts} prompts, but a rollout needs {per_rollout} {how}, or add prompts.")
-    return EpochRepeatSampler(
-        range(prompts),
-        mini_repeat_count=args.num_generations,
-        batch_size=per_rollout,
-        repeat_count=args.micro_steps_per_rollout,
-        seed=args.data_seed if args.data_seed is not None else args.seed,
-    )
+    seed = args.seed if args.data_seed is None else args.data_seed
+    repeats = args.num_generations, per_rollout, args.micro_steps_per_rollout  # of a prompt, then of that many
+    return EpochRepeatSampler(range(prompts), *repeats, seed=seed)
 
 
 # Streams of random numbers; each image, group or rollout has its own in each.

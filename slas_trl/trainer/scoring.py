@@ -41,8 +41,6 @@ class RewardScorer:
         self.names = [reward_name(function) for function in self.functions]
         if twice := sorted({name for name in self.names if self.names.count(name) > 1}):
             raise ValueError(f'Two rewards have the name {twice[0]!r}; rename one, as by "{twice[0]}:name=another".')
-        if slashed := [name for name in self.names if "/" in name]:
-            raise ValueError(f"The reward's name {slashed[0]!r} has a slash, which parts it from its components.")
 
     def check(self, data: Dataset) -> None:
         """Raises `TypeError` for a reward that cannot be called with prompts, images and the columns of `data`."""

@@ -2,8 +2,7 @@
 `SLASTrainer`: GRPO-style fine-tuning of any diffusers pipeline with Super-Linear Advantage Shaping.
 
 The loop is transformers' Trainer's. Its model is the denoiser, and one of its micro-steps is one chunk of sampled
-trajectories at one timestep, so accumulation, distribution, clipping, callbacks and resuming are the Trainer's too.
-The mathematics is in `advantages.py`, `objective.py`, `schedulers/` and `policy/`.
+trajectories at one timestep. The mathematics is in `advantages.py`, `objective.py`, `schedulers/` and `policy/`.
 """
 
 import math
@@ -67,8 +66,7 @@ class SLASTrainer(BaseTrainer):
         model ([`~diffusers.DiffusionPipeline`] or `str`):
             A text-to-image pipeline, or a path or Hub id, loaded with `args.model_init_kwargs`.
         reward_funcs (`Callable`, `str` or a list of them):
-            `reward(prompts, images, **columns) -> list[float | None]`, sync or async; or names, see
-            [`~slas_trl.rewards.resolve.resolve_reward`].
+            `reward(prompts, images, **columns) -> list[float | None]`, sync or async; or names of rewards.
         args ([`SLASConfig`], *optional*): the configuration.
         train_dataset (`Dataset`, *optional*):
             Has a column "prompt"; the others reach the rewards. By default `args.prompt_dataset`.
@@ -78,8 +76,7 @@ class SLASTrainer(BaseTrainer):
         peft_config (`LoraConfig`, *optional*):
             Trains a new adapter. Without it, the one that the pipeline carries is trained on, or else all weights.
         eval_reward_funcs (`Callable`, `str` or a list of them, *optional*):
-            Held-out rewards: scored and logged in evaluation, never trained on. See `hacking_patience` of
-            [`SLASConfig`].
+            Held-out rewards: scored and logged in evaluation, never trained on.
 
     Attributes:
         trained ([`TrainedModel`]): what is trained, on disk, averaged, and as the reference policy.
@@ -91,8 +88,7 @@ class SLASTrainer(BaseTrainer):
         publisher ([`Publisher`]): the facts of the run, beside its weights and on the Hub.
 
     Raises:
-        `ValueError`, `TypeError`: when something does not fit; the message says what was expected, what came and what
-        to do.
+        `ValueError`, `TypeError`: when something does not fit.
     """
 
     loss_is_scaled_for_ga = False
@@ -131,20 +127,12 @@ class SLASTrainer(BaseTrainer):
         self._sampler = sampling.prompt_sampler(args, len(data))
         trained = TrainedModel(pipe, args, peft_config)
         args.activation_checkpointing = args.gradient_checkpointing = False  # the Trainer knows transformers' models
-        self.replayer = PipelineReplayer(
-            pipe,
-            stochastic_scheduler(pipe, noise_schedule=args.noise_schedule, noise_level=args.noise_level, eta=args.eta),
-        )
+        noise: dict[str, Any] = {name: getattr(args, name) for name in ("noise_schedule", "noise_level", "eta")}
+        self.replayer = PipelineReplayer(pipe, stochastic_scheduler(pipe, **noise))
         self.replayer.scheduler.noisy_final_step = args.train_final_step  # noise that no step explains is not scored
-        super().__init__(
-            trained,
-            args=args,
-            data_collator=list,
-            train_dataset=data,
-            eval_dataset=eval_dataset,
-            callbacks=[PromptOrderCallback(self._sampler), MetricsFileCallback(), self.publisher, *(callbacks or [])],
-            optimizers=optimizers,
-        )
+        own = [PromptOrderCallback(self._sampler), MetricsFileCallback(), self.publisher]
+        given = {"train_dataset": data, "eval_dataset": eval_dataset, "callbacks": [*own, *(callbacks or [])]}
+        super().__init__(trained, args=args, data_collator=list, **given, optimizers=optimizers)
         self.evaluator = Evaluator(
             trained, self.inputs, self.eval_scorer, self.trained_weights, args, self.accelerator, self._before_error
         )
@@ -386,7 +374,7 @@ class SLASTrainer(BaseTrainer):
         """
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
-            raise ValueError("There are no prompts to evaluate on; pass eval_dataset to the trainer or to evaluate().")
+            raise ValueError("There are no prompts to evaluate on; pass eval_dataset.")
         if isinstance(dataset, dict):
             parts = [self.evaluate(data, ignore_keys, f"{metric_key_prefix}_{name}") for name, data in dataset.items()]
             return {key: value for metrics in parts for key, value in metrics.items()}
@@ -401,10 +389,7 @@ class SLASTrainer(BaseTrainer):
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """
-        Write the model card, `README.md`, into `args.output_dir`, with what is known of the run by now. The name is by
-        default that of the repository or folder; the data set is a Hub id or file; `tags` are further ones.
-        """
+        """Write the model card into `args.output_dir`. `dataset_name` is a Hub id or file, `tags` are further ones."""
         if self.is_world_process_zero():
             self.publisher.write_result(model_name, dataset_name, tags)
 
@@ -440,8 +425,7 @@ class SLASTrainer(BaseTrainer):
             `CommitInfo` on the main process, or its `Future`; `None` on the others.
 
         Raises:
-            [`~slas_trl.publishing.repository.PushError`]: when nothing was pushed; the message says why, and how to
-                push it later. All of the result is in `args.output_dir` by then.
+            [`~slas_trl.publishing.repository.PushError`]: when nothing was pushed: why, and how to push it later.
         """
         return self.publisher.push(commit_message or "End of training", blocking, token, revision, private, **kwargs)
 
@@ -451,7 +435,7 @@ class SLASTrainer(BaseTrainer):
             self.calibration.draw(self.args, self.state)
 
     def _log_rollout(self, scores: Scores, result: Advantages, chunks: list[Rollout], images: list[Any]) -> None:
-        metrics = rollout_metrics(self.scorer.names, scores, result, self.gamma.gamma)
+        metrics = rollout_metrics(self.scorer.names, scores, result, self.gamma.state.gamma)
         self._metrics.add_rollout(metrics | reward_times(self.scorer.names, scores), len(scores.rewards))
         if self.calibration is not None and self.is_world_process_zero():
             record = rollout_record(self.args.scale_rewards, self.weight_of, result, metrics)

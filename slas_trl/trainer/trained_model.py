@@ -124,17 +124,14 @@ class TrainedModel:
 
     def forward_functions(self, wrapped: Any) -> dict[str, Callable[..., Any]]:
         """
-        The function to call for each denoiser, given `module` or its FSDP or compiled form. The DDP form is replaced
-        by the plain model: DDP allows for one call with each backward pass, but guidance may take two.
+        To call for each denoiser, given `module` or its FSDP or compiled form. The DDP form is replaced by the plain
+        model: DDP allows for one call with each backward pass, but guidance may take two.
         """
         model = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
         return {self.names[0]: model} if len(self.names) == 1 else {name: partial(model, name) for name in self.names}
 
     def place_frozen(self, device: torch.device | str) -> torch.device | str:
-        """
-        With `offload_frozen_components`, move text encoders, VAE and the like to where they are needed, or away.
-        Returns where they were.
-        """
+        """With `offload_frozen_components`, move text encoders, VAE and the like there. Returns where they were."""
         before, self._frozen_place = self._frozen_place, device
         if self.args.offload_frozen_components:
             for name, component in self.pipe.components.items():
@@ -150,13 +147,9 @@ class TrainedModel:
         without the mixed precision of training, unless components differ in dtype or weights are sharded.
         """
         modes = {denoiser: denoiser.training for denoiser in self.denoisers.values()}
-        components = [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
-        has_one_dtype = len({base_dtype(part) for part in components} - {None}) == 1
-        autocast = {
-            denoiser: denoiser.forward
-            for denoiser in modes
-            if has_one_dtype and "_original_forward" in vars(denoiser) and not isinstance(denoiser, FSDPModule)
-        }
+        dtypes = {base_dtype(part) for part in self.pipe.components.values() if isinstance(part, nn.Module)} - {None}
+        narrowed = [x for x in modes if "_original_forward" in vars(x) and not isinstance(x, FSDPModule)]
+        autocast = {denoiser: denoiser.forward for denoiser in narrowed if len(dtypes) == 1}
         for denoiser in modes:
             denoiser.eval()
         for denoiser in autocast:
@@ -291,10 +284,7 @@ class MovingAverage(TrainerCallback):
 
 
 def base_dtype(module: nn.Module) -> torch.dtype | None:
-    """
-    The dtype that a module computes in: that of its first floating-point weights, frozen ones first, for adapters are
-    in float32, and quantized weights integers.
-    """
+    """That of its first floating-point weights, frozen ones first: adapters are float32, quantized weights integers."""
     parameters = sorted(module.parameters(), key=lambda parameter: parameter.requires_grad)
     return next((parameter.dtype for parameter in parameters if parameter.is_floating_point()), None)
 
@@ -363,9 +353,6 @@ def _autocast_sharded(accelerator: Accelerator, module: nn.Module) -> None:
     float32 VAE does not take. Weights are gathered in half precision, gradients summed in float32.
     """
     plugin = cast(FullyShardedDataParallelPlugin, accelerator.state.fsdp_plugin)
-    plugin.mixed_precision_policy = MixedPrecisionPolicy(
-        param_dtype=HALF_PRECISION[accelerator.mixed_precision],
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,
-    )
+    narrow = HALF_PRECISION[accelerator.mixed_precision]
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
     _autocast_forward(accelerator, module)

@@ -231,6 +231,6 @@ def test_a_run_may_go_on_with_another_schedule(tmp_path):
 
 def test_training_again_starts_anew(tmp_path):
     trainer = trained(tmp_path, gamma_schedule="kl", max_steps=2)
-    assert trainer.gamma.gamma != 0.5
+    assert trainer.gamma.state.gamma != 0.5
     trainer.train()
     assert column(tmp_path, "gamma")[0] == 0.5
