@@ -165,9 +165,8 @@ class GammaControl(TrainerCallback):
         if not 0 < curvature < math.inf:
             return Eigenpair(curvature, start, 0)
         # Small differences are lost where the mean is computed in half precision.
-        is_narrow = self.accelerator.mixed_precision != "no" or any(
-            p.dtype in HALF_PRECISION.values() for p in self.model.parameters()
-        )
+        dtypes = {parameter.dtype for parameter in self.model.parameters()}
+        is_narrow = self.accelerator.mixed_precision != "no" or not dtypes.isdisjoint(HALF_PRECISION.values())
         by: dict[str, Any] = {"gradients": self._gradients, "inner": self._inner}
         product = FisherProduct(policies, self.parameters, curvature, **by, shift=NARROW_SHIFT if is_narrow else SHIFT)
         bounds: dict[str, Any] = {"min_products": least, "max_products": most, "tolerance": TOLERANCE}

@@ -108,8 +108,8 @@ class MetricMeans:
 
     def add_rollout(self, metrics: dict[str, float], images: int) -> None:
         self._images += images
-        for figure in metrics.items():
-            self.add(*figure)
+        for name, value in metrics.items():
+            self.add(name, value)
 
     def flush(self, step: int) -> dict[str, float]:
         """Means since the last call over all processes, and step time. Collective: every rank must call this."""

@@ -284,7 +284,7 @@ class MovingAverage(TrainerCallback):
 
 
 def base_dtype(module: nn.Module) -> torch.dtype | None:
-    """That of its first floating-point weights, frozen ones first: adapters are float32, quantized weights integers."""
+    """That of its first floating-point weights, frozen ones first: adapters are float32, quantized ones integers."""
     parameters = sorted(module.parameters(), key=lambda parameter: parameter.requires_grad)
     return next((parameter.dtype for parameter in parameters if parameter.is_floating_point()), None)
 
