@@ -129,13 +129,6 @@ def test_lambda_max_is_that_of_the_dense_fisher_matrix(tmp_path, family, setting
     assert 0.85 * eigenvalue < found < 1.01 * eigenvalue
 
 
-def test_in_half_precision_lambda_max_is_nearly_the_same(tmp_path):
-    for name in ("float32", "bf16"):
-        trained(tmp_path / name, bf16=name == "bf16", fisher_update_steps=1, max_steps=1)
-    (full,), (half,) = (column(tmp_path / name, "trust_region/lambda_max") for name in ("float32", "bf16"))
-    assert half == pytest.approx(full, rel=0.1)
-
-
 @pytest.mark.parametrize("settings", [{}, {"full": True, "gradient_accumulation_steps": 3, "beta": 0.1}])
 def test_measuring_changes_nothing(tmp_path, settings):
     """Weights, moving average, and whatever draws from the global generator."""

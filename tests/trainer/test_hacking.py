@@ -54,11 +54,6 @@ def test_it_needs_prompts_and_a_name_of_its_own(tmp_path):
         tiny_trainer(tmp_path, eval_reward_funcs=redness, eval_dataset=HELD_OUT)
 
 
-def test_it_is_said_when_nothing_is_evaluated(tmp_path, caplog):
-    tiny_trainer(tmp_path, eval_reward_funcs=blueness, eval_dataset=HELD_OUT)
-    assert "eval_strategy is 'no'" in caplog.text
-
-
 @pytest.mark.parametrize(("action", "steps"), [("warn", 5), ("stop", 3)])
 def test_training_ends_where_it_is_asked_to(tmp_path, caplog, action, steps):
     trainer = trained(tmp_path, reward_funcs=rising, eval_reward_funcs=falling, **WATCHED, hacking_action=action)

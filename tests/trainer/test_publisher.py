@@ -279,18 +279,6 @@ def test_a_disk_that_is_full_ends_no_run(tmp_path, server, online, caplog, monke
     assert trainer.state.global_step == 2 and "checkpoint-2 was not pushed" in caplog.text
 
 
-def test_a_picture_that_is_no_longer_there(tmp_path, server, online, caplog):
-    paths = [str(tmp_path / f"{i}.png") for i in range(4)]
-    for path in paths:
-        Image.new("RGB", (16, 16), (40, 90, 200)).save(path)
-    data = Dataset.from_dict({"prompt": PROMPTS["prompt"][:4], "image": paths})
-    trainer = zoo_trainer(FAMILIES["kontext"], tmp_path / "run", train_dataset=data, **PUSHED)
-    trainer.train()
-    (tmp_path / "0.png").unlink()
-    trainer.save_model()
-    assert "column 'image' of row 0" in caplog.text
-
-
 # Beside the weights
 
 

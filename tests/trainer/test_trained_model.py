@@ -20,7 +20,6 @@ from tests.trainer.tiny_trainers import (
     DENOISERS,
     HELD_OUT,
     SAVED,
-    close,
     logged,
     lora,
     picture,
@@ -375,28 +374,6 @@ def test_both_experts_are_trained_and_saved(tmp_path):
     again = zoo_trainer(family, tmp_path / "resumed", **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
     assert same(trained_weights(again), after)
-
-
-def test_all_weights_of_both_experts(tmp_path):
-    trainer = zoo_trainer(FAMILIES["wan2.2"], tmp_path, peft_config=None, num_inference_steps=4, beta=0.1)
-    trainer.train()
-    trainer.save_model()
-    for name in ("transformer", "transformer_2"):
-        denoiser = trainer.pipe.components[name]
-        saved = type(denoiser).from_pretrained(tmp_path / name)
-        close(dict(saved.named_parameters()), dict(denoiser.named_parameters()), rtol=0, atol=0)
-
-
-def test_the_moving_average_begins_with_the_weights_before_training():
-    weight, seen = torch.nn.Parameter(torch.zeros(1)), []
-    ema = MovingAverage(torch.nn.ParameterList([weight]), decay=0.9)
-    ema.on_train_begin(None, None, None)
-    for value in (1.0, 2.0, 3.0):
-        weight.data.fill_(value)
-        ema.on_step_end(None, None, None)
-        with ema.applied():
-            seen.append(weight.item())
-    assert seen == pytest.approx([0.1, 0.29, 0.561])
 
 
 def test_the_moving_average_and_its_files(tmp_path):
