@@ -63,7 +63,7 @@ def one_update_for_each_rollout(folder: Path, processes: int, **settings: Any) -
 
 
 def resumed_within_a_rollout(folder: Path, **settings: Any) -> list[dict[str, torch.Tensor]]:
-    """Two updates to a rollout: the weights after the uninterrupted run, and after one that goes on after the third."""
+    """Two updates to a rollout: the weights after the uninterrupted run, and after one resumed after the third."""
     settings = {"gradient_accumulation_steps": 3, "max_steps": 4, "beta": 0.1, "full": True, **settings}
     uninterrupted = trained(folder / "whole", **settings, **SAVED)
     return [
