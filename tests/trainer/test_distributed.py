@@ -188,9 +188,6 @@ def test_both_processes_choose_the_same_gamma(two, sharded):
         assert same(*one["weights"]) and same(*other["weights"]) and same(one["weights"][0], other["weights"][0])
     assert fsdp[0]["lambda_max"] == pytest.approx(ddp[0]["lambda_max"], rel=1e-3)
     assert fsdp[0]["gammas"][0] == pytest.approx(ddp[0]["gammas"][0], rel=1e-3)
-    # λ_max is that of both processes' samples.
-    assert ddp[0]["lambda_max"][0] == pytest.approx(ddp[0]["dense"], rel=0.1)
-    assert ddp[0]["dense"] not in [pytest.approx(found["alone"], rel=1e-3) for found in ddp]
 
 
 def test_a_reward_that_raises_on_one_process_ends_both(two, sharded, folder, fsdp_folder):

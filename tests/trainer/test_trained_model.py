@@ -24,7 +24,6 @@ from tests.trainer.tiny_trainers import (
     lora,
     picture,
     publish,
-    resumed,
     same,
     tiny_trainer,
     trained,
@@ -71,17 +70,6 @@ def test_a_saved_denoiser_loads_into_the_plain_pipeline(tmp_path, family):
     ours = picture(trainer.pipe, family)
     torch.testing.assert_close(picture(plain, family), ours, rtol=0, atol=1e-5)
     assert not torch.allclose(before, ours, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-def test_nothing_tells_where_the_model_was(tmp_path, full):
-    PIPELINES["sd"][0]().save_pretrained(tmp_path / "model")
-    trainer = trained(tmp_path / "run", "sd", model=str(tmp_path / "model"), full=full, max_steps=1)
-    trainer.save_model()
-    written = [path for path in (tmp_path / "run").rglob("*") if path.suffix in (".safetensors", ".json")]
-    assert written and not any(str(tmp_path).encode() in path.read_bytes() for path in written)
-    if full:
-        UNet2DConditionModel.from_pretrained(tmp_path / "run" / "unet")
 
 
 # On top of an adapter that was loaded
@@ -252,10 +240,6 @@ def add_another(pipe):
     pipe.set_adapters(["default_0", "second"])
 
 
-def change_the_text_encoder(pipe):
-    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), pipe.text_encoder)
-
-
 def replace_by(config):
     def replace(pipe):
         pipe.unload_lora_weights()
@@ -268,7 +252,7 @@ def replace_by(config):
     ("change", "message"),
     [
         (add_another, r"\['default_0', 'second'\].*set_adapters"),
-        (lambda pipe: pipe.disable_lora(), r"\['default_0'\].*none is"),
+        (lambda pipe: pipe.disable_lora(), r"none of \['default_0'\] active"),
         (lambda pipe: pipe.set_adapters("default_0", 0.7), "weight 0.7"),
         (
             lambda pipe: inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), pipe.text_encoder),
@@ -324,20 +308,6 @@ def test_the_average_is_evaluated_and_saved_and_the_weights_are_trained(tmp_path
     assert fresh.evaluate(HELD_OUT)["eval_reward"] == evaluated != plain.evaluate(HELD_OUT)["eval_reward"]
 
 
-def test_the_average_goes_by_the_decay_of_the_resumed_run(tmp_path):
-    for run, decay in (("a", 0.5), ("b", 0.9)):
-        checkpoint = tmp_path / "a" / "checkpoint-1" if run == "b" else False
-        resumed(tmp_path / run, checkpoint, use_ema=True, ema_decay=decay, **SAVED)
-
-    def read(folder, file):
-        return torch.load(tmp_path / folder / file, weights_only=True)
-
-    before, after = (read(folder, "ema.pt")["shadow_params"] for folder in ("a/checkpoint-1", "b/checkpoint-2"))
-    weights = read("b/checkpoint-2", "weights_before_averaging.pt")
-    for old, new, weight in zip(before, after, weights, strict=True):
-        torch.testing.assert_close(new, 0.9 * old + 0.1 * weight)
-
-
 # Two denoisers
 
 
@@ -360,7 +330,7 @@ def test_both_experts_are_trained_and_saved(tmp_path):
 
     folder, pipe = tmp_path / "run" / "checkpoint-3", family.build()
     pipe.load_lora_weights(folder)
-    with pytest.raises(ValueError, match="transformer_2 none.*load_into_transformer_2"):
+    with pytest.raises(ValueError, match="transformer_2 carries no adapter"):
         zoo_trainer(family, tmp_path, pipe=pipe, peft_config=None)
     pipe = family.build()
     pipe.load_lora_weights(folder)

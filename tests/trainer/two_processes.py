@@ -8,13 +8,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from diffusers.loaders.lora_base import LoraBaseMixin
 from torch.distributed.tensor import DTensor
 
 from tests.policy.zoo.all import FAMILIES
 from tests.tiny_pipelines import PIPELINES
-from tests.tiny_policies import dense_fisher
 from tests.trainer.tiny_sharding import shard_on_cpus
 from tests.trainer.tiny_trainers import (
     PROMPTS,
@@ -165,7 +163,7 @@ def failing(folder: Path, rank: int) -> dict[str, Any]:
     return {"error": "", "updates": trainer.state.global_step}
 
 
-def gamma(folder: Path, dense: bool) -> dict[str, Any]:
+def gamma(folder: Path) -> dict[str, Any]:
     """A trust region over two rollouts of two updates each, resumed within the second."""
     settings = {"gamma_schedule": "trust_region", "kl_threshold": 9e-7, "fisher_update_steps": 2,
                 "peft_config": lora(r=1, target_modules=["to_q", "to_v"])}  # fmt: skip
@@ -173,23 +171,11 @@ def gamma(folder: Path, dense: bool) -> dict[str, Any]:
     trainer = trained(folder / "run", **settings)
     second = resumed(folder / "resumed", folder / "run" / "checkpoint-3", **settings)
     PartialState().wait_for_everyone()
-    found = {
+    return {
         "weights": [whole(trainer), whole(second)],
         "gammas": [[line["gamma"] for line in logged(folder / run, "gamma")] for run in ("run", "resumed")],
         "lambda_max": [line["trust_region/lambda_max"] for line in logged(folder / "run", "trust_region/lambda_max")],
     }
-    if not dense:
-        return found
-    # The dense matrix of the first rollout, before any update.
-    fresh = trained(folder / "dense", cls=Watched, **{**settings, "learning_rate": 0.0, "max_steps": 2})
-    outputs = [fresh.replayer.replay(fresh.rollouts[0], step) for step in (0, 2)]
-    mine = dense_fisher(outputs, [p for p in fresh.model.parameters() if p.requires_grad])
-    everyone = sum(gather_object([mine])) / PartialState().num_processes
-    return {**found, "dense": largest(everyone), "alone": largest(mine)}
-
-
-def largest(matrix: torch.Tensor) -> float:
-    return torch.linalg.eigvalsh(matrix)[-1].item()
 
 
 def ddp(folder: Path, rank: int) -> dict[str, Any]:
@@ -208,7 +194,7 @@ def ddp(folder: Path, rank: int) -> dict[str, Any]:
         "skipped": nan_on_one_process(folder / "skipped", rank),
         "components": components(folder / "components", rank),
         "pushed": pushed(folder / "pushed"),
-        "gamma": gamma(folder / "gamma", dense=True),
+        "gamma": gamma(folder / "gamma"),
         "failing": failing(folder / "failing", rank),  # the last: who knows what state it leaves
     }
 
@@ -219,7 +205,7 @@ def fsdp(folder: Path, rank: int) -> dict[str, Any]:
         "continued": going_on_from_an_adapter(folder / "continued", 2),
         "bf16": one_update_for_each_rollout(folder / "bf16", 2, full=True, bf16=True, beta=0.1),
         "resumed": resumed_within_a_rollout(folder / "resumed", use_ema=True),
-        "gamma": gamma(folder / "gamma", dense=False),
+        "gamma": gamma(folder / "gamma"),
         "failing": failing(folder / "failing", rank),
     }
 
