@@ -343,7 +343,6 @@ def five_updates(tmp_path_factory):
 @pytest.mark.parametrize(
     ("moment", "update"),
     [(2, 1), (5, 3), (6, 3), (9, 5)],
-    ids=["within an update", "its end", "end of a rollout", "within the next one's first update", "last"],
 )
 def test_ctrl_c_saves_what_was_learned(tmp_path, caplog, five_updates, moment, update):
     """Three updates of two micro-steps to a rollout."""
