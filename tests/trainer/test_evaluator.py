@@ -113,13 +113,6 @@ def test_a_metric_that_no_evaluation_has_is_refused_before_training(tmp_path, me
         tiny_trainer(tmp_path, eval_dataset=HELD_OUT, metric_for_best_model=metric, **EVALUATED)
 
 
-def test_metrics_that_evaluations_have(tmp_path):
-    for metric in ("reward", "reward_std", "eval_rewards/redness/mean"):
-        tiny_trainer(tmp_path, eval_dataset=HELD_OUT, metric_for_best_model=metric, **EVALUATED)
-    several = {"held_out": HELD_OUT}
-    tiny_trainer(tmp_path, eval_dataset=several, metric_for_best_model="eval_held_out_reward", **EVALUATED)
-
-
 def test_rewards_are_checked_with_the_columns_of_what_they_score(tmp_path):
     def by_number(prompts, images, completions, number):
         return [float(n) for n in number]

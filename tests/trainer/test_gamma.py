@@ -96,14 +96,6 @@ def test_of_plain_ascent_tau_is_the_learning_rate_and_g_follows_from_the_gradien
     assert not same(before, trained_weights(trainer))
 
 
-def test_the_longest_of_the_last_updates_counts(tmp_path):
-    trained(tmp_path, max_steps=3, fisher_update_steps=10, learning_rate=1e-3)
-    named = [{key.removeprefix("trust_region/"): value for key, value in line.items()} for line in logged(tmp_path)]
-    lengths = [2 * line["kl_bound"] / line["lambda_max"] / line["moment"] for line in named]  # τ² G of each update
-    for i in (1, 2):
-        assert named[i]["tau"] ** 2 * named[i]["g_max"] == pytest.approx(max(lengths[:i]))
-
-
 @pytest.mark.parametrize("schedule", ["trust_region", "kl"])
 def test_a_rollout_without_any_difference(tmp_path, schedule):
     def same_for_all(prompts, images, **columns):
@@ -212,15 +204,8 @@ def test_a_run_may_go_on_with_another_schedule(tmp_path):
     trained(tmp_path / "constant", **saved)
     assert (tmp_path / "kl" / "checkpoint-2" / "gamma.pt").is_file()
     assert not (tmp_path / "constant" / "checkpoint-2" / "gamma.pt").exists()
-    for before, after in (("kl", "trust_region"), ("constant", "trust_region"), ("kl", "constant")):
+    for before, after in (("kl", "trust_region"), ("constant", "trust_region")):
         folder = tmp_path / f"{before}-{after}"
         trainer = tiny_trainer(folder, gamma_schedule=after, max_steps=3, gamma=0.4)
         trainer.train(resume_from_checkpoint=str(tmp_path / before / "checkpoint-2"))
         assert column(folder, "gamma")[-1] == 0.4
-
-
-def test_training_again_starts_anew(tmp_path):
-    trainer = trained(tmp_path, gamma_schedule="kl", max_steps=2)
-    assert trainer.gamma.state.gamma != 0.5
-    trainer.train()
-    assert column(tmp_path, "gamma")[0] == 0.5

@@ -4,7 +4,6 @@ import asyncio
 import functools
 import math
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -149,25 +148,6 @@ def test_rewards_score_while_others_do_and_the_next_chunk_is_made():
         scoring.add(PROMPTS, IMAGES, {})
         later.set()
         assert scoring.result()[0].rewards.tolist() == [[1.0, 1.0]] * 3
-
-
-def test_what_has_not_begun_is_dropped_when_sampling_fails():
-    calls, leave = [], threading.Event()
-
-    def slow(prompts, images, **columns):
-        calls.append(len(images))
-        leave.wait(20)
-        return [0.0] * len(images)
-
-    with pytest.raises(RuntimeError, match="no memory"), Scoring(RewardScorer(slow)) as scoring:
-        scoring.add(PROMPTS, IMAGES, {})
-        scoring.add(PROMPTS, IMAGES, {})
-        while not calls:
-            time.sleep(0.001)
-        raise RuntimeError("no memory")
-    leave.set()
-    time.sleep(0.05)
-    assert calls == [3]
 
 
 def test_pictures_that_are_missing_are_not_shown_to_rewards():

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-import threading
 
 import numpy as np
 import pytest
@@ -37,7 +36,6 @@ from tests.trainer.tiny_trainers import (
     tiny_trainer,
     trained,
     trained_weights,
-    untimed,
 )
 from tests.trainer.zoo_trainers import zoo_trainer
 
@@ -134,26 +132,6 @@ def test_all_that_should_move_moves_and_nothing_else(tmp_path, family, full):
     assert frozen and all(torch.equal(a, b) for a, b in zip(frozen, now, strict=True))
     assert type(trainer.pipe.scheduler) is scheduler
     assert trainer.model.dtype == torch.float32 and not any(p.requires_grad for p in now)
-
-
-def test_a_denoiser_without_adapters_cannot_get_one(tmp_path):
-    """It is trained in full below."""
-    with pytest.raises(ValueError, match="PixArtTransformer2DModel.*peft_config"):
-        zoo_trainer(ZOO["pixart-sigma"], tmp_path, peft_config=lora())
-
-
-def test_a_pipeline_that_knows_nothing_of_adapters(tmp_path):
-    family, settings = ZOO["bria"], {"max_steps": 2, **SAVED}
-    whole = zoo_trainer(family, tmp_path, **settings)
-    whole.train()
-    again = zoo_trainer(family, tmp_path / "resumed", **settings)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert same(trained_weights(whole), trained_weights(again))
-    fresh = family.build()
-    assert not hasattr(fresh, "load_lora_weights")
-    call = family.arguments(["a cat"])
-    fresh.transformer.load_lora_adapter(tmp_path / "checkpoint-2", prefix=None, use_safetensors=True)
-    np.testing.assert_array_equal(fresh(**call)[0], whole.pipe(**family.arguments(["a cat"]))[0])
 
 
 @pytest.mark.parametrize("name", [name for name, family in ZOO.items() if family.task == "text-to-image"])
@@ -377,19 +355,6 @@ def test_a_reward_of_weight_0_is_logged_and_not_trained_on(tmp_path):
     for one, two in zip(logged(tmp_path / "alone"), logged(tmp_path / "watched"), strict=True):
         assert one["reward"] == two["reward"] == pytest.approx(two["rewards/redness/mean"])
         assert two["rewards/blueness/mean"] > 0 and two["rewards/blueness/std"] > 0
-
-
-def test_concurrent_rewards_train_what_sequential_ones_do(tmp_path):
-    def slow(prompts, images, **columns):
-        threading.Event().wait(0.05)
-        return blueness(prompts, images)
-
-    settings = {"reward_funcs": [redness, "shapes_coloured_area", slow, parts], "max_steps": 1}
-    one = trained(tmp_path / "one", concurrent_rewards=True, **settings)
-    two = trained(tmp_path / "two", concurrent_rewards=False, **settings)
-    assert same(trained_weights(one), trained_weights(two))
-    [line], [other] = ([untimed(line) for line in logged(tmp_path / name)] for name in ("one", "two"))
-    assert line == other and line["rewards/slow/mean"] > 0
 
 
 def test_what_is_logged(tmp_path):
