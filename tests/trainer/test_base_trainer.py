@@ -295,7 +295,7 @@ def test_a_full_disk_at_the_end(tmp_path):
 @pytest.mark.parametrize(
     ("owner", "name", "failure", "message"),
     [
-        (Path, "rename", OSError("No space left"), "checkpoint-2' could not be written .*checkpoint-2'; resume"),
+        (Path, "rename", OSError("No space left"), "checkpoint-2' could not be written .*checkpoint-1'; resume"),
         (torch, "save", KeyboardInterrupt(), None),
     ],
 )

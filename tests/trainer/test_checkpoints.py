@@ -140,3 +140,9 @@ def test_killed_at_any_moment_of_a_save(tmp_path):
         seen.add((len(names), read_state(folder)["run"], (folder / "weights").read_text()))
         moment += 1
     assert seen == {(3, "old", "old"), (3, "new", "new"), (2, "new", "new")} and moment > 20
+
+
+def test_what_another_process_is_writing_stays(tmp_path):
+    (tmp_path / "_writing-checkpoint-3").mkdir()
+    checkpoints.tidy(tmp_path)
+    assert names_in(tmp_path) == ["_writing-checkpoint-3"]
