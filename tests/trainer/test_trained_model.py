@@ -48,7 +48,7 @@ def adapters_of(trainer) -> set[str]:
 # What is saved
 
 
-@pytest.mark.parametrize("family", DENOISERS)
+@pytest.mark.parametrize("family", ["sd", "flux"])
 def test_a_saved_denoiser_loads_into_the_plain_pipeline(tmp_path, family):
     trainer, name = trained(tmp_path, family, full=True, **SAVED), DENOISERS[family]
     plain = PIPELINES[family][0]()
@@ -76,7 +76,7 @@ def with_theirs(family: str = "sd3"):
     return pipe
 
 
-@pytest.mark.parametrize("family", DENOISERS)
+@pytest.mark.parametrize("family", ["sd", "flux"])
 def test_a_new_adapter_is_trained_on_top_of_one_that_was_loaded(tmp_path, family):
     plain, theirs = picture(PIPELINES[family][0](), family), picture(with_theirs(family), family)
     assert not torch.equal(plain, theirs)
@@ -143,7 +143,7 @@ def metadata(folder: Path) -> dict:
     return found | {"target_modules": sorted(found["target_modules"])}
 
 
-@pytest.mark.parametrize("family", DENOISERS)
+@pytest.mark.parametrize("family", ["sd", "flux"])
 def test_the_adapter_is_trained_further_and_stays_one(tmp_path, family, published):
     theirs = picture(loaded(published, family), family)
     assert not torch.equal(theirs, picture(PIPELINES[family][0](), family))
