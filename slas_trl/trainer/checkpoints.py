@@ -258,7 +258,6 @@ def fetch_checkpoint(source: str, output_dir: Path, revision: str | None = None,
                 raise ValueError(
                     f"{source!r} is not on the Hub; the checkpoints of {repo_id}: {', '.join(there) or 'none'}."
                 )
-            logger.info(f"Downloading {folder} of {repo_id}.")
             download = functools.partial(snapshot_download, repo_id, revision=revision, token=token, local_dir=place)
             download(allow_patterns=f"{folder}/*")
             best = json.loads((place / folder / TRAINER_STATE).read_text()).get("best_model_checkpoint")

@@ -237,6 +237,7 @@ class SLASConfig(AdvantageOptions, TrainingArguments):
             "sde_window_slide_every needs sde_window_size": size is None and self.sde_window_slide_every is not None,
             f"This one process sees {self.n_gpu} GPUs. Start a process for each with `accelerate launch "
             f"--num_processes {self.n_gpu}`, or show it one with CUDA_VISIBLE_DEVICES=0": self.n_gpu > 1,
+            f"output_dir {self.output_dir!r} is a file": self.run_dir.is_file(),
             "max_steps is 0: nothing would be trained": self.max_steps == 0,
             f"pipeline_kwargs must be a dictionary, but it is {extra!r}": not isinstance(extra, dict),
             f"pipeline_kwargs holds one of {sorted(RESERVED)}, which the trainer sets": bool(RESERVED & {*extra}),
