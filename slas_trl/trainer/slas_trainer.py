@@ -394,10 +394,7 @@ class SLASTrainer(BaseTrainer):
             self.publisher.write_result(model_name, dataset_name, tags)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """
-        Make the repository, or see that it is there. Raises `ValueError` when the Hub refuses the token or the name.
-        Without a network, training goes on, and every push tries again.
-        """
+        """Make the repository, if it is not there. Raises `ValueError` when the Hub refuses the token or the name."""
         self.publisher.create_repository(token, private)
 
     def push_to_hub(
