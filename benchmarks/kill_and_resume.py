@@ -276,7 +276,7 @@ def main() -> int:
         folder = base / f"run {number}"
         while True:
             run, starts = Run(folder, options.updates), starts + 1
-            aimed = kills % 3 == 2
+            aimed = kills % 3 == 0
             moment = rng.uniform(0, life)
             nth, share = rng.randint(1, 4), rng.uniform(0, 1.2)
             if kills < options.kills:

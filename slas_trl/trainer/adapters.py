@@ -17,12 +17,8 @@ from peft.utils import get_peft_model_state_dict
 # The trained adapter is not called "default", as a user's own may be. peft matches adapters by substring: neither name
 # may contain the other.
 ADAPTER_NAME, REFERENCE_NAME = "slas", "kl_reference"
+SET_ONE = 'call `pipe.set_adapters("name")` for one'
 ANOTHER = "pass a peft_config, to train another adapter on top of it"
-
-
-def takes_adapter(denoiser: object) -> bool:
-    """Whether diffusers has adapters for this denoiser."""
-    return isinstance(denoiser, PeftAdapterMixin)
 
 
 def carries_adapter(denoiser: object) -> bool:
@@ -32,21 +28,16 @@ def carries_adapter(denoiser: object) -> bool:
 
 def add_adapter(denoiser: Any, config: PeftConfig) -> None:
     """
-    Add a LoRA adapter to a frozen denoiser, its weights in float32. Active adapters stay active, and frozen.
-
-    Raises:
-        `ValueError`, `TypeError`: when `config` is not plain LoRA without dropout, diffusers has no adapters for this
-            denoiser, or one is fused into it.
+    Add a LoRA adapter to a frozen denoiser, its weights in float32. Active adapters stay active, and frozen. Raises
+    `ValueError` or `TypeError` when `config` is not plain LoRA without dropout, or the denoiser takes none.
     """
     if not isinstance(config, LoraConfig):
         raise TypeError(f"peft_config must be a peft.LoraConfig, but it is a {type(config).__name__}.")
     if config.lora_dropout:
-        raise ValueError(
-            f"lora_dropout is {config.lora_dropout}, with which the ratio is not 1 before an update; set it to 0."
-        )
+        raise ValueError(f"lora_dropout ({config.lora_dropout}) would make the ratio random; set it to 0.")
     if not _is_plain(config):
         raise ValueError("peft_config has bias or modules_to_save, which diffusers' files of adapters cannot hold.")
-    if not takes_adapter(denoiser):
+    if not hasattr(denoiser, "add_adapter"):
         raise ValueError(f"A {type(denoiser).__name__} takes no adapter; leave peft_config out to train all of it.")
     if not config.target_modules and not config.target_parameters:
         config.target_modules = ["to_q", "to_k", "to_v", "to_out.0"]  # peft has defaults for language models alone
@@ -65,24 +56,14 @@ def add_adapter(denoiser: Any, config: PeftConfig) -> None:
 def continue_adapter(pipe: DiffusionPipeline, names: list[str]) -> str:
     """
     Train the one active adapter of each of the denoisers `names`: under our name, with its own configuration, its
-    weights in float32. Inactive adapters beside it stay as they are.
-
-    Returns:
-        `str`: a hash of its weights.
-
-    Raises:
-        `ValueError`: when there is not one active LoRA adapter in each denoiser, what is saved would not be all of it,
-            or one is fused into the denoiser.
+    weights in float32. Inactive adapters beside it stay as they are. Returns a hash of its weights. Raises
+    `ValueError` when there is not one active LoRA adapter in each denoiser, or what is saved would not be all of it.
     """
     if elsewhere := [name for name in pipe.components if name not in names and _active(pipe.components[name])]:
-        raise ValueError(
-            f"The adapter also changes {' and '.join(elsewhere)}, which is not trained and would not be saved; "
-            f"{ANOTHER}, or merge it with `pipe.fuse_lora()` and `pipe.unload_lora_weights()`, and save the pipeline."
-        )
-    chosen = {name: _the_active(pipe.components[name], name) for name in names}
+        raise ValueError(f"The adapter also changes {elsewhere[0]}, which would not be saved; {ANOTHER}.")
+    chosen = [(pipe.components[name], _the_active(pipe.components[name], name)) for name in names]
     digest = hashlib.sha256()
-    for name, adapter in chosen.items():
-        denoiser = pipe.components[name]
+    for denoiser, adapter in chosen:
         config, state = denoiser.peft_config[adapter], _state(denoiser, adapter)
         for key in sorted(state):
             digest.update(key.encode() + state[key].cpu().numpy().tobytes())
@@ -139,16 +120,12 @@ def _put(denoiser: Any, name: str, config: LoraConfig, state: dict[str, torch.Te
 def _the_active(denoiser: Any, name: str) -> str:
     """The one active adapter of the denoiser `name`, if it can be trained."""
     if not carries_adapter(denoiser):
-        raise ValueError(
-            f"One denoiser carries an adapter to go on from, and {name} none. Load one for it too, as by "
-            f"`pipe.load_lora_weights(..., weight_name=..., load_into_{name}=True)`; or {ANOTHER}."
-        )
+        raise ValueError(f"{name} carries no adapter, as another denoiser does. Load one for it too; or {ANOTHER}.")
     _refuse_fused(denoiser)
     active = sorted(_active(denoiser))
     if len(active) != 1:
         raise ValueError(
-            f"To go on from an adapter, it has to be the one that is active, but of {list(denoiser.peft_config)} in "
-            f"{name}, {active or 'none'} is. Call `pipe.set_adapters(...)` or `pipe.enable_lora()`; or {ANOTHER}."
+            f"{name} has {active or 'none'} of {[*denoiser.peft_config]} active: {SET_ONE}; or {ANOTHER}."
         )
     [adapter] = active
     config = denoiser.peft_config[adapter]
@@ -158,10 +135,7 @@ def _the_active(denoiser: Any, name: str) -> str:
     scaled = [layer for layer in _layers(denoiser) if isinstance(layer, LoraLayer) and adapter in layer.scaling]
     weights = [layer.scaling[adapter] * root(layer.r[adapter]) / layer.lora_alpha[adapter] for layer in scaled]
     if odd := [weight for weight in weights if not math.isclose(weight, 1, rel_tol=1e-6)]:
-        raise ValueError(
-            f"The adapter {adapter!r} of {name} has the weight {odd[0]:g}, with which it would not be loaded again. "
-            f'Call `pipe.set_adapters("{adapter}")` for a weight of 1; or {ANOTHER}.'
-        )
+        raise ValueError(f"The adapter {adapter!r} of {name} has weight {odd[0]:g}: {SET_ONE}; or {ANOTHER}.")
     return adapter
 
 
@@ -173,21 +147,13 @@ def _is_plain(config: LoraConfig) -> bool:
 def _active(module: Any) -> set[str]:
     """Names of the adapters that have an effect."""
     layers = _layers(module) if isinstance(module, torch.nn.Module) else []
-    return {
-        name
-        for layer in layers
-        if not layer.disable_adapters
-        for name in layer.active_adapters
-        if name in layer._get_available_adapters()
-    }
+    effective = [{*x.active_adapters} & {*x._get_available_adapters()} for x in layers if not x.disable_adapters]
+    return set().union(*effective)
 
 
 def _refuse_fused(denoiser: Any) -> None:
     if any(layer.merged for layer in _layers(denoiser)):
-        raise ValueError(
-            "An adapter is fused into the denoiser, whose layers would pass over another one. Call "
-            "`pipe.unload_lora_weights()` after `pipe.fuse_lora()`."
-        )
+        raise ValueError("An adapter is fused into the denoiser; call `pipe.unload_lora_weights()` after fusing it.")
 
 
 def _layers(denoiser: Any) -> list[Any]:

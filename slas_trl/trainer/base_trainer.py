@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import save_fsdp_optimizer
@@ -25,26 +25,17 @@ from .. import run_files
 from ..policy import PipelineReplayer, Rollout
 from . import checkpoints
 from .distributed import gathered
+from .gamma import GammaControl
 from .pipeline_inputs import Batch
 from .publisher import Publisher
 from .slas_config import SLASConfig
-from .trained_model import TrainedModel
+from .trained_model import MovingAverage, TrainedModel
 
 
 logger = logging.get_logger(__name__)
 
 # Hyperparameters in the groups of an optimizer, beside which it may keep states there. The rate is the scheduler's.
 GIVEN = {"initial_lr", "weight_decay", "betas", "eps", "momentum", "dampening", "nesterov", "alpha"}
-
-
-class Part(Protocol):
-    """Something with a state that belongs to a checkpoint. Collective: every rank must call both methods."""
-
-    def save(self, folder: Path, writes: bool) -> None:
-        """Add files to the checkpoint in `folder`, if this process `writes`."""
-
-    def load(self, folder: Path) -> None:
-        """Read them."""
 
 
 @dataclass
@@ -65,10 +56,6 @@ class BaseTrainer(Trainer, ABC):
     """
     A Trainer whose micro-step is one chunk of a rollout at one timestep, and whose checkpoints hold the rollout under
     way. The subclass samples.
-
-    Args:
-        trained ([`TrainedModel`]): what is trained.
-        kwargs: of transformers' Trainer, without `model`.
     """
 
     args: SLASConfig
@@ -78,7 +65,8 @@ class BaseTrainer(Trainer, ABC):
 
     def __init__(self, trained: TrainedModel, **kwargs: Any):
         self.trained = trained
-        self.parts: list[Part] = [trained.average] if trained.average is not None else []
+        # With a state that belongs to a checkpoint, which `save` and `load` are collective for.
+        self.parts: list[MovingAverage | GammaControl] = [trained.average] if trained.average is not None else []
         self._writing: Path | None = None  # where the checkpoint under way is written
         super().__init__(model=trained.module, **kwargs)
 
@@ -109,17 +97,8 @@ class BaseTrainer(Trainer, ABC):
         config = self.trained.adapter_config
         adapter = config and [config.r, config.lora_alpha, sorted(cast(Any, config.target_modules)), config.use_rslora]
         prompts = hashlib.sha256("\n".join(self.train_dataset["prompt"]).encode()).hexdigest()
-        return {
-            **self.args.resume_signature,
-            "adapter": adapter,
-            "prompts": prompts,
-            "continued": self.trained.continued,
-        }
-
-    @property
-    def resume_settings(self) -> dict[str, Any]:
-        """What may differ when a run is resumed; differences are logged."""
-        return self.args.settings
+        own = {"adapter": adapter, "prompts": prompts, "continued": self.trained.continued}
+        return {**self.args.resume_signature, **own}
 
     # Micro-steps
 
@@ -163,9 +142,9 @@ class BaseTrainer(Trainer, ABC):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        Write the trained weights into `output_dir`, `args.output_dir` by default: the adapter, which
-        `pipe.load_lora_weights` reads, or the denoiser's folder. With `args.push_to_hub`, what is in `args.output_dir`
-        is pushed; a push that fails is logged. Collective: every rank must call this.
+        Write the trained weights into `output_dir`, `args.output_dir` by default: the adapter, or the denoiser's
+        folder. With `args.push_to_hub` they are pushed; a push that fails is logged. Collective: every rank must call
+        this.
         """
         folder = Path(output_dir) if output_dir else self.args.run_dir
         if self.args.should_save:
@@ -185,9 +164,7 @@ class BaseTrainer(Trainer, ABC):
                 logger.error(str(error))
 
     def _load_best_model(self) -> None:
-        best = cast(str, self.state.best_model_checkpoint)  # the caller has looked
-        logger.info(f"Loading the best weights, from {best} ({self.state.best_metric}).")
-        self.trained.load(Path(best))
+        self.trained.load(Path(cast(str, self.state.best_model_checkpoint)))  # the caller has looked
         if self.trained.average is not None:
             self.trained.average.restart()
 
@@ -214,7 +191,7 @@ class BaseTrainer(Trainer, ABC):
             self.accelerator.wait_for_everyone()  # the files of all processes are listed
             if self.args.should_save:
                 done, midway = self._progress
-                settings = {"layout": self.resume_signature, "settings": self.resume_settings}
+                settings = {"layout": self.resume_signature, "settings": self.args.settings}
                 checkpoints.write_state(written, micro_step=done, midway=midway, **settings)
                 self.publisher.facts().write(written)  # not part of what a training needs to go on
                 checkpoints.publish(written, folder)
@@ -303,11 +280,9 @@ class BaseTrainer(Trainer, ABC):
         state = json.loads((folder / run_files.STATE).read_text())  # `train` has looked whether it is whole
         if changed := _differences(state["layout"], self.resume_signature):
             raise ValueError(f"The checkpoint {str(folder)!r} was made with other settings: {changed}.")
-        if changed := _differences(state["settings"], self.resume_settings):
+        if changed := _differences(state["settings"], self.args.settings):
             update = state["micro_step"] // self.args.micro_steps_per_update
-            logger.warning(
-                f"After update {update} (rewards: after its rollout), training goes on with other settings: {changed}."
-            )
+            logger.warning(f"After update {update}, training goes on with other settings: {changed}.")
         self.trained.load(folder)
         for part in self.parts:
             part.load(folder)
@@ -326,16 +301,15 @@ class BaseTrainer(Trainer, ABC):
         # The checkpoint's hyperparameters came along, but those of this run's arguments hold.
         for group, own in zip(optimizer.param_groups, given, strict=True):
             group.update(own)
+        then = json.loads((Path(checkpoint) / run_files.STATE).read_text())["settings"]["learning_rate"]
         if isinstance(scheduler, LambdaLR):
             scheduler.base_lrs = [own["initial_lr"] for own in given]
             now = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
             scheduler._last_lr = [base * factor(scheduler.last_epoch) for base, factor in now]
+        elif then != self.args.learning_rate:
+            raise ValueError(f"learning_rate {then} cannot change: {type(scheduler).__name__} takes the checkpoint's.")
         for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
             group["lr"] = rate
-        then = json.loads((Path(checkpoint) / run_files.STATE).read_text())["settings"]["learning_rate"]
-        if then != self.args.learning_rate and not isinstance(scheduler, LambdaLR):
-            kind, now = type(scheduler).__name__, self.args.learning_rate
-            raise ValueError(f"learning_rate {then} cannot become {now}: with a {kind} it is the checkpoint's.")
 
     # Ending early
 
@@ -359,10 +333,7 @@ class BaseTrainer(Trainer, ABC):
             return
         if folder.resolve() not in self._own_checkpoints:
             self._save_checkpoint(self.model, None)
-        logger.warning(
-            f"{why} after update {step}; the checkpoint is {str(folder)!r}. Resume with "
-            f"train(resume_from_checkpoint={str(folder)!r}), or --resume_from_checkpoint {folder} on the command line."
-        )
+        logger.warning(f"{why} after update {step}. To go on from there: --resume_from_checkpoint {folder}")
         self._finish_current_push()
 
 

@@ -1,17 +1,21 @@
-"""The callback that records every rollout in `calibration.jsonl` and draws `calibration.png`."""
+"""The callback that records and shows rollouts: in `calibration.jsonl`, `calibration.png` and the trackers."""
 
+import importlib
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import numpy as np
 from PIL import Image
 from transformers import TrainerState
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
 from ..advantages import Advantages
 from ..run_files import CALIBRATION, ROLLOUTS
-from .callbacks import StepFileCallback, show_images
+from .callbacks import StepFileCallback
 
 
 logger = logging.get_logger(__name__)
@@ -39,16 +43,15 @@ def _short(value: float) -> float | None:
     return None if math.isnan(value) else float(f"{value:.6g}")
 
 
+@dataclass(eq=False)
 class CalibrationCallback(StepFileCallback):
     """
     Draws at every checkpoint, at the end of training, and when a run is interrupted. Its place is before the trackers,
     some of which end with training.
     """
 
-    file = ROLLOUTS
-
-    def __init__(self, handler: CallbackHandler):
-        self.handler = handler
+    handler: CallbackHandler
+    file: ClassVar = ROLLOUTS
 
     def on_save(self, args, state, control, **kwargs):
         if not control.should_training_stop:  # at the end there may be more to draw
@@ -69,5 +72,19 @@ class CalibrationCallback(StepFileCallback):
             logger.warning(f"The calibration panel could not be drawn, and training goes on: {error}")
             return
         with Image.open(args.run_dir / CALIBRATION) as picture:
-            trackers, callbacks, step = cast(list, args.report_to), self.handler.callbacks, state.global_step
-            show_images(trackers, callbacks, {"calibration": picture}, [reading.text], step, caption_is="reading")
+            self.show(args, {"calibration": picture}, [reading.text], state.global_step, "reading")
+
+    def show(self, args: Any, images: Mapping[str, Image.Image], captions: list[str], step: int, what: str) -> None:
+        """Pictures by name in every tracker that can show them; `what` their captions are."""
+        if not images:
+            return
+        pairs = list(zip(images.items(), captions, strict=True))
+        for callback in self.handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                for (name, image), caption in pairs:
+                    callback.tb_writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+                    callback.tb_writer.add_text(f"{name}/{what}", caption, step)
+        for tracker in {"trackio", "wandb"} & {*args.report_to}:
+            module: Any = importlib.import_module(tracker)
+            shown = {name: module.Image(image, caption=caption) for (name, image), caption in pairs}
+            module.log({**shown, "train/global_step": step})

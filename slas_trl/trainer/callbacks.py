@@ -1,11 +1,11 @@
-"""Callbacks of [`SLASTrainer`]: progress, metrics on disk, pictures in the trackers, prompts by epoch."""
+"""Callbacks of [`SLASTrainer`]: progress, metrics on disk, prompts by epoch, reward hacking."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-import numpy as np
-from PIL.Image import Image
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
@@ -22,13 +22,8 @@ logger = logging.get_logger(__name__)
 class RLProgressCallback(ProgressCallback):
     """The progress bar with the figures that matter, in place of a line for each log."""
 
-    SHOWN = {
-        "reward": "reward",
-        "reward_std": "std",
-        "kl": "kl",
-        "clip_ratio/region_mean": "clip",
-        "images_per_second": "images/s",
-    }
+    SHOWN = {"reward": "reward", "reward_std": "std", "kl": "kl", "clip_ratio/region_mean": "clip"}
+    SHOWN |= {"images_per_second": "images/s"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,8 +33,7 @@ class RLProgressCallback(ProgressCallback):
         if self.training_bar is not None and logs:
             self._shown |= {label: f"{logs[key]:.3g}" for key, label in self.SHOWN.items() if key in logs}
             self.training_bar.set_postfix(self._shown)
-            evaluated = {key: f"{value:.4g}" for key, value in logs.items() if key.startswith("eval_reward")}
-            if evaluated:
+            if evaluated := {key: f"{value:.4g}" for key, value in logs.items() if key.startswith("eval_reward")}:
                 self.training_bar.write(f"step {state.global_step}: {evaluated}")
 
 
@@ -88,38 +82,52 @@ class MetricsFileCallback(StepFileCallback):
             self.append(args, {"step": state.global_step, **logs})
 
 
+@dataclass(eq=False)
 class PromptOrderCallback(TrainerCallback):
     """Tells the sampler the epoch, so that a resumed run draws the prompts of the interrupted one."""
 
-    def __init__(self, sampler: EpochRepeatSampler):
-        self.sampler = sampler
+    sampler: EpochRepeatSampler
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.sampler.epoch = int((state.epoch or 0) + 1e-6)  # a resumed run begins within an epoch
 
 
-def show_images(
-    report_to: list[str],
-    callbacks: list[TrainerCallback],
-    images: Mapping[str, Image],
-    captions: list[str],
-    step: int,
-    caption_is: str = "prompt",
-) -> None:
-    """Pictures by name, with their captions, in every tracker of `report_to` that can show them."""
-    pairs = list(zip(images.items(), captions, strict=True))
-    for callback in callbacks:
-        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            for (name, image), caption in pairs:
-                callback.tb_writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
-                callback.tb_writer.add_text(f"{name}/{caption_is}", caption, step)
-    if "trackio" in report_to:
-        import trackio
+@dataclass(eq=False)
+class RewardHackingCallback(TrainerCallback):
+    """
+    Warns, or ends training, when in some evaluations in a row the trained reward (`eval_reward`) rose and the mean of
+    a held-out one fell: what reward hacking looks like. It goes by the Trainer's history of logs, so that a resumed
+    run sees what the uninterrupted one does.
+    """
 
-        shown: dict[str, Any] = {name: trackio.Image(image, caption=caption) for (name, image), caption in pairs}
-        trackio.log({**shown, "train/global_step": step})
-    if "wandb" in report_to:
-        import wandb  # type: ignore[import-not-found]
+    held_out: Sequence[str]  # names of the rewards that are not trained on
+    patience: int  # evaluations in a row; the first is compared with one before
+    action: str  # "warn", or "stop"
 
-        shown = {name: wandb.Image(image, caption=caption) for (name, image), caption in pairs}
-        wandb.log({**shown, "train/global_step": step})
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        for key in metrics or {}:
+            if key.startswith("eval_") and key.endswith("_reward"):  # "eval_reward", or "eval_{data set}_reward"
+                logs = {log["step"]: log for log in state.log_history if key in log}  # one a step
+                for warning in self._warnings(list(logs.values())[-self.patience - 1 :], key):
+                    logger.warning(f"{warning} Look at the samples; an earlier checkpoint may be the better one.")
+                    if self.action == "stop" and not control.should_training_stop:
+                        logger.warning(f"Training ends at step {state.global_step} (hacking_action is 'stop').")
+                        control.should_training_stop = True
+
+    def _warnings(self, logs: Sequence[Mapping[str, float]], trained: str) -> list[str]:
+        """One for each held-out reward that fell throughout the evaluations `logs` while the trained one rose."""
+        if len(logs) <= self.patience or not _moves(logs, trained, 1):
+            return []
+        first, last = logs[0], logs[-1]
+        return [
+            f"The trained reward rose in {self.patience} evaluations in a row ({first[trained]:.4g} to "
+            f"{last[trained]:.4g}), while the held-out {name!r} fell ({first[key]:.4g} to {last[key]:.4g}): "
+            "likely reward hacking."
+            for name in self.held_out
+            if _moves(logs, key := f"{trained}s/{name}/mean", -1)
+        ]
+
+
+def _moves(logs: Sequence[Mapping[str, float]], key: str, sign: int) -> bool:
+    """Whether a metric goes one way at every step; NaN goes none."""
+    return all(sign * (after - before) > 0 for before, after in pairwise(log.get(key, float("nan")) for log in logs))

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 SETTINGS = (
     *(field.name for field in fields(AdvantageOptions)),
     *("gamma_schedule", "num_generations", "generation_batch_size", "num_iterations", "epsilon", "epsilon_high"),
-    *("beta", "num_inference_steps", "guidance_scale", "timestep_fraction", "sde_window_size", "learning_rate"),
-    *("optim", "seed"),
+    *("beta", "num_inference_steps", "guidance_scale", "timestep_fraction", "sde_window_size"),
+    *("learning_rate", "optim", "seed"),
 )
 
 
@@ -41,10 +41,11 @@ def gather_facts(trainer: "SLASTrainer") -> RunFacts:
     """What is known of the run by now."""
     args, pipe, trained, data = trainer.args, trainer.pipe, trainer.trained, trainer.train_dataset
     publisher, folder, denoiser = trainer.publisher, args.run_dir, trained.denoisers[trained.names[0]]
+    scorer = trainer.eval_scorer
     prompt = publisher.samples[0].prompt if publisher.samples else data["prompt"][0]
     panel = args.log_completions and not publisher.is_training and (folder / run_files.CALIBRATION).is_file()
     dtype = str(trained_model.base_dtype(denoiser) or torch.float32).removeprefix("torch.")
-    call = facts.plain(trainer.inputs.arguments) | _texts(trainer, prompt)
+    call = facts.plain(trainer.inputs.arguments)
     hub = Place(trainer.hub_model_id, args.hub_revision, on_hub=True) if trainer.hub_model_id else None
     dataset, on_hub = _dataset(publisher.dataset_name)
     return RunFacts(
@@ -57,7 +58,11 @@ def gather_facts(trainer: "SLASTrainer") -> RunFacts:
         output=facts.output_of(pipe),
         call={name: value for name, value in call.items() if name != "output_type"},
         prompt=prompt,
-        rewards=_rewards(trainer),
+        rewards=[
+            # A user's own reward may be any function.
+            RewardOnCard(name, trainer.weight_of[name], getattr(own, "blind_to", None), getattr(own, "measures", None))
+            for name, own in zip(scorer.names, map(unwrapped, scorer.functions), strict=True)
+        ],
         settings=_settings(trainer),
         step=publisher.step,
         max_steps=max(trainer.state.max_steps, publisher.step) if publisher.is_training else publisher.step,
@@ -79,16 +84,6 @@ def gather_facts(trainer: "SLASTrainer") -> RunFacts:
     )
 
 
-def _texts(trainer: "SLASTrainer", prompt: str) -> dict[str, str]:
-    """The other texts, such as "negative_prompt", that reach the pipeline with this prompt."""
-    data = trainer.train_dataset
-    names = [c for c in trainer.inputs.columns(data) if not is_picture_column(data, c)]
-    if not names or prompt not in (prompts := list(data["prompt"])):
-        return {}
-    row = data.select_columns(names)[prompts.index(prompt)]
-    return {name: value for name, value in row.items() if isinstance(value, str)}
-
-
 def _dataset(name: str | None) -> tuple[str | None, bool]:
     """A data set's name without its folder, and whether it is one on the Hub."""
     if name is None or name == "shapes":
@@ -96,14 +91,6 @@ def _dataset(name: str | None) -> tuple[str | None, bool]:
     path = Path(name)
     on_hub = not path.exists() and path.suffix.lower() not in SUFFIXES and facts.is_hub_id(name)
     return (name, True) if on_hub else (path.name, False)
-
-
-def _rewards(trainer: "SLASTrainer") -> list[RewardOnCard]:
-    scorer, rewards = trainer.eval_scorer, []
-    for name, function in zip(scorer.names, scorer.functions, strict=True):
-        says = [getattr(unwrapped(function), field, None) for field in ("blind_to", "measures")]
-        rewards.append(RewardOnCard(name, trainer.weight_of[name], *says))
-    return rewards
 
 
 def _settings(trainer: "SLASTrainer") -> list[list[Any]]:
@@ -134,21 +121,17 @@ def _evaluation(trainer: "SLASTrainer") -> Evaluation | None:
     first, last = by_step.get(0, {}), by_step[max(by_step)]
     metrics, rows = [], [["reward", *(["before"] if first else []), f"after {max(by_step)} updates"]]
     for where, prefix in prefixes.items():
-        for name in trainer.eval_scorer.names:
-            key, prompts = f"{prefix}rewards/{name}", int(last.get(f"{prefix}samples", 0)) // copies
-            if f"{key}/mean" not in last:
-                continue
+        for name in trainer.eval_scorer.names if f"{prefix}reward" in last else []:
+            key, prompts = f"{prefix}rewards/{name}", int(last[f"{prefix}samples"]) // copies
             value, half, before = last[f"{key}/mean"], last.get(f"{key}/half_width"), first.get(f"{key}/mean")
             metrics.append(Metric(name + where, value, half, prompts, before))
             was = [] if not first else ["" if before is None else f"{before:.4f}"]
             estimate = Estimate(value, math.nan, math.nan if half is None else half, prompts)
             rows.append([name + where, *was, f"{estimate:.4f}"])
     counts = " and ".join(dict.fromkeys(str(metric.prompts) for metric in metrics))
-    how = (
-        f"Mean rewards on {counts} evaluation prompts, {copies} picture{'s' * (copies > 1)} each, drawn by the "
-        "pipeline's own sampler; ± is the half width of a 95% interval, from the differences between prompts."
-    )
-    return Evaluation(how, rows, metrics) if metrics else None
+    what = f"Mean rewards on {counts} evaluation prompts, {copies} picture{'s' * (copies > 1)} each, drawn by the"
+    how = "pipeline's own sampler; ± is the half width of a 95% interval, from the differences between prompts."
+    return Evaluation(f"{what} {how}", rows, metrics) if metrics else None
 
 
 def _reading(folder: Path) -> str | None:

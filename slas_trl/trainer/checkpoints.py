@@ -1,10 +1,11 @@
-"""Checkpoints that are whole or not there: what belongs to one, how to tell, and rollouts on disk."""
+"""Checkpoints that are whole or not there: how to tell, rollouts on disk, and those on the Hub."""
 
+import functools
 import json
 import os
+import re
 import shutil
 import signal
-import tempfile
 import threading
 import time
 import zlib
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
+from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError
 from transformers.utils import logging
 
 from ..policy import PipelineReplayer, Rollout
+from ..publishing.repository import FAILURES, LAST_CHECKPOINT, reason
 from ..run_files import REMOVED, STATE, TRAINER_STATE, WRITING
 
 
@@ -26,6 +30,8 @@ logger = logging.get_logger(__name__)
 STARTED = time.time()
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, *(() if os.name == "nt" else (signal.SIGHUP,)))
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # what a full disk raises, by who is writing
+# "user/name", "user/name/checkpoint-20", "user/name@branch"
+ON_HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?:@(\S+))?")
 
 
 def rollout_file(rank: int) -> str:
@@ -55,12 +61,7 @@ def _content(path: Path) -> list[int]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """
-    The contents of `STATE`.
-
-    Raises:
-        `ValueError`: when the checkpoint is not whole; the message says which file is not what was written.
-    """
+    """The contents of `STATE`. Raises `ValueError`, which names the file, when the checkpoint is not whole."""
     if not folder.is_dir():
         raise ValueError(f"There is no checkpoint folder {str(folder)!r}.")
     file = STATE
@@ -72,16 +73,14 @@ def read_state(folder: Path) -> dict[str, Any]:
             if _content(folder / file) != content:
                 raise ValueError("not as it was written")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"The checkpoint {str(folder)!r} is damaged, unfinished, or of an earlier version: {file} ({error})."
-        ) from error
+        raise ValueError(f"The checkpoint {str(folder)!r} is damaged, unfinished or old: {file} ({error}).") from error
     return state
 
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
     """The checkpoint folders, the last written first; of several runs, too, and broken ones."""
-    numbered = [(p.name.removeprefix("checkpoint-"), p) for p in output_dir.glob("checkpoint-*") if p.is_dir()]
-    return [path for *_, path in sorted(((_written(p), int(n), p) for n, p in numbered if n.isdigit()), reverse=True)]
+    folders = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
+    return sorted(folders, key=lambda path: (_written(path), int(path.name[11:])), reverse=True)
 
 
 def _written(folder: Path) -> float:
@@ -111,12 +110,10 @@ def find(output_dir: Path, wanted: str | bool | None) -> Path | None:
     """
     if not wanted:
         return None
-    if wanted is not True:
-        read_state(Path(wanted))
-        return Path(wanted)
-    folder = last_whole_checkpoint(output_dir)
+    folder = last_whole_checkpoint(output_dir) if wanted is True else Path(wanted)
     if folder is None:
         raise ValueError(f"There is no whole checkpoint in {str(output_dir)!r} to resume from.")
+    read_state(folder)
     return folder
 
 
@@ -124,8 +121,8 @@ def find(output_dir: Path, wanted: str | bool | None) -> Path | None:
 def on_interrupt(note: Callable[[int], None]) -> Iterator[None]:
     """
     Within, Ctrl-C, SIGTERM and SIGHUP call `note` with their number, so that no update is torn apart. A second Ctrl-C
-    interrupts as usual, as do the others after one; but SIGTERM may well come twice, from a scheduler and a launcher.
-    What is ignored, as SIGHUP under nohup, stays so, other than Ctrl-C.
+    interrupts as usual; but SIGTERM may well come twice, from a scheduler and a launcher. An ignored SIGHUP (nohup)
+    stays so.
     """
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
         yield
@@ -147,8 +144,7 @@ def on_interrupt(note: Callable[[int], None]) -> Iterator[None]:
             signal.signal(number, previous[number])
 
 
-def discard(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+discard = functools.partial(shutil.rmtree, ignore_errors=True)
 
 
 def lost(what: str, output_dir: Path, error: Exception) -> OSError:
@@ -156,18 +152,6 @@ def lost(what: str, output_dir: Path, error: Exception) -> OSError:
     last = last_whole_checkpoint(output_dir)
     left = f"the last whole one is {str(last)!r}; resume from there" if last else "there is no earlier one"
     return OSError(f"{what} could not be written ({error}). Of the checkpoints, {left} after making room.")
-
-
-def try_writing(folder: Path) -> None:
-    """Raise before a run what would be raised when its results are written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"0")
-    except OSError as error:
-        raise OSError(
-            f"The output_dir {str(folder)!r} cannot be written to ({error.strerror}). Name another one, or make room."
-        ) from error
 
 
 def publish(written: Path, folder: Path) -> None:
@@ -254,3 +238,49 @@ def load_rollouts(
     saved = torch.load(path, map_location=location, weights_only=True)
     states = saved.pop("rollouts")
     return [replayer.restore(state, call) for state, call in zip(states, calls, strict=True)], saved
+
+
+def fetch_checkpoint(source: str, output_dir: Path, revision: str | None = None, token: str | None = None) -> Path:
+    """
+    Download a checkpoint that a run has pushed, and the best one that it names, into folders such as `checkpoint-20`
+    of `output_dir`, as if the run had been here. `source` is as in [`~SLASTrainer.train`], and `revision` a branch,
+    unless it names one. Raises `ValueError` without one, and where another one of that number is in `output_dir`.
+    """
+    repo_id, wanted, branch = ON_HUB.fullmatch(source).groups()  # type: ignore[union-attr]
+    place, revision = output_dir / f"_fetched-{repo_id.replace('/', '-')}", branch or revision
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(output_dir / "_fetching.lock"):  # one machine of several that share the folder
+        try:
+            names = HfApi(token=token).list_repo_files(repo_id, revision=revision)
+            there = sorted((n.split("/")[0] for n in names if n.endswith(f"/{STATE}")), key=lambda n: (len(n), n))
+            folder = wanted or (LAST_CHECKPOINT if LAST_CHECKPOINT in there else there[-1] if there else None)
+            if folder not in there:
+                raise ValueError(
+                    f"{source!r} is not on the Hub; the checkpoints of {repo_id}: {', '.join(there) or 'none'}."
+                )
+            download = functools.partial(snapshot_download, repo_id, revision=revision, token=token, local_dir=place)
+            download(allow_patterns=f"{folder}/*")
+            best = json.loads((place / folder / TRAINER_STATE).read_text()).get("best_model_checkpoint")
+            if best in there and best != folder:  # for load_best_model_at_end
+                download(allow_patterns=f"{best}/*")
+                _adopt(place / best, output_dir)
+            return _adopt(place / folder, output_dir)
+        except FAILURES as error:
+            raise ValueError(f"{source!r} is no folder here, and could not be downloaded: {reason(error)}.") from error
+        finally:
+            discard(place)
+
+
+def _adopt(fetched: Path, output_dir: Path) -> Path:
+    """Give a downloaded checkpoint the name that it had in its run."""
+    state = json.loads((fetched / TRAINER_STATE).read_text())
+    folder = output_dir / f"checkpoint-{state['global_step']}"
+    if folder.exists():
+        if (folder / STATE).read_bytes() != (fetched / STATE).read_bytes():
+            raise ValueError(f"{str(folder)!r} is another checkpoint than the one on the Hub. Use another output_dir.")
+        return folder
+    if best := state.get("best_model_checkpoint"):
+        state["best_model_checkpoint"] = str(output_dir / best)
+        (fetched / TRAINER_STATE).write_text(json.dumps(state, indent=2))
+    fetched.rename(folder)
+    return folder

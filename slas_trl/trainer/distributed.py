@@ -22,7 +22,6 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import parse_flag_from_env
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -72,15 +71,10 @@ def check_sharding(accelerator: Accelerator, is_fsdp: bool, denoisers: int) -> N
     deepspeed = accelerator.state.deepspeed_plugin
     if deepspeed is not None and deepspeed.zero_stage == 3:
         raise ValueError("DeepSpeed's ZeRO-3 is not supported; FSDP2 shards weights too (accelerate_config fsdp2).")
-    if parse_flag_from_env("ACCELERATE_USE_FSDP") and not is_fsdp:
-        raise ValueError("FSDP does not shard over CPUs; use DDP (accelerate_config multi_gpu) or GPUs.")
     if is_fsdp and not accelerator.is_fsdp2:
         raise ValueError("FSDP of version 1 is not supported; set fsdp_version: 2 (accelerate_config fsdp2).")
     if is_fsdp and denoisers > 1:
-        raise ValueError(
-            f"{denoisers} denoisers cannot be sharded by FSDP as one model. Use DDP (accelerate_config multi_gpu), "
-            "with peft_config to save memory."
-        )
+        raise ValueError(f"FSDP cannot shard {denoisers} denoisers as one; use DDP (accelerate_config multi_gpu).")
 
 
 @torch.no_grad()
@@ -115,8 +109,3 @@ def copy_full_tensor(target: torch.Tensor, source: torch.Tensor) -> None:
     if isinstance(target, DTensor):
         source = distribute_tensor(source.to(target.device), target.device_mesh, target.placements)
     target.copy_(source)
-
-
-def full_state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The module's `state_dict` with whole tensors on the CPU."""
-    return {key: full_tensor(value).cpu() for key, value in module.state_dict().items()}

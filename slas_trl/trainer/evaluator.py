@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -20,31 +21,17 @@ from .slas_config import SLASConfig
 from .trained_model import TrainedModel
 
 
+@dataclass(eq=False)
 class Evaluator:
-    """
-    Samples with the pipeline's own scheduler, by the weights as they are once saved and loaded.
+    """Samples with the pipeline's own scheduler, by the weights as they are once saved and loaded."""
 
-    Args:
-        trained ([`TrainedModel`]): the model.
-        inputs ([`PipelineInputs`]): makes rows of a data set inputs of the pipeline.
-        scorer ([`RewardScorer`]): the rewards, the trained ones first.
-        weight_of (`dict[str, float]`): weight of each trained reward, by name.
-        args ([`SLASConfig`]): the configuration.
-        accelerator ([`~accelerate.Accelerator`]): knows the processes, which share the work.
-    """
-
-    def __init__(
-        self,
-        trained: TrainedModel,
-        inputs: PipelineInputs,
-        scorer: RewardScorer,
-        weight_of: dict[str, float],
-        args: SLASConfig,
-        accelerator: Accelerator,
-    ):
-        self.trained, self.inputs, self.scorer, self.weight_of = trained, inputs, scorer, weight_of
-        self.args, self.accelerator = args, accelerator
-        self.before_error: Callable[[], None] | None = None  # called on all ranks before a reward's error is raised
+    trained: TrainedModel
+    inputs: PipelineInputs
+    scorer: RewardScorer  # the trained rewards first
+    weights: list[float]  # of these
+    args: SLASConfig
+    accelerator: Accelerator  # knows the processes, which share the work
+    before_error: Callable[[], None]  # called on all ranks before a reward's error is raised
 
     def check(self, dataset: Dataset, like: Dataset) -> None:
         """Raises `ValueError` or `TypeError` for prompts that do not fit the pipeline, the rewards or `like`."""
@@ -62,15 +49,9 @@ class Evaluator:
         on_batch: Callable[[Batch, list[Any]], None] = lambda batch, images: None,
     ) -> list[Any]:
         """
-        Pictures of the rows at `indices`, see [`as_pictures`]. Collective if the model is sharded: every rank must
-        call this for equally many.
-
-        Args:
-            dataset (`Dataset`): the prompts.
-            indices (`Sequence[int]`): rows, one for each picture.
-            generators (`Sequence[torch.Generator]`): of each picture.
-            size (`int`): at most so many pictures in a call.
-            on_batch (`Callable`, *optional*): is called with each [`Batch`] and its pictures.
+        Pictures of the rows at `indices`, one for each with its generator and at most `size` in a call, see
+        [`as_pictures`]; each [`Batch`] and its pictures are given to `on_batch`. Collective if the model is sharded:
+        every rank must call this for equally many.
         """
         images = []
         place = self.trained.place_frozen(self.accelerator.device)
@@ -100,28 +81,20 @@ class Evaluator:
         mine = [k for at in range(first, first + share) for k in range(len(indices))[chunks[at % len(chunks)]]]
         generators = [torch.Generator().manual_seed(seeds[k]) for k in mine]
         with Scoring(self.scorer, self.args.concurrent_rewards) as scoring:
-            self.draw(
-                dataset,
-                [indices[k] for k in mine],
-                generators,
-                size,
-                lambda batch, images: scoring.add(batch.prompts, images, batch.columns),
-            )
+            rows = [indices[k] for k in mine]
+            self.draw(dataset, rows, generators, size, lambda b, images: scoring.add(b.prompts, images, b.columns))
             scores = scoring.gather(before_error=self.before_error)
         components = {name: values[: len(indices)] for name, values in scores.components.items()}
         return Scores(scores.rewards[: len(indices)], components, scores.seconds)
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
-        """
-        Metrics of `num_generations_eval` pictures of each prompt, with the same noise every time. Collective: every
-        rank must call this.
-        """
+        """Metrics, see [`~SLASTrainer.evaluate`]. Collective: every rank must call this."""
         args, names, start = self.args, self.scorer.names, time.perf_counter()
         copies = args.num_generations_eval or args.num_generations
         jobs = [(i, j) for i in range(len(dataset)) for j in range(copies)]
         seeds = [sampling.seed_for(args.seed, sampling.EVALUATION, i, j) for i, j in jobs]
         scores = self.score(dataset, [i for i, _ in jobs], seeds, args.per_device_eval_batch_size)
-        weights = torch.tensor([*self.weight_of.values()], dtype=torch.float64)
+        weights = torch.tensor(self.weights, dtype=torch.float64)
         rewards = scores.rewards[:, : len(weights)].masked_fill(weights == 0, torch.nan)
         by_prompt = rewards.T.reshape(len(weights), len(dataset), copies)
         total = weighted_sum(by_prompt, weights.view(-1, 1, 1)).flatten()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from ..policy.rollout import StepOutput
 from ..trust_region import Eigenpair, FisherProduct, Vector
 from .distributed import copy_full_tensor, full_tensor, gathered, reshard, world_size
 from .slas_config import SLASConfig
+from .trained_model import HALF_PRECISION
 
 
 logger = logging.get_logger(__name__)
@@ -29,7 +30,6 @@ logger = logging.get_logger(__name__)
 UPDATES_KEPT = 20  # for G
 FIRST_PRODUCTS, LATER_PRODUCTS = (5, 20), (2, 6)  # at least and at most; later, from the last eigenvector
 TOLERANCE = 0.05  # between rollouts, λ_max differs by more
-NARROW = (torch.float16, torch.bfloat16)
 SHIFT, NARROW_SHIFT = 0.003, 0.03  # stds by which the mean is moved for a derivative
 
 
@@ -47,57 +47,32 @@ class GammaState:
     checks_kl: bool = False  # whether the KL of the rollout's updates is measured too
 
 
+@dataclass(eq=False)
 class GammaControl(TrainerCallback):
     """
     Chooses γ by `args.gamma_schedule`, after the rewards of a rollout are known and before they become advantages.
-
     Collective: every rank must call each method, and all make the same choice. Measurements leave weights, gradients
     and random numbers as they were.
-
-    Args:
-        args ([`SLASConfig`]): the configuration.
-        replayer ([`~slas_trl.policy.PipelineReplayer`]): what the policy is evaluated with.
-        model (`torch.nn.Module`): what is trained.
-        accelerator ([`~accelerate.Accelerator`]): knows how many processes there are, and how they share the model.
-        log (`Callable`): is called with the name and value of each figure.
-
-    Raises:
-        `ValueError`: when the Fisher matrix is asked for and cannot be measured.
     """
 
-    FILE = "gamma.pt"
+    args: SLASConfig
+    replayer: PipelineReplayer
+    model: torch.nn.Module  # what is trained
+    accelerator: Accelerator  # knows how many processes there are, and how they share the model
+    log: Callable[[str, float], None]  # name and value of each figure
+    FILE: ClassVar = "gamma.pt"
 
-    def __init__(
-        self,
-        args: SLASConfig,
-        replayer: PipelineReplayer,
-        model: torch.nn.Module,
-        accelerator: Accelerator,
-        log: Callable[[str, float], None],
-    ):
-        self.args, self.replayer, self.model, self.accelerator, self.log = args, replayer, model, accelerator, log
-        self.interval = args.fisher_interval
-        if self.interval is not None and accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise ValueError(
-                "DeepSpeed makes the update within its backward pass, where its length cannot be measured. Use DDP or "
-                "FSDP2, or another gamma_schedule than 'trust_region' and no fisher_update_steps."
-            )
+    def __post_init__(self):
+        self.interval = self.args.fisher_interval
+        self._keeps_state = self.interval is not None or self.args.gamma_schedule == "kl"  # of other rollouts
+        if self.interval is not None and self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise ValueError("gamma_schedule 'trust_region' and fisher_update_steps need DDP or FSDP2, not DeepSpeed.")
         self.reset()
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
         """Not cached: FSDP replaces the parameter objects."""
         return [p for p in self.model.parameters() if p.requires_grad]
-
-    @property
-    def gamma(self) -> float:
-        """γ of the current rollout."""
-        return self.state.gamma
-
-    @property
-    def _keeps_state(self) -> bool:
-        """Whether γ depends on more than the rollout."""
-        return self.interval is not None or self.args.gamma_schedule == "kl"
 
     def reset(self) -> None:
         """Back to the state before training."""
@@ -109,18 +84,12 @@ class GammaControl(TrainerCallback):
 
     def choose(self, x: torch.Tensor, chunks: list[Rollout], steps: list[int], update: int) -> float:
         """
-        γ for a rollout.
-
-        Args:
-            x (`torch.Tensor` of shape `(N,)`): scaled rewards of all processes, around the mean of each group.
-            chunks (`list[Rollout]`): this process's part of the rollout.
-            steps (`list[int]`): the trained timesteps.
-            update (`int`): number of updates made before.
+        γ for a rollout, by the scaled rewards `x` `(N,)` of all processes around the mean of each group, the chunks of
+        this process, the trained timesteps, and the number of updates before.
         """
         if self.interval is not None:
             last = self.state.measured_at
-            due = last is None or update - last >= self.interval
-            if due:
+            if due := last is None or update - last >= self.interval:
                 self._measure_fisher(chunks, steps)
             self.state = replace(self.state, checks_kl=due, measured_at=update if due else last)
         gamma = gathered(self._choose(x))[0]
@@ -142,11 +111,9 @@ class GammaControl(TrainerCallback):
             case "kl" if state.kls:
                 kl = sum(kl for _, kl in state.kls) / len(state.kls)
                 return trust_region.kl_feedback(state.gamma, kl, args.allowed_kl, args.gamma_max)
-            case "kl":
-                return state.gamma
-            case "trust_region":
-                return state.gamma if bound is None else bound
-        return args.gamma
+            case "trust_region" if bound is not None:
+                return bound
+        return args.gamma if args.gamma_schedule == "constant" else state.gamma
 
     def _bound(self, x: torch.Tensor) -> float | None:
         """The largest γ whose moment is within the budget; `None` before the first update, and where all x are 0."""
@@ -161,11 +128,9 @@ class GammaControl(TrainerCallback):
         bound = trust_region.largest_gamma(x, budget, top)
         for name, value in (("tau", tau), ("g_max", g_max), ("budget", budget), ("gamma_bound", bound)):
             self.log(f"trust_region/{name}", value)
-        corollaries = {
-            "bounded": trust_region.gamma_bound_bounded(budget, x.abs().max().item()),
-            "sub_gaussian": trust_region.gamma_bound_sub_gaussian(budget, trust_region.sub_gaussian_norm(x)),
-        }
-        for name, admissible in corollaries.items():
+        bounded = trust_region.gamma_bound_bounded(budget, x.abs().max().item())
+        sub_gaussian = trust_region.gamma_bound_sub_gaussian(budget, trust_region.sub_gaussian_norm(x))
+        for name, admissible in (("bounded", bounded), ("sub_gaussian", sub_gaussian)):
             self.log(f"trust_region/gamma_bound_{name}", max(0.0, min(top, admissible.high)))  # 0 where there is none
         return bound
 
@@ -199,22 +164,13 @@ class GammaControl(TrainerCallback):
             least, most = FIRST_PRODUCTS
         if not 0 < curvature < math.inf:
             return Eigenpair(curvature, start, 0)
-        product = FisherProduct(
-            policies,
-            self.parameters,
-            curvature,
-            gradients=self._gradients,
-            inner=self._inner,
-            shift=NARROW_SHIFT if self._is_narrow else SHIFT,
-        )
-        return trust_region.power_iteration(
-            product, start, min_products=least, max_products=most, tolerance=TOLERANCE, inner=self._inner
-        )
-
-    @property
-    def _is_narrow(self) -> bool:
-        """Whether the mean is computed in half precision, so that small differences are lost."""
-        return self.accelerator.mixed_precision != "no" or any(p.dtype in NARROW for p in self.model.parameters())
+        # Small differences are lost where the mean is computed in half precision.
+        dtypes = {parameter.dtype for parameter in self.model.parameters()}
+        is_narrow = self.accelerator.mixed_precision != "no" or not dtypes.isdisjoint(HALF_PRECISION.values())
+        by: dict[str, Any] = {"gradients": self._gradients, "inner": self._inner}
+        product = FisherProduct(policies, self.parameters, curvature, **by, shift=NARROW_SHIFT if is_narrow else SHIFT)
+        bounds: dict[str, Any] = {"min_products": least, "max_products": most, "tolerance": TOLERANCE}
+        return trust_region.power_iteration(product, start, **bounds, inner=self._inner)
 
     def _policy(self, rollout: Rollout, step: int) -> StepOutput:
         output = self.replayer.replay(rollout, step)
@@ -285,11 +241,10 @@ class GammaControl(TrainerCallback):
             self.log("trust_region/kl", kl)
             self.state = replace(self.state, kls=(*self.state.kls, (step, kl))[-self.args.num_trained_timesteps :])
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._finished = self.state
-
     def on_step_end(self, args, state, control, **kwargs):
         self._finished = self.state
+
+    on_train_begin = on_step_end
 
     def save(self, folder: Path, writes: bool) -> None:
         """The eigenvector may be sharded, so every rank must call this; the one that `writes` writes."""

@@ -12,7 +12,7 @@ from ..advantages import Advantages
 from ..reports.calibration import narrow_share
 from ..statistics import mean_over_prompts
 from .distributed import gathered
-from .scoring import Scores, reward_resolution, typical_group_std
+from .scoring import Scores
 
 
 logger = logging.get_logger(__name__)
@@ -68,29 +68,24 @@ def reward_times(names: list[str], scores: Scores) -> dict[str, float]:
 def advantage_problem(result: Advantages, min_group_std: float) -> str | None:
     """Why little can be learned from a rollout, if so."""
     if not (result.group_std > 0).any():
-        return (
-            "In no group do the rewards differ; images like these teach nothing. Look at the reward, or raise the "
-            "noise (noise_level, eta) or num_generations."
-        )
+        return "In no group do the rewards differ. Raise the noise (noise_level, eta), or look at the reward."
     if result.frac_groups_filtered == 1:
         return f"The std of every group is below min_group_std ({min_group_std:g}); lower it."
     if result.effective_share < 0.1:
-        return (
-            f"The effective sample share is {result.effective_share:.2f}, below 0.1: few images decide the update. "
-            "Lower gamma, or enlarge the rollout."
-        )
+        return f"Few images decide the update: the effective share is {result.effective_share:.2f}. Lower gamma."
     return None
 
 
 def warn_of_resolution(names: list[str], rewards: torch.Tensor, num_generations: int) -> None:
-    """Warn of rewards `(N, K)` that are coarser than the differences within a group."""
-    for name, column in zip(names, rewards.T, strict=True):
-        resolution, spread = reward_resolution(column), typical_group_std(column, num_generations)
-        if resolution >= spread > 0:
-            logger.warning(
-                f"Reward {name!r} resolves differences of {resolution:.3g}, but within a group its values spread by "
-                f"only {spread:.3g}: much of the advantage is rounding. Score in float32, or return finer values."
-            )
+    """Warn of rewards `(N, K)` whose finest difference is coarser than the typical std within a group."""
+    for name, column in zip(names, rewards.double().T, strict=True):
+        groups = column.reshape(-1, num_generations)
+        std = (groups - groups.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
+        values, std = column[~column.isnan()].unique(), std[std > 0]
+        # The gap of a reward with two values is a verdict's, and no rounding.
+        if len(std) and len(values) > 2 and (gap := values.diff().min()) >= std.median():
+            how = f"resolves differences of {gap:.3g}, but in a group its std is only {std.median():.3g}"
+            logger.warning(f"Reward {name!r} {how}: much of the advantage is rounding. Score in float32.")
 
 
 class MetricMeans:

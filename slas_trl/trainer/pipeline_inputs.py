@@ -39,16 +39,10 @@ def _as_picture(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Batch:
-    """
-    What one call of the pipeline is made of, B images.
+    """What one call of the pipeline is made of, B images."""
 
-    Attributes:
-        rows (`list[dict]`): the row of the data set of each image, its pictures decoded.
-        call (`dict`): arguments of the call.
-    """
-
-    rows: list[dict[str, Any]]
-    call: dict[str, Any]
+    rows: list[dict[str, Any]]  # of the data set, one for each image, its pictures decoded
+    call: dict[str, Any]  # arguments of the call
 
     @property
     def prompts(self) -> list[str]:
@@ -62,19 +56,12 @@ class Batch:
 
 class PipelineInputs:
     """
-    The inputs of one pipeline.
+    The inputs of one pipeline. Raises `ValueError` when it takes no prompt, or an argument is set that it lacks.
 
     A column whose name is an argument of the pipeline's call reaches it if `args.pipeline_columns` lists it or, with
     `None`, if it holds text or images. Where not only texts are among them, each call is of one row, repeated by
     `num_images_per_prompt`: what a list of images means, one for each prompt or several for one, differs between
     pipelines.
-
-    Args:
-        pipe ([`~diffusers.DiffusionPipeline`]): the pipeline.
-        args ([`SLASConfig`]): the configuration.
-
-    Raises:
-        `ValueError`: when the pipeline takes no prompt, or an argument that it does not know is set.
     """
 
     def __init__(self, pipe: DiffusionPipeline, args: SLASConfig):
@@ -84,10 +71,8 @@ class PipelineInputs:
             raise ValueError(f"{self.name} takes no prompt; expected a pipeline that makes images of a text.")
         open_ended = any(p.kind is p.VAR_KEYWORD for p in self.parameters.values())
         if not open_ended and (unknown := sorted(self.arguments.keys() - self.parameters.keys())):
-            raise ValueError(
-                f"{self.name} takes no {', '.join(unknown)}; it takes {', '.join(list(self.parameters)[1:])}. Set "
-                "what it calls differently in pipeline_kwargs, and leave out what it does not know."
-            )
+            takes = ", ".join(list(self.parameters)[1:])
+            raise ValueError(f"{self.name} takes no {', '.join(unknown)}: set pipeline_kwargs by its names, {takes}.")
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -105,16 +90,9 @@ class PipelineInputs:
         free = [c for c in dataset.column_names if c in self.parameters and c not in RESERVED | self.arguments.keys()]
         if self.args.pipeline_columns is None:
             return [c for c in free if is_picture_column(dataset, c) or _is_text(dataset.features[c])]
-        for column in self.args.pipeline_columns:
-            if column not in free:
-                why = (
-                    f"the data set has no such column, only {dataset.column_names}"
-                    if column not in dataset.column_names
-                    else "the trainer or pipeline_kwargs sets that argument"
-                    if column in RESERVED | self.arguments.keys()
-                    else f"{self.name} has no such argument. Rename the column after one of its arguments"
-                )
-                raise ValueError(f"pipeline_columns names {column!r}, but {why}.")
+        if unfit := [column for column in self.args.pipeline_columns if column not in free]:
+            why = f"of {dataset.column_names} only {free} are arguments of {self.name} that nothing else sets"
+            raise ValueError(f"pipeline_columns names {unfit[0]!r}, but {why}. Rename the column, or leave it out.")
         return self.args.pipeline_columns
 
     def one_row_each(self, dataset: Dataset) -> bool:
@@ -122,18 +100,11 @@ class PipelineInputs:
         columns = self.columns(dataset)
         return any(is_picture_column(dataset, c) or not _is_text(dataset.features[c]) for c in columns)
 
-    def rows(self, dataset: Dataset, indices: Sequence[int]) -> list[dict[str, Any]]:
+    def row(self, dataset: Dataset, i: int) -> dict[str, Any]:
         """
-        The rows at `indices`, equal ones read once. Images that reach the pipeline, and those of a `datasets.Image`
-        column, are `PIL.Image.Image` in RGB.
-
-        Raises:
-            `ValueError`: when one that reaches the pipeline is missing or cannot be read; the message names its row.
+        A row. Images that reach the pipeline, and those of a `datasets.Image` column, are `PIL.Image.Image` in RGB.
+        Raises `ValueError` when one that reaches the pipeline is missing or cannot be read.
         """
-        read = {i: self._read(dataset, i) for i in dict.fromkeys(indices)}
-        return [read[i] for i in indices]
-
-    def _read(self, dataset: Dataset, i: int) -> dict[str, Any]:
         reach, row = self.columns(dataset), dataset[i]
         if missing := [column for column in reach if row[column] is None]:
             raise ValueError(f"Row {i} has nothing in the column {missing[0]!r}, which the pipeline needs.")
@@ -149,38 +120,23 @@ class PipelineInputs:
     def pictures(self, dataset: Dataset, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The pictures, or lists of them, that the pipeline edits in the rows at `indices`, by argument."""
         columns = [column for column in self.columns(dataset) if is_picture_column(dataset, column)]
-        if not columns:
-            return []
-        return [{column: row[column] for column in columns} for row in self.rows(dataset, indices)]
+        rows = [self.row(dataset, i) for i in indices] if columns else []
+        return [{column: row[column] for column in columns} for row in rows]
 
     def check(self, dataset: Dataset, like: Dataset | None = None) -> None:
-        """
-        Raises:
-            `ValueError`: when the columns do not fit, are not those of `like`, or chunks do not fit into groups where
-                they have to.
-        """
+        """Raises `ValueError` when columns do not fit, are not those of `like`, or chunks do not fit into groups."""
         size, group = self.args.per_device_train_batch_size, self.args.num_generations
         if like is not None and (lacking := sorted({*self.columns(like)} - {*self.columns(dataset)})):
-            raise ValueError(
-                f"The prompts to evaluate on lack the columns {lacking}, which {self.name} is trained with."
-            )
+            raise ValueError(f"The prompts to evaluate on lack {lacking}, columns that {self.name} is trained with.")
         if not self.one_row_each(dataset):
             if "image" in self.parameters and "image" not in self.arguments:
-                logger.warning(
-                    f"{self.name} takes an image, but no column of the data set is one: it draws from texts alone. If "
-                    "it should edit, name the column `image`."
-                )
+                logger.warning(f"{self.name} draws from texts alone. If it should edit, name the column `image`.")
             return
         if group % size:
-            raise ValueError(
-                f"per_device_train_batch_size ({size}) must divide num_generations ({group}) where images or numbers "
-                f"reach the pipeline: each of its calls is of one prompt with its {self.columns(dataset)}."
-            )
+            what = f"each call is of one prompt with its {self.columns(dataset)}"
+            raise ValueError(f"per_device_train_batch_size ({size}) must divide num_generations ({group}): {what}.")
         if size > 1 and "num_images_per_prompt" not in self.parameters:
-            raise ValueError(
-                f"{self.name} has no num_images_per_prompt, so it makes one image of one prompt in a call; set "
-                "per_device_train_batch_size=1."
-            )
+            raise ValueError(f"{self.name} has no num_images_per_prompt; set per_device_train_batch_size=1.")
 
     def chunks(self, dataset: Dataset, indices: Sequence[int], size: int) -> list[slice]:
         """Cut `indices` into the positions of successive calls of at most `size` images."""
@@ -194,13 +150,10 @@ class PipelineInputs:
     def batches(
         self, dataset: Dataset, indices: Sequence[int], generators: Sequence[torch.Generator], size: int
     ) -> Iterator[Batch]:
-        """
-        The inputs of successive calls of at most `size` images, one for each of `indices` and `generators`. Each row
-        is read once, if equal indices are neighbors.
-        """
+        """Of successive calls of at most `size` images. A row is read once, if equal indices are neighbors."""
         rows: dict[int, dict[str, Any]] = {}
         for chunk in self.chunks(dataset, indices, size):
-            rows = {i: rows.get(i) or self._read(dataset, i) for i in dict.fromkeys(indices[chunk])}
+            rows = {i: rows.get(i) or self.row(dataset, i) for i in dict.fromkeys(indices[chunk])}
             own = [rows[i] for i in indices[chunk]]
             yield Batch(own, self._call(dataset, own, list(generators[chunk])))
 

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import re
 import reprlib
 from itertools import chain
 from pathlib import Path
@@ -16,22 +15,18 @@ from datasets import Dataset, DatasetDict
 from .pipeline_inputs import is_picture_column
 
 
-_NEXT_ROW = re.compile(r'(?<=[}"])\s*\n\s*(?=[{"])')  # within one, no line ends without a comma
 SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")  # of files of prompts, in small or capital letters
 
 
 def load_prompts(name_or_path: str, split: str = "train") -> Dataset:
     """
-    Load prompts.
+    Load prompts, a data set with a column "prompt"; the others are for the rewards and the pipeline.
 
     Args:
         name_or_path (`str`):
             `"shapes"` for the embedded world; a file (.txt with a prompt a line; .json, .jsonl, .csv, .tsv, .parquet
             with a column "prompt") in UTF-8, whose paths of images are relative to its folder; or a Hub id.
         split (`str`, *optional*, defaults to `"train"`): split of the embedded world or of the Hub's data set.
-
-    Returns:
-        `Dataset`: with a column "prompt"; the others are for the rewards and the pipeline.
 
     Raises:
         `FileNotFoundError`, `ValueError`: when there is no such file, or no prompt in it.
@@ -46,13 +41,9 @@ def load_prompts(name_or_path: str, split: str = "train") -> Dataset:
     try:
         data = _read(path) if path.is_file() else datasets.load_dataset(name_or_path, split=split)
     except Exception as error:  # from the Hub, the cache or the file: too many kinds to name
+        expected = f"Expected a data set on the Hub, or a file ({', '.join(SUFFIXES)}) in UTF-8"
         why = error.__cause__ or error
-        hint = " Save it as UTF-8." if isinstance(why, UnicodeError) else ""
-        hint = " Set HF_HOME to a folder that can be written to." if isinstance(why, OSError) and why.errno else hint
-        raise ValueError(
-            f"The prompts {name_or_path!r} cannot be read: {why}.{hint} Expected a data set on the Hub, or a file "
-            f"({', '.join(SUFFIXES)})."
-        ) from error
+        raise ValueError(f"The prompts {name_or_path!r} cannot be read: {why}. {expected}.") from error
     data = check_prompts(data, repr(name_or_path))
     pictures = [column for column in data.column_names if is_picture_column(data, column)]
     if path.is_file() and pictures:
@@ -73,8 +64,6 @@ def _read(path: Path) -> Any:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return datasets.load_dataset("parquet", data_files=str(path), split="train")
-    if suffix not in SUFFIXES:
-        raise ValueError("the end of its name is of no format that is read")
     text = path.read_text(encoding="utf-8-sig")
     if "\0" in text:
         raise UnicodeError("it has zero bytes, as UTF-16 has")
@@ -82,7 +71,7 @@ def _read(path: Path) -> Any:
     if suffix == ".txt" or not lines:
         return Dataset.from_dict({"prompt": lines})
     if suffix in (".json", ".jsonl"):
-        rows = json.loads(text if lines[0].startswith("[") else f"[{_NEXT_ROW.sub(',', text)}]")
+        rows = json.loads(text) if lines[0].startswith("[") else [json.loads(line) for line in lines]
         rows = [row if isinstance(row, dict) else {"prompt": row} for row in rows]
         names = dict.fromkeys(chain.from_iterable(rows))
         return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names}, on_mixed_types="use_json")
@@ -101,17 +90,13 @@ def check_prompts(data: Dataset, name: str) -> Dataset:
         fix = "pass one of its splits" if isinstance(data, DatasetDict) else "use Dataset.from_list(list(data))"
         raise TypeError(f"{name} must be a datasets.Dataset, but it is a {type(data).__name__}; {fix}.")
     if "prompt" not in data.column_names:
-        raise ValueError(
-            f"{name} has no column 'prompt'; its columns are {data.column_names}. Rename the one with the text."
-        )
+        raise ValueError(f"{name} has no column 'prompt', but {data.column_names}. Rename the one with the text.")
     if taken := {"prompts", "images", "completions"} & set(data.column_names):
         raise ValueError(f"{name} has the column {min(taken)!r}, which rewards get of the rollout. Rename it.")
     if not len(data):
         raise ValueError(f"{name} is empty; expected at least one prompt.")
     bad = [i for i, prompt in enumerate(data["prompt"]) if not isinstance(prompt, str) or not prompt.strip()]
     if bad:
-        raise ValueError(
-            f"{name} has rows without a prompt: {bad[:5]}{' ...' if len(bad) > 5 else ''}; the first has "
-            f"{reprlib.repr(data['prompt'][bad[0]])}. Remove them, or give the text of them alone."
-        )
+        first = reprlib.repr(data["prompt"][bad[0]])
+        raise ValueError(f"{name} has {len(bad)} rows without a prompt: row {bad[0]} has {first}. Remove them.")
     return data

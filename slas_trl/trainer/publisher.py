@@ -1,10 +1,10 @@
 """What the trainer publishes: facts of the run, pictures and the model card, beside the weights and on the Hub."""
 
-import shutil
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,8 +24,8 @@ from ..publishing.facts import Evaluation, RunFacts, Sample
 from ..statistics import evenly_spaced
 from . import adapters
 from .card_facts import gather_facts
+from .checkpoints import ON_HUB, discard, fetch_checkpoint
 from .distributed import gathered, raise_together, wait_together
-from .hub_checkpoints import fetch_checkpoint, names_checkpoint
 
 
 if TYPE_CHECKING:
@@ -37,44 +37,35 @@ UPLOAD_POLL_SECONDS = 60
 PICTURES = 6  # prompts that are drawn for the card
 
 
+@dataclass(eq=False)
 class Publisher(TrainerCallback):
     """
     Gathers the facts of a run, and puts them beside its weights and on the Hub. In training it pushes in the
     background, and never ends a run.
-
-    Args:
-        trainer ([`SLASTrainer`]): the trainer, which is not built yet.
-
-    Attributes:
-        dataset_name, started_from, model_name (`str`, *optional*):
-            for the card: data set of the prompts, the adapter that training went on from, the model.
-        tags (`list[str]`): further ones for the Hub.
-        evaluation ([`Evaluation`], *optional*): scores of the result; by default those of the Trainer's evaluations.
-        samples, sheet, curves: pictures of the result, by their paths in the run's folder.
-        is_training (`bool`): whether the end of the training has not been reached.
     """
 
-    def __init__(self, trainer: "SLASTrainer"):
-        self.trainer = trainer
-        self.dataset_name: str | None = None
-        self.started_from: str | None = None
-        self.model_name: str | None = None
-        self.tags: list[str] = []
-        self.evaluation: Evaluation | None = None
+    trainer: "SLASTrainer"  # which is not built yet
+    dataset_name: str | None = None  # of the prompts
+    started_from: str | None = None  # the adapter that training went on from
+    model_name: str | None = None
+    tags: list[str] = field(default_factory=list)  # further ones for the Hub
+    evaluation: Evaluation | None = None  # of the result; by default the Trainer's
+    samples: list[Sample] = field(default_factory=list)  # pictures of the result
+    sheet: str | None = None  # all of them, and the curves, by their paths in the run's folder
+    curves: str | None = None
+    is_training: bool = False
+
+    def __post_init__(self):
         self._data: Dataset | None = None  # the prompts of the pictures, and which of them
         self._rows: Sequence[int] = []
         self._before: list[Image.Image] | None = None
         self._has_shown = False  # since training began; the same on all ranks, unlike `samples`
-        self.samples: list[Sample] = []
-        self.sheet: str | None = None
-        self.curves: str | None = None
-        self.is_training = False
         self._api = HfApi()  # its thread pushes one after the other
         self._upload: tuple[Future[CommitInfo], Path] | None = None  # the last one, and where its files are kept
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.is_training, self.samples, self.sheet, self.curves, self.evaluation = True, [], None, None, None
-        self._has_shown = False
+        self.is_training, self._has_shown = True, False
+        self.samples, self.sheet, self.curves, self.evaluation = [], None, None, None
         if args.push_to_hub and self._data is None and state.global_step == 0:
             self.choose_prompts(*self._default_prompts)
 
@@ -85,8 +76,8 @@ class Publisher(TrainerCallback):
 
     def choose_prompts(self, data: Dataset, rows: Sequence[int]) -> None:
         """
-        The prompts whose pictures the card shows, the i-th drawn with seed i. Those before training are drawn now, if
-        later there is no adapter to leave out. Collective: every rank must call this.
+        The prompts whose pictures the card shows, the i-th drawn with seed i; now, if later there is no adapter to
+        leave out. Collective: every rank must call this.
         """
         self._data, self._rows = data, rows
         if not self._begins_without_adapter:
@@ -96,7 +87,7 @@ class Publisher(TrainerCallback):
         """Draw them by the weights as they are now. Collective: every rank must call this."""
         if self._data is None:
             self._data, self._rows = self._default_prompts
-        data, before, error = self._data, self._before, None
+        data, rows, before, error = self._data, self._rows, self._before, None
         after = self._draw()
         if self._begins_without_adapter:
             with self.trainer.replayer.without_adapter(adapters.ADAPTER_NAME):
@@ -105,23 +96,17 @@ class Publisher(TrainerCallback):
             from ..reports.samples import save_samples  # matplotlib, not before it is needed
 
             try:
-                prompts, inputs = (
-                    [data["prompt"][i] for i in self._rows],
-                    self.trainer.inputs.pictures(data, self._rows),
-                )
-                folder = self.trainer.args.run_dir
-                self.samples, self.sheet = save_samples(folder, prompts, after, before, inputs)
+                prompts, inputs = data.select(rows)["prompt"], self.trainer.inputs.pictures(data, rows)
+                self.samples, self.sheet = save_samples(self.trainer.args.run_dir, prompts, after, before, inputs)
             except (OSError, ValueError) as raised:
                 error = ValueError(f"The pictures for the card could not be written: {raised}")
         raise_together(error)
         self._has_shown = True
 
     def _draw(self) -> list[Image.Image]:
-        seeds = [torch.Generator().manual_seed(i) for i in range(len(self._rows))]
-        size = self.trainer.args.per_device_train_batch_size
-        return [
-            still(made) for made in self.trainer.evaluator.draw(cast(Dataset, self._data), self._rows, seeds, size)
-        ]
+        seeds, size = range(len(self._rows)), self.trainer.args.per_device_train_batch_size
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return list(map(still, self.trainer.evaluator.draw(cast(Dataset, self._data), self._rows, generators, size)))
 
     @property
     def _default_prompts(self) -> tuple[Dataset, list[int]]:
@@ -182,13 +167,10 @@ class Publisher(TrainerCallback):
                 trainer.hub_model_id = repository.create_repository(self.repo_id, private, token)
                 repository.check_token(token)
             except Exception as raised:
-                if repository.is_refusal(raised):
-                    error = ValueError(f"push_to_hub cannot push to {self.repo_id!r}: {repository.reason(raised)}.")
-                else:
-                    logger.warning(
-                        f"The Hub could not be asked for {self.repo_id!r}: {repository.reason(raised)}. Training "
-                        "goes on, and each push tries again."
-                    )
+                error = ValueError(f"push_to_hub cannot push to {self.repo_id!r}: {repository.reason(raised)}.")
+                if not repository.is_refusal(raised):
+                    logger.warning(f"{error} Training goes on, and each push tries again.")
+                    error = None
         raise_together(error)
 
     def push(
@@ -225,7 +207,7 @@ class Publisher(TrainerCallback):
             return
         every = trainer.args.hub_always_push or strategy == HubStrategy.ALL_CHECKPOINTS
         if self._upload is not None and not every and self._upload[0].cancel():  # it has not begun: this one is newer
-            shutil.rmtree(self._upload[1], ignore_errors=True)
+            discard(self._upload[1])
         trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
         try:
             facts = self.facts()
@@ -239,17 +221,9 @@ class Publisher(TrainerCallback):
 
     def _push(self, files: repository.Files, message: str, replaces: str) -> repository.Push:
         args, strategy = self.trainer.args, HubStrategy(self.trainer.args.hub_strategy).value
-        return repository.Push(
-            repo_id=self.repo_id,
-            files=files,
-            message=message,
-            run_dir=Path(args.output_dir or "."),
-            strategy=strategy if strategy in repository.CHECKPOINT_STRATEGIES else "end",
-            revision=args.hub_revision,
-            private=args.hub_private_repo,
-            token=args.hub_token,
-            replaces=replaces,
-        )
+        strategy = strategy if strategy in repository.CHECKPOINT_STRATEGIES else "end"
+        place = args.hub_revision, args.hub_private_repo, args.hub_token
+        return repository.Push(self.repo_id, files, message, Path(args.output_dir or "."), strategy, *place, replaces)
 
     def _start(self, facts: RunFacts, push: repository.Push, is_result: bool) -> "Future[CommitInfo]":
         """Push in the background; the files are kept until then."""
@@ -267,7 +241,7 @@ class Publisher(TrainerCallback):
                 logger.warning(f"{push.message}: {error}")
                 raise
             finally:
-                shutil.rmtree(place, ignore_errors=True)
+                discard(place)
 
         self._upload = self._api.run_as_future(upload), place
         return self._upload[0]
@@ -281,7 +255,7 @@ class Publisher(TrainerCallback):
         A checkpoint on the Hub as a folder, anything else as it is; one process of each machine downloads. Collective:
         every rank must call this.
         """
-        if not isinstance(source, str) or Path(source).is_dir() or not names_checkpoint(source):
+        if not isinstance(source, str) or Path(source).is_dir() or not ON_HUB.fullmatch(source):
             return source
         args, path, error = self.trainer.args, None, None
         is_own = "/".join(source.split("@")[0].split("/")[:2]) == gathered(self.repo_id)[0]

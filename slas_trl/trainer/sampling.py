@@ -25,18 +25,11 @@ def prompt_sampler(args: SLASConfig, prompts: int) -> EpochRepeatSampler:
     """The order of so many prompts. Raises `ValueError` when there are too few for a rollout."""
     per_rollout = args.images_per_rollout * args.world_size // args.num_generations
     if prompts < per_rollout:
-        raise ValueError(
-            f"A rollout needs {per_rollout} prompts (generation_batch_size {args.generation_batch_size} / "
-            f"num_generations {args.num_generations}), but there are {prompts}. Add prompts or lower "
-            "steps_per_generation."
-        )
-    return EpochRepeatSampler(
-        range(prompts),
-        mini_repeat_count=args.num_generations,
-        batch_size=per_rollout,
-        repeat_count=args.micro_steps_per_rollout,
-        seed=args.data_seed if args.data_seed is not None else args.seed,
-    )
+        how = "(generation_batch_size / num_generations); lower steps_per_generation"
+        raise ValueError(f"There are {prompts} prompts, but a rollout needs {per_rollout} {how}, or add prompts.")
+    seed = args.seed if args.data_seed is None else args.data_seed
+    repeats = args.num_generations, per_rollout, args.micro_steps_per_rollout  # of a prompt, then of that many
+    return EpochRepeatSampler(range(prompts), *repeats, seed=seed)
 
 
 # Streams of random numbers; each image, group or rollout has its own in each.
@@ -71,22 +64,13 @@ def trained_steps(args: SLASConfig, rollout: Rollout, rng: np.random.Generator) 
     """The trained timesteps, in random order. Raises `ValueError` when the pipeline did not take what is asked for."""
     skipped = rollout.steps[0].index
     if rollout.window is not None and (args.sde_window_start or 0) < skipped:  # before which none begins
-        raise ValueError(
-            f"The pipeline begins at step {skipped} of {args.num_inference_steps} (`strength`), so a window "
-            f"of stochastic steps may lie before it; set sde_window_start to {skipped} or more."
-        )
+        raise ValueError(f"The pipeline begins at step {skipped} (`strength`): set sde_window_start to that or more.")
     if rollout.steps[-1].std > 0 and not args.train_final_step:
-        raise ValueError(
-            f"The pipeline ended at step {rollout.steps[-1].index}, before its schedule does: noise that no trained "
-            "step explains is left on the images. Set train_final_step=True, or an sde_window_size."
-        )
+        what = f"The pipeline ended early, at step {rollout.steps[-1].index}, with noise on the images"
+        raise ValueError(f"{what} that no trained step explains. Set train_final_step=True, or an sde_window_size.")
     trainable = rollout.trainable_steps
     wanted = args.num_trained_timesteps
     if len(trainable) < wanted:
-        raise ValueError(
-            f"{wanted} timesteps should be trained (timestep_fraction {args.timestep_fraction} of "
-            f"num_inference_steps {args.num_inference_steps}), but the pipeline took {len(rollout.steps)} "
-            f"steps, of which {len(trainable)} can be trained. Lower timestep_fraction or sde_window_size, or "
-            "raise the noise (noise_level, eta) if it is 0."
-        )
+        what = f"Only {len(trainable)} of {wanted} timesteps can be trained"
+        raise ValueError(f"{what}; lower timestep_fraction or sde_window_size, or raise noise_level or eta.")
     return rng.permutation(trainable)[:wanted].tolist()

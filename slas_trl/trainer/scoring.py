@@ -3,7 +3,6 @@
 import inspect
 import math
 import time
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from ..rewards.base import Reward, RewardFunc, RewardUnavailableError
+from ..rewards.base import RewardFunc, RewardUnavailableError
 from ..rewards.call import call_reward, numbers
 from ..rewards.resolve import resolve_reward, reward_name
 from .distributed import gathered, raise_together
@@ -21,30 +20,17 @@ from .distributed import gathered, raise_together
 
 @dataclass(frozen=True)
 class Scores:
-    """
-    Scores of N images by K rewards.
+    """Scores of N images by K rewards."""
 
-    Attributes:
-        rewards (`torch.Tensor`): `(N, K)`, float64; NaN where there is no score.
-        components (`dict[str, torch.Tensor]`):
-            `(N,)` each, of the rewards that return a dictionary, by "{reward}/{component}".
-        seconds (`list[float]`): that each of the K rewards took, on this process.
-    """
-
-    rewards: torch.Tensor
-    components: dict[str, torch.Tensor]
-    seconds: list[float]
+    rewards: torch.Tensor  # (N, K), float64, NaN where there is no score
+    components: dict[str, torch.Tensor]  # (N,) each, of rewards that return a dictionary, by "{reward}/{component}"
+    seconds: list[float]  # that each reward took, on this process
 
 
 class RewardScorer:
     """
-    Scores images with every reward function.
-
-    Args:
-        reward_funcs: callable, string, or a list of them; see [`~slas_trl.rewards.resolve.resolve_reward`].
-
-    Raises:
-        `ValueError`: when two rewards have the same name.
+    Scores images with every reward function; see [`~slas_trl.rewards.resolve.resolve_reward`]. Raises `ValueError`
+    when two rewards have the same name.
     """
 
     def __init__(self, reward_funcs: RewardFunc | str | Sequence[RewardFunc | str]):
@@ -53,48 +39,26 @@ class RewardScorer:
             raise ValueError("reward_funcs is empty; expected at least one reward function.")
         self.functions = [resolve_reward(reward) for reward in listed]
         self.names = [reward_name(function) for function in self.functions]
-        twice = sorted({name for name in self.names if self.names.count(name) > 1})
-        if twice:
-            raise ValueError(
-                f"Two rewards have the name {twice[0]!r}, under which both would be logged. Rename one of them; "
-                f'those of slas_trl.rewards have an option for it, as in "{twice[0]}:name=another".'
-            )
-        if slashed := [name for name in self.names if "/" in name]:
-            raise ValueError(f"The reward's name {slashed[0]!r} has a slash, which parts it from its components.")
-
-    @property
-    def options(self) -> list[int]:
-        """A checksum of each reward's options, which may hold what is not to be written down."""
-        given = (f.keywords if isinstance(f, partial) else f for f in self.functions)
-        given = (repr(one) if isinstance(one, dict | Reward) else one.__module__ for one in given)
-        return [zlib.crc32(text.encode()) for text in given]
+        if twice := sorted({name for name in self.names if self.names.count(name) > 1}):
+            raise ValueError(f'Two rewards have the name {twice[0]!r}; rename one, as by "{twice[0]}:name=another".')
 
     def check(self, data: Dataset) -> None:
         """Raises `TypeError` for a reward that cannot be called with prompts, images and the columns of `data`."""
         given = dict.fromkeys(("prompts", "images", "completions", *data.column_names))
         given.pop("prompt")
         for name, function in zip(self.names, self.functions, strict=True):
-            if isinstance(function, type):
-                raise TypeError(
-                    f"Reward {name!r} is a class; pass an instance of it, which is called like a function."
-                )
             try:
                 inspect.signature(function).bind(**given)
             except ValueError:  # written in C
                 continue
             except TypeError as error:
-                raise TypeError(
-                    f"Reward {name!r} cannot be called with {', '.join(given)} ({error}). Define it as "
-                    "reward(prompts, images, **columns)."
-                ) from error
+                what = f"Reward {name!r} cannot be called with {', '.join(given)} ({error})"
+                raise TypeError(f"{what}. Define it as reward(prompts, images, **columns).") from error
 
     def score(self, prompts: list[str], images: list[Any], columns: dict[str, list[Any]]) -> torch.Tensor:
         """
-        Rewards `(N, K)`, float64, NaN where a reward returned `None` or NaN.
-
-        Raises:
-            `ValueError`, `TypeError`: when a reward raises, or returns the wrong number or kind of values; the message
-                names the reward, and the prompt.
+        Rewards `(N, K)`, float64, NaN where a reward returned `None` or NaN. Raises `ValueError` or `TypeError`, which
+        names the reward and the prompt, when it raises or returns the wrong number or kind of values.
         """
         with Scoring(self) as scoring:
             scoring.add(prompts, images, columns)
@@ -107,13 +71,9 @@ class RewardScorer:
 class Scoring:
     """
     The scores of images that come in chunks. Each reward has a thread, in which it scores one chunk after the other,
-    while other rewards score theirs, and the next chunk is made. A context manager: leaving it drops what has not
+    while other rewards score theirs, and the next chunk is made; unless `concurrent`, every chunk waits for them. All
+    rewards get the same images and columns, and must not write into them. Leaving the context drops what has not
     begun.
-
-    Args:
-        scorer ([`RewardScorer`]): the rewards. All get the same images and columns, and must not write into them.
-        concurrent (`bool`, *optional*, defaults to `True`):
-            `False` waits for every reward at every chunk. The calls are the same, and so are the scores.
     """
 
     def __init__(self, scorer: RewardScorer, concurrent: bool = True):
@@ -142,33 +102,26 @@ class Scoring:
         columns = {key: [values[i] for i in shown] for key, values in columns.items()}
         names, functions = self.scorer.names, self.scorer.functions
         for name, function, thread, chunks in zip(names, functions, self._threads, self._chunks, strict=True):
-            previous = chunks[-1] if chunks else None
-            chunks.append(thread.submit(_score_chunk, previous, name, function, prompts, images, columns))
+            call = partial(call_reward, function, prompts, images, columns)
+            chunks.append(thread.submit(_score_chunk, chunks[-1] if chunks else None, name, call, prompts))
             if not self.concurrent:
                 wait(chunks)
-
-    @property
-    def failed(self) -> bool:
-        """Whether it is known that a reward cannot score what it was given."""
-        return any(chunk.done() and chunk.exception() is not None for chunks in self._chunks for chunk in chunks)
 
     def result(self) -> tuple[Scores, Exception | None]:
         """Wait for the scores of this process; and the first error of a reward, if one raised any."""
         rewards = torch.full((self._images, len(self.scorer.names)), math.nan, dtype=torch.float64)
-        components: dict[str, torch.Tensor] = {}
-        seconds = [0.0] * len(self.scorer.names)
+        components, seconds = {}, [0.0] * len(self.scorer.names)
         try:
             for k, (name, chunks) in enumerate(zip(self.scorer.names, self._chunks, strict=True)):
                 scored = [chunk.result() for chunk in chunks]
                 seconds[k] = sum(chunk.seconds for chunk in scored)
                 rewards[self._shown, k] = _column(value for chunk in scored for value in chunk.rewards)
-                returned = [chunk.returned for chunk in scored if chunk.returned or not chunk.is_empty]
+                returned = [chunk.components for chunk in scored if chunk.components or not chunk.is_empty]
                 for part in same_components(name, returned):
-                    if part == "reward":
-                        continue
-                    values = _column(value for chunk in scored for value in chunk.component(part))
-                    components[f"{name}/{part}"] = torch.full_like(rewards[:, 0], math.nan)
-                    components[f"{name}/{part}"][self._shown] = values
+                    if part != "reward":
+                        values = _column(value for chunk in scored for value in chunk.component(part))
+                        components[f"{name}/{part}"] = torch.full_like(rewards[:, 0], math.nan)
+                        components[f"{name}/{part}"][self._shown] = values
         except Exception as error:
             return Scores(rewards, components, seconds), error
         return Scores(rewards, components, seconds), None
@@ -190,10 +143,8 @@ class Scoring:
                 # A reward that gave no score may have given no components.
                 scored = [own for rewards, own in parts if not rewards[:, i].isnan().all()]
                 names += same_components(name, [[k for k in own if k.startswith(f"{name}/")] for own in scored])
-        except ValueError:  # on all ranks
-            if before_error is not None:
-                before_error()
-            raise
+        except ValueError as differing:
+            raise_together(differing, before_error)
         components = {
             key: torch.cat([own.get(key, torch.full_like(rewards[:, 0], math.nan)) for rewards, own in parts])
             for key in names
@@ -206,8 +157,7 @@ class _ChunkScores:
     """By one reward."""
 
     rewards: list[float]
-    components: dict[str, list[float]]  # without "reward"
-    returned: list[str]  # names of the components, with "reward" if it was one of them
+    components: dict[str, list[float]]  # as returned, with "reward" if that is one of them
     seconds: float
 
     @property
@@ -232,71 +182,29 @@ def same_components(name: str, found: Sequence[Iterable[str]]) -> list[str]:
     """The components of a reward, whose sum the trained reward may be. Raises `ValueError` where they differ."""
     for names in found:
         if set(names) != set(found[0]):
-            raise ValueError(
-                f"Reward {name!r} returned the components {sorted(found[0])} for some images, and {sorted(names)} for "
-                "others; expected the same ones every time, with None for an image that has no such score."
-            )
+            what = f"Reward {name!r} returned the components {sorted(found[0])} and later {sorted(names)}"
+            raise ValueError(f"{what}; return the same ones every time, with None where there is no such score.")
     return list(found[0]) if found else []
 
 
 def _score_chunk(
-    previous: "Future[_ChunkScores] | None",
-    name: str,
-    function: RewardFunc,
-    prompts: list[str],
-    images: list[Any],
-    columns: dict[str, list[Any]],
+    previous: "Future[_ChunkScores] | None", name: str, call: Callable[[], Any], prompts: list[str]
 ) -> _ChunkScores:
     """Raises `ValueError` or `TypeError`, whatever happens; at once if the chunk before raised it."""
     if previous is not None and (error := previous.exception()) is not None:
         raise error
     start = time.perf_counter()
     try:
-        result = call_reward(function, prompts, images, columns)
+        result = call()
     except (RewardUnavailableError, ImportError, FileNotFoundError) as error:  # no image is to blame
         raise ValueError(f"Reward {name!r} cannot be used: {error}") from error
     except BaseException as error:  # such as SystemExit: the trainer tells the other processes, and saves
-        raise ValueError(
-            f"Reward {name!r} raised {type(error).__name__}: {error} on {len(images)} images, the first of "
-            f"{prompts[0]!r}. Return None for an image that cannot be scored."
-        ) from error
+        what = f"Reward {name!r} raised {type(error).__name__}: {error} on {len(prompts)} images, as of {prompts[0]!r}"
+        raise ValueError(f"{what}. Return None for an image that cannot be scored.") from error
     parts = result if isinstance(result, dict) else {"reward": result}
     if not parts:
         raise ValueError(f"Reward {name!r} returned an empty dictionary; expected lists of scores by component.")
-    whose = f"Reward {name!r}"
-    scores = {
-        part: numbers(values, prompts, whose if parts is not result else f"Reward '{name}/{part}'")
-        for part, values in parts.items()
-    }
+    whose = {part: f"Reward '{name}/{part}'" if parts is result else f"Reward {name!r}" for part in parts}
+    scores = {part: numbers(values, prompts, whose[part]) for part, values in parts.items()}
     rewards = scores.get("reward") or [sum(values) for values in zip(*scores.values(), strict=True)]
-    components = {part: values for part, values in scores.items() if part != "reward"}
-    returned = list(parts) if parts is result else []
-    return _ChunkScores(rewards, components, returned, time.perf_counter() - start)
-
-
-def reward_resolution(rewards: torch.Tensor) -> float:
-    """
-    The finest difference that rewards `(N,)` can show: the spacing at their magnitude of the narrowest floating-point
-    type that holds them all, or the smallest gap between any two if that is larger. 0 if there are not two different
-    values; the gap of a reward with two values is a verdict's, and not counted.
-    """
-    values = torch.unique(rewards[~rewards.isnan()].double())
-    if len(values) < 2:
-        return 0.0
-    largest = values.abs().max()
-    spacing = 0.0
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        if torch.equal(values.to(dtype).double(), values):
-            spacing = max(spacing, torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(largest)))
-            break
-    gap = values.diff().min().item() if len(values) > 2 else 0.0
-    return max(spacing, gap)
-
-
-def typical_group_std(rewards: torch.Tensor, num_generations: int) -> float:
-    """Median std (ddof 0) of one reward `(N,)` within its groups, over the groups that have any; 0 if none has."""
-    groups = rewards.double().reshape(-1, num_generations)
-    centered = groups - groups.nanmean(1, keepdim=True)
-    std = centered.square().nanmean(1).sqrt()
-    std = std[std > 0]
-    return std.median().item() if len(std) else 0.0
+    return _ChunkScores(rewards, scores if parts is result else {}, time.perf_counter() - start)

@@ -2,8 +2,7 @@
 `SLASTrainer`: GRPO-style fine-tuning of any diffusers pipeline with Super-Linear Advantage Shaping.
 
 The loop is transformers' Trainer's. Its model is the denoiser, and one of its micro-steps is one chunk of sampled
-trajectories at one timestep, so accumulation, distribution, clipping, callbacks and resuming are the Trainer's too.
-The mathematics is in `advantages.py`, `objective.py`, `schedulers/` and `policy/`.
+trajectories at one timestep. The mathematics is in `advantages.py`, `objective.py`, `schedulers/` and `policy/`.
 """
 
 import math
@@ -32,20 +31,19 @@ from ..objective import clip_indicators, clipped_surrogate_loss, gaussian_kl, im
 from ..policy import PipelineReplayer, Rollout, check_pipeline, measure_ratio
 from ..rewards.base import RewardFunc
 from ..schedulers import stochastic_scheduler
-from . import checkpoints, sampling
+from . import sampling
 from .base_trainer import BaseTrainer, Buffer
 from .calibration import CalibrationCallback, rollout_record
 from .callbacks import (
     DenoiserTensorBoardCallback,
     MetricsFileCallback,
     PromptOrderCallback,
+    RewardHackingCallback,
     RLProgressCallback,
-    show_images,
 )
 from .distributed import average_gradients, check_sharding, gathered, raise_together, reshard
 from .evaluator import Evaluator
 from .gamma import GammaControl
-from .hacking import RewardHackingCallback
 from .metrics import MetricMeans, advantage_problem, reward_times, rollout_metrics, warn_of_resolution
 from .pipeline_inputs import Batch, PipelineInputs, as_pictures
 from .prompts import check_prompts, load_prompts
@@ -68,8 +66,7 @@ class SLASTrainer(BaseTrainer):
         model ([`~diffusers.DiffusionPipeline`] or `str`):
             A text-to-image pipeline, or a path or Hub id, loaded with `args.model_init_kwargs`.
         reward_funcs (`Callable`, `str` or a list of them):
-            `reward(prompts, images, **columns) -> list[float | None]`, sync or async; or names, see
-            [`~slas_trl.rewards.resolve.resolve_reward`].
+            `reward(prompts, images, **columns) -> list[float | None]`, sync or async; or names of rewards.
         args ([`SLASConfig`], *optional*): the configuration.
         train_dataset (`Dataset`, *optional*):
             Has a column "prompt"; the others reach the rewards. By default `args.prompt_dataset`.
@@ -79,8 +76,7 @@ class SLASTrainer(BaseTrainer):
         peft_config (`LoraConfig`, *optional*):
             Trains a new adapter. Without it, the one that the pipeline carries is trained on, or else all weights.
         eval_reward_funcs (`Callable`, `str` or a list of them, *optional*):
-            Held-out rewards: scored and logged in evaluation, never trained on. See `hacking_patience` of
-            [`SLASConfig`].
+            Held-out rewards: scored and logged in evaluation, never trained on.
 
     Attributes:
         trained ([`TrainedModel`]): what is trained, on disk, averaged, and as the reference policy.
@@ -92,8 +88,7 @@ class SLASTrainer(BaseTrainer):
         publisher ([`Publisher`]): the facts of the run, beside its weights and on the Hub.
 
     Raises:
-        `ValueError`, `TypeError`: when something does not fit; the message says what was expected, what came and what
-        to do.
+        `ValueError`, `TypeError`: when something does not fit.
     """
 
     loss_is_scaled_for_ga = False
@@ -111,43 +106,36 @@ class SLASTrainer(BaseTrainer):
         eval_reward_funcs: RewardFunc | str | Sequence[RewardFunc | str] | None = None,
     ):
         args = SLASConfig() if args is None else args
-        checkpoints.try_writing(args.run_dir)
         self.scorer = self.eval_scorer = RewardScorer(reward_funcs)
         if eval_reward_funcs:
             self.eval_scorer = RewardScorer([*self.scorer.functions, *RewardScorer(eval_reward_funcs).functions])
-        self._check_rewards(args, bool(eval_reward_funcs), eval_dataset is not None)
+        if eval_reward_funcs and eval_dataset is None:
+            raise ValueError("eval_reward_funcs are scored on the prompts of eval_dataset; pass one.")
+        if args.reward_weights is not None and len(args.reward_weights) != len(self.scorer.names):
+            given = f"reward_weights has {len(args.reward_weights)} entries for {len(self.scorer.names)} rewards"
+            raise ValueError(f"{given} ({', '.join(self.scorer.names)}); give one for each.")
         pipe = load_pipeline(model, cast(dict, args.model_init_kwargs or {})) if isinstance(model, str) else model
         check_pipeline(pipe)
         self.pipe, self.inputs = pipe, PipelineInputs(pipe, args)
         self.publisher = Publisher(self)
-        self.publisher.dataset_name = args.prompt_dataset if train_dataset is None else None
-        data = (
-            load_prompts(args.prompt_dataset)
-            if train_dataset is None
-            else check_prompts(train_dataset, "train_dataset")
-        )
+        if train_dataset is None:
+            data, self.publisher.dataset_name = load_prompts(args.prompt_dataset), args.prompt_dataset
+        else:
+            data = check_prompts(train_dataset, "train_dataset")
         self.inputs.check(data)
         self.scorer.check(data)
         self._sampler = sampling.prompt_sampler(args, len(data))
         trained = TrainedModel(pipe, args, peft_config)
         args.activation_checkpointing = args.gradient_checkpointing = False  # the Trainer knows transformers' models
-        self.replayer = PipelineReplayer(
-            pipe,
-            stochastic_scheduler(pipe, noise_schedule=args.noise_schedule, noise_level=args.noise_level, eta=args.eta),
-        )
+        noise: dict[str, Any] = {name: getattr(args, name) for name in ("noise_schedule", "noise_level", "eta")}
+        self.replayer = PipelineReplayer(pipe, stochastic_scheduler(pipe, **noise))
         self.replayer.scheduler.noisy_final_step = args.train_final_step  # noise that no step explains is not scored
-        super().__init__(
-            trained,
-            args=args,
-            data_collator=list,
-            train_dataset=data,
-            eval_dataset=eval_dataset,
-            callbacks=[PromptOrderCallback(self._sampler), MetricsFileCallback(), self.publisher, *(callbacks or [])],
-            optimizers=optimizers,
+        own = [PromptOrderCallback(self._sampler), MetricsFileCallback(), self.publisher]
+        given = {"train_dataset": data, "eval_dataset": eval_dataset, "callbacks": [*own, *(callbacks or [])]}
+        super().__init__(trained, args=args, data_collator=list, **given, optimizers=optimizers)
+        self.evaluator = Evaluator(
+            trained, self.inputs, self.eval_scorer, self.trained_weights, args, self.accelerator, self._before_error
         )
-        weights = dict(zip(self.scorer.names, self.trained_weights, strict=True))
-        self.evaluator = Evaluator(trained, self.inputs, self.eval_scorer, weights, args, self.accelerator)
-        self.evaluator.before_error = lambda: self.save_unfinished("A reward failed") if self.is_in_train else None
         for prompts in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
             if prompts is not None:
                 self.evaluator.check(prompts, like=data)
@@ -156,25 +144,15 @@ class SLASTrainer(BaseTrainer):
         set_seed(args.seed, device_specific=True)
         trained.to(self.accelerator, self.is_fsdp_enabled)
         self.gamma = GammaControl(
-            args, self.replayer, trained.module, self.accelerator, lambda name, value: self._metrics.add(name, value)
+            args, self.replayer, trained.module, self.accelerator, lambda *figure: self._metrics.add(*figure)
         )
         self.parts.append(self.gamma)
         self._add_callbacks()
         self.reset_progress()
 
-    def _check_rewards(self, args: SLASConfig, has_held_out: bool, has_eval_dataset: bool) -> None:
-        if has_held_out and not has_eval_dataset:
-            raise ValueError(
-                "eval_reward_funcs are scored in evaluation, for which there are no prompts; pass eval_dataset. A "
-                "reward of weight 0 (reward_weights) is scored on every rollout, and not trained on either."
-            )
-        if has_held_out and args.eval_strategy == "no":
-            logger.warning("eval_strategy is 'no': eval_reward_funcs are scored by evaluate(), not in training.")
-        if args.reward_weights is not None and len(args.reward_weights) != len(self.scorer.names):
-            raise ValueError(
-                f"reward_weights has {len(args.reward_weights)} entries for {len(self.scorer.names)} rewards "
-                f"({', '.join(self.scorer.names)}); give one for each."
-            )
+    def _before_error(self) -> None:
+        if self.is_in_train:
+            self.save_unfinished("A reward failed")
 
     def _check_best_metric(self) -> None:
         """Raises `ValueError` for a `metric_for_best_model` that no evaluation will have."""
@@ -216,11 +194,6 @@ class SLASTrainer(BaseTrainer):
     @property
     def resume_signature(self) -> dict[str, Any]:
         return {**super().resume_signature, "rewards": self.scorer.names}
-
-    @property
-    def resume_settings(self) -> dict[str, Any]:
-        names = (f"options of {name}, or where it is from (checksum)" for name in self.scorer.names)
-        return {**super().resume_settings, **dict(zip(names, self.scorer.options, strict=True))}
 
     def reset_progress(self) -> None:
         super().reset_progress()
@@ -289,8 +262,6 @@ class SLASTrainer(BaseTrainer):
         for batch, size in zip(batches, sizes, strict=True):
             if self.accelerator.num_processes == 1:
                 self.stop_if_interrupted()
-                if scoring.failed:  # why sample the rest?
-                    scoring.gather(before_error=self.evaluator.before_error)
             rollout = self.replayer.sample(noise_generator=[next(noise) for _ in range(size)], **batch.call)
             made = as_pictures(rollout.images, rollout.problems, batch.call["prompt"])
             scoring.add(batch.prompts, made, batch.columns)
@@ -318,14 +289,11 @@ class SLASTrainer(BaseTrainer):
         reshard(cast(torch.nn.Module, self.model_wrapped))
         problem = report.problem(self.args.epsilon)
         if not any(finite):
-            problem = (
-                "The denoiser's predictions are NaN or infinite before any update. Check the pipeline and its dtype: "
-                "float16 overflows in models that were trained in bfloat16."
-            )
+            problem = "The denoiser's predictions are NaN or infinite before any update. Does it overflow in float16?"
         elif problem is None and rewards[:, trained].isnan().all():
-            reasons = [problem for chunk in chunks for problem in chunk.problems if problem is not None]
-            reasons += [f"{', '.join(names)} returned only None or NaN"]
-            problem = f"No image of the first rollout got a score: {reasons[0]}."
+            reasons = filter(None, (problem for chunk in chunks for problem in chunk.problems))
+            reason = next(reasons, f"{', '.join(names)} returned only None or NaN")
+            problem = f"No image of the first rollout got a score: {reason}."
         raise_together(None if problem is None else ValueError(problem))
         warn_of_resolution(names, rewards[:, trained], self.args.num_generations)
 
@@ -382,10 +350,8 @@ class SLASTrainer(BaseTrainer):
         if self._skipped > self.args.max_skipped_updates or is_last or self.is_deepspeed_enabled:
             self.save_unfinished("The run has diverged")
             raise ValueError(
-                f"Update {number} of {self.state.max_steps} had {what}, after {self._skipped - 1} others in a row "
-                f"that were skipped (max_skipped_updates {self.args.max_skipped_updates}; the last update is never "
-                "skipped, and DeepSpeed skips none). Resume from an earlier checkpoint with a lower learning_rate or "
-                "max_grad_norm."
+                f"Update {number} of {self.state.max_steps} had {what}, after {self._skipped - 1} that were skipped "
+                "(max_skipped_updates). Resume from an earlier checkpoint with a lower learning_rate or max_grad_norm."
             )
         logger.warning(f"Update {number} is skipped: it had {what}.")
 
@@ -408,7 +374,7 @@ class SLASTrainer(BaseTrainer):
         """
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
-            raise ValueError("There are no prompts to evaluate on; pass eval_dataset to the trainer or to evaluate().")
+            raise ValueError("There are no prompts to evaluate on; pass eval_dataset.")
         if isinstance(dataset, dict):
             parts = [self.evaluate(data, ignore_keys, f"{metric_key_prefix}_{name}") for name, data in dataset.items()]
             return {key: value for metrics in parts for key, value in metrics.items()}
@@ -423,24 +389,12 @@ class SLASTrainer(BaseTrainer):
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """
-        Write the model card, `README.md`, into `args.output_dir`, with what is known of the run by now.
-
-        Args:
-            model_name (`str`, *optional*): by default that of the repository, or of the folder.
-            dataset_name (`str`, *optional*): of the prompts: a Hub id, or a file.
-            tags (`str` or `list[str]`, *optional*): further ones, beside those of every run.
-        """
+        """Write the model card into `args.output_dir`. `dataset_name` is a Hub id or file, `tags` are further ones."""
         if self.is_world_process_zero():
             self.publisher.write_result(model_name, dataset_name, tags)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """
-        Make the repository, or see that it is there. Without a network, training goes on, and every push tries again.
-
-        Raises:
-            `ValueError`: when the Hub refuses the token or the name, before anything is trained.
-        """
+        """Make the repository, if it is not there. Raises `ValueError` when the Hub refuses the token or the name."""
         self.publisher.create_repository(token, private)
 
     def push_to_hub(
@@ -459,20 +413,18 @@ class SLASTrainer(BaseTrainer):
         Args:
             commit_message (`str`, *optional*, defaults to `"End of training"`): of the commit.
             blocking (`bool`, *optional*, defaults to `True`): whether to wait; otherwise a `Future` is returned.
-            token (`str`, *optional*): by default `args.hub_token`, or that of `hf auth login`.
-            revision (`str`, *optional*): branch, by default `args.hub_revision`; made if it is not there.
-            private (`bool`, *optional*): for a repository that is made, by default `args.hub_private_repo`.
+            token, revision, private (*optional*):
+                by default `args.hub_token`, `args.hub_revision`, `args.hub_private_repo`. A branch or repository that
+                is not there is made.
             kwargs: of [`~SLASTrainer.create_model_card`].
 
         Returns:
             `CommitInfo` on the main process, or its `Future`; `None` on the others.
 
         Raises:
-            [`~slas_trl.publishing.repository.PushError`]: when nothing was pushed; the message says why, and how to
-                push it later. All of the result is in `args.output_dir` by then.
+            [`~slas_trl.publishing.repository.PushError`]: when nothing was pushed: why, and how to push it later.
         """
-        message = commit_message or "End of training"
-        return self.publisher.push(message, blocking, token, revision, private, **kwargs)
+        return self.publisher.push(commit_message or "End of training", blocking, token, revision, private, **kwargs)
 
     def save_unfinished(self, why: str) -> None:
         super().save_unfinished(why)
@@ -480,16 +432,19 @@ class SLASTrainer(BaseTrainer):
             self.calibration.draw(self.args, self.state)
 
     def _log_rollout(self, scores: Scores, result: Advantages, chunks: list[Rollout], images: list[Any]) -> None:
-        metrics = rollout_metrics(self.scorer.names, scores, result, self.gamma.gamma)
+        metrics = rollout_metrics(self.scorer.names, scores, result, self.gamma.state.gamma)
         self._metrics.add_rollout(metrics | reward_times(self.scorer.names, scores), len(scores.rewards))
         if self.calibration is not None and self.is_world_process_zero():
             record = rollout_record(self.args.scale_rewards, self.weight_of, result, metrics)
             self.calibration.append(self.args, {"step": self.state.global_step + 1, **record})
-            self._show_images([_prompt_of(chunk, i) for chunk in chunks for i in range(len(chunk))], images)
+            prompts = [_prompt_of(chunk, i) for chunk in chunks for i in range(len(chunk))]
+            # The first eight in the trackers, but those without a score.
+            shown = {i: still(image) for i, image in enumerate(images[:8]) if image is not None}
+            pictures = {f"samples/{i}": image for i, image in shown.items()}
+            self.calibration.show(self.args, pictures, [prompts[i] for i in shown], self.state.global_step, "prompt")
         self._unscored = self._unscored + 1 if result.rewards.isnan().all() else 0
         if not self._unscored:
-            problem = advantage_problem(result, self.args.min_group_std)
-            if problem and not self._has_warned:
+            if not self._has_warned and (problem := advantage_problem(result, self.args.min_group_std)):
                 logger.warning(problem)
                 self._has_warned = True
             return
@@ -498,14 +453,6 @@ class SLASTrainer(BaseTrainer):
         if self._unscored == UNSCORED_ROLLOUTS:
             self.save_unfinished("No image had a score")
             raise ValueError(f"{what}, the {UNSCORED_ROLLOUTS}th in a row. The warnings above say why.")
-
-    def _show_images(self, prompts: list[str], images: list[Any]) -> None:
-        """The first eight in the trackers, but those without a score."""
-        shown = {i: still(image) for i, image in enumerate(images[:8]) if image is not None}
-        if shown:
-            trackers, callbacks = cast(list, self.args.report_to), self.callback_handler.callbacks
-            pictures = {f"samples/{i}": image for i, image in shown.items()}
-            show_images(trackers, callbacks, pictures, [prompts[i] for i in shown], self.state.global_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a training log

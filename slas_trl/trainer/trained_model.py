@@ -5,6 +5,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -29,15 +30,8 @@ from transformers import TrainerCallback
 
 from ..policy.checks import denoisers_of
 from ..run_files import adapter_file
-from .adapters import (
-    ADAPTER_NAME,
-    REFERENCE_NAME,
-    add_adapter,
-    carries_adapter,
-    continue_adapter,
-    keep_reference,
-)
-from .distributed import copy_full_tensor, full_state, full_tensor, reshard
+from .adapters import ADAPTER_NAME, REFERENCE_NAME, add_adapter, carries_adapter, continue_adapter, keep_reference
+from .distributed import copy_full_tensor, full_tensor, reshard
 from .slas_config import SLASConfig
 
 
@@ -60,11 +54,8 @@ class TrainedModel:
     """
     The denoisers of a pipeline, of which an adapter or all weights are trained. All other weights are frozen.
 
-    Args:
-        pipe ([`~diffusers.DiffusionPipeline`]): the pipeline.
-        args ([`SLASConfig`]): the configuration.
-        peft_config (`LoraConfig`, *optional*):
-            a new adapter. Without it, the adapter that the pipeline carries is trained on, or else all weights.
+    `peft_config` is a new adapter; without it, the adapter that the pipeline carries is trained on, or else all
+    weights. Raises `ValueError` or `TypeError` when this pipeline cannot be trained so.
 
     Attributes:
         names (`list[str]`): components of the denoisers, such as `["transformer", "transformer_2"]`.
@@ -72,9 +63,6 @@ class TrainedModel:
         has_adapter (`bool`): whether an adapter is trained.
         continued (`str`, *optional*): a hash of the adapter that training goes on with.
         average ([`MovingAverage`], *optional*): of the trained weights.
-
-    Raises:
-        `ValueError`, `TypeError`: when this pipeline cannot be trained so.
     """
 
     def __init__(self, pipe: DiffusionPipeline, args: SLASConfig, peft_config: PeftConfig | None = None):
@@ -102,10 +90,8 @@ class TrainedModel:
         elif not self.has_adapter:
             denoiser.requires_grad_(True)
             if narrow := {p.dtype for p in denoiser.parameters()} & {*HALF_PRECISION.values()}:
-                raise ValueError(
-                    f"All weights would be trained in {narrow.pop()}, which rounds most updates away. Load the "
-                    "pipeline in float32 and set bf16=True, or train an adapter (peft_config, use_peft)."
-                )
+                what = f"All weights would be trained in {narrow.pop()}, which rounds most updates away"
+                raise ValueError(f"{what}. Load them in float32 and set bf16=True, or train an adapter (peft_config).")
         elif self._keeps_reference:
             keep_reference(denoiser)
         if self.args.activation_checkpointing:
@@ -138,17 +124,14 @@ class TrainedModel:
 
     def forward_functions(self, wrapped: Any) -> dict[str, Callable[..., Any]]:
         """
-        The function to call for each denoiser, given `module` or its FSDP or compiled form. The DDP form is replaced
-        by the plain model: DDP allows for one call with each backward pass, but guidance may take two.
+        To call for each denoiser, given `module` or its FSDP or compiled form. The DDP form is replaced by the plain
+        model: DDP allows for one call with each backward pass, but guidance may take two.
         """
         model = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
         return {self.names[0]: model} if len(self.names) == 1 else {name: partial(model, name) for name in self.names}
 
     def place_frozen(self, device: torch.device | str) -> torch.device | str:
-        """
-        With `offload_frozen_components`, move text encoders, VAE and the like to where they are needed, or away.
-        Returns where they were.
-        """
+        """With `offload_frozen_components`, move text encoders, VAE and the like there. Returns where they were."""
         before, self._frozen_place = self._frozen_place, device
         if self.args.offload_frozen_components:
             for name, component in self.pipe.components.items():
@@ -161,17 +144,12 @@ class TrainedModel:
     def as_published(self) -> Iterator[None]:
         """
         Within, the pipeline is what a reader of the saved weights loads: in eval mode, its weights averaged, and
-        without the mixed precision of training. The mixed precision stays where components differ in dtype, which may
-        need it, and where weights are sharded.
+        without the mixed precision of training, unless components differ in dtype or weights are sharded.
         """
         modes = {denoiser: denoiser.training for denoiser in self.denoisers.values()}
-        components = [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
-        has_one_dtype = len({base_dtype(part) for part in components} - {None}) == 1
-        autocast = {
-            denoiser: denoiser.forward
-            for denoiser in modes
-            if has_one_dtype and "_original_forward" in vars(denoiser) and not isinstance(denoiser, FSDPModule)
-        }
+        dtypes = {base_dtype(part) for part in self.pipe.components.values() if isinstance(part, nn.Module)} - {None}
+        narrowed = [x for x in modes if "_original_forward" in vars(x) and not isinstance(x, FSDPModule)]
+        autocast = {denoiser: denoiser.forward for denoiser in narrowed if len(dtypes) == 1}
         for denoiser in modes:
             denoiser.eval()
         for denoiser in autocast:
@@ -224,12 +202,7 @@ class TrainedModel:
             LoraBaseMixin.write_lora_layers(state, str(folder), True, file, no_function, True, metadata)
 
     def load(self, folder: Path) -> None:
-        """
-        Read what [`save`] wrote into the denoisers in place, be they sharded or not.
-
-        Raises:
-            `ValueError`: when the files are of another adapter or model.
-        """
+        """Read what [`save`] wrote, in place. Raises `ValueError` when it is of another adapter or model."""
         for name, denoiser in self.denoisers.items():
             if self.has_adapter:
                 targets = get_peft_model_state_dict(cast(Any, denoiser), adapter_name=ADAPTER_NAME)
@@ -240,28 +213,21 @@ class TrainedModel:
                 saved = plain_class(denoiser).from_pretrained(folder / name).state_dict()
             shapes, found = ({key: value.shape for key, value in state.items()} for state in (targets, saved))
             if differing := [key for key in {**shapes, **found} if shapes.get(key) != found.get(key)]:
-                raise ValueError(
-                    f"The weights of {name} in {str(folder)!r} do not fit this model: {differing[:3]} and the like "
-                    "are missing, of another shape, or too much. Use the model and peft_config they were trained with."
-                )
+                what = f"The weights of {name} in {str(folder)!r} are of another model or peft_config"
+                raise ValueError(f"{what}: {differing[:3]} differ. Use those they were trained with.")
             for key, target in targets.items():
                 copy_full_tensor(target, saved[key])
 
 
+@dataclass(eq=False)
 class MovingAverage(TrainerCallback):
-    """
-    An exponential moving average of the trained weights, and its files. It begins when training does.
+    """An exponential moving average of the trained weights, and its files. It begins when training does."""
 
-    Args:
-        module (`torch.nn.Module`): what is trained of it is averaged.
-        decay (`float`): share of the old average that an update keeps.
-    """
+    module: nn.Module  # what is trained of it is averaged
+    decay: float  # share of the old average that an update keeps
+    model: EMAModel | None = None
 
     AVERAGE_FILE, WEIGHTS_FILE = "ema.pt", "weights_before_averaging.pt"
-
-    def __init__(self, module: nn.Module, decay: float):
-        self.module, self.decay = module, decay
-        self.model: EMAModel | None = None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -318,10 +284,7 @@ class MovingAverage(TrainerCallback):
 
 
 def base_dtype(module: nn.Module) -> torch.dtype | None:
-    """
-    The dtype that a module computes in: that of its first floating-point weights, frozen ones first, for adapters are
-    in float32, and quantized weights integers.
-    """
+    """That of its first floating-point weights, frozen ones first: adapters are float32, quantized ones integers."""
     parameters = sorted(module.parameters(), key=lambda parameter: parameter.requires_grad)
     return next((parameter.dtype for parameter in parameters if parameter.is_floating_point()), None)
 
@@ -357,7 +320,7 @@ def _rounded(denoisers: Any) -> Iterator[None]:
 
 def _save_denoiser(denoiser: Any, folder: Path, writes: bool) -> None:
     if any(isinstance(parameter, DTensor) for parameter in denoiser.parameters()):
-        state = full_state(denoiser)
+        state = {key: full_tensor(value).cpu() for key, value in denoiser.state_dict().items()}
         # save_pretrained does not know shards, and from_pretrained not the class that FSDP makes of the model's.
         with torch.device("meta"):
             denoiser = plain_class(denoiser).from_config(denoiser.config)
@@ -390,9 +353,6 @@ def _autocast_sharded(accelerator: Accelerator, module: nn.Module) -> None:
     float32 VAE does not take. Weights are gathered in half precision, gradients summed in float32.
     """
     plugin = cast(FullyShardedDataParallelPlugin, accelerator.state.fsdp_plugin)
-    plugin.mixed_precision_policy = MixedPrecisionPolicy(
-        param_dtype=HALF_PRECISION[accelerator.mixed_precision],
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,
-    )
+    narrow = HALF_PRECISION[accelerator.mixed_precision]
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
     _autocast_forward(accelerator, module)

@@ -63,15 +63,6 @@ def test_not_where_it_is_not_wanted(tmp_path):
     assert not list(tmp_path.glob("*calibration*")) and logged(tmp_path, "calibration/narrow_share")
 
 
-def test_missing_scores(tmp_path):
-    trained(
-        tmp_path, reward_funcs=[redness, one_in_three], reward_weights=[0.0, 1.0], log_completions=True, max_steps=1
-    )
-    [line] = lines_of(tmp_path)
-    assert len(line["group_std"]) == 2 and all(std is None or std >= 0 for std in line["group_std"])
-    assert (tmp_path / "calibration.png").is_file()
-
-
 def test_a_resumed_run_has_a_line_for_each_rollout(tmp_path):
     """Two updates for each rollout, of which the second begins with the third update."""
     settings = {"log_completions": True, "gradient_accumulation_steps": 3, "max_steps": 5}

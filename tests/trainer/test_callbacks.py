@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-from transformers import TrainerState
 from transformers.trainer_callback import ProgressCallback
 
-from slas_trl.trainer.callbacks import MetricsFileCallback, RLProgressCallback
-from tests.trainer.tiny_trainers import PROMPTS, logged, tiny_config, tiny_trainer, trained
+from slas_trl.trainer.callbacks import RLProgressCallback
+from tests.trainer.tiny_trainers import PROMPTS, logged, tiny_trainer, trained
 
 
 def test_the_progress_bar_shows_the_figures_that_matter(tmp_path, capsys):
@@ -19,15 +18,6 @@ def test_the_progress_bar_shows_the_figures_that_matter(tmp_path, capsys):
     assert line["kl"] > 0
     callbacks = [type(callback) for callback in trainer.callback_handler.callbacks]
     assert callbacks.count(RLProgressCallback) == 1 and ProgressCallback not in callbacks
-
-
-def test_figures_stay_on_the_bar_until_there_are_newer_ones(tmp_path, capsys):
-    """Only the first update of a rollout has a reward."""
-    trained(tmp_path, disable_tqdm=False, gradient_accumulation_steps=3, max_steps=2)
-    *_, bar = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "2/2" in line]
-    first, second = logged(tmp_path)
-    assert f"reward={first['reward']:.3g}" in bar and "reward" not in second
-    assert f"images/s={first['images_per_second']:.3g}" in bar and "images_per_second" not in second
 
 
 def test_an_evaluation_is_written_above_the_bar(tmp_path, capsys):
@@ -61,15 +51,3 @@ def test_one_log_for_several_updates_has_their_means(tmp_path):
     for key in ("reward", "reward_std", "advantages/std", "ratio/mean"):
         assert both[key] == pytest.approx(np.mean([line[key] for line in ones]), rel=1e-6)
     assert both["step"] == 2 and both["step_time"] < 60
-
-
-def test_only_the_main_process_writes(tmp_path):
-    state = TrainerState(is_world_process_zero=False)
-    MetricsFileCallback().on_log(tiny_config(tmp_path), state, None, {"loss": 1.0})
-    assert not list(tmp_path.iterdir())
-
-
-def test_metrics_of_a_run_that_goes_on_in_another_folder(tmp_path):
-    trained(tmp_path / "one", max_steps=2, save_strategy="steps", save_steps=1)
-    tiny_trainer(tmp_path / "two", max_steps=2).train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-1"))
-    assert [line["step"] for line in logged(tmp_path / "two")] == [1, 2]

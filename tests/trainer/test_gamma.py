@@ -96,14 +96,6 @@ def test_of_plain_ascent_tau_is_the_learning_rate_and_g_follows_from_the_gradien
     assert not same(before, trained_weights(trainer))
 
 
-def test_the_longest_of_the_last_updates_counts(tmp_path):
-    trained(tmp_path, max_steps=3, fisher_update_steps=10, learning_rate=1e-3)
-    named = [{key.removeprefix("trust_region/"): value for key, value in line.items()} for line in logged(tmp_path)]
-    lengths = [2 * line["kl_bound"] / line["lambda_max"] / line["moment"] for line in named]  # τ² G of each update
-    for i in (1, 2):
-        assert named[i]["tau"] ** 2 * named[i]["g_max"] == pytest.approx(max(lengths[:i]))
-
-
 @pytest.mark.parametrize("schedule", ["trust_region", "kl"])
 def test_a_rollout_without_any_difference(tmp_path, schedule):
     def same_for_all(prompts, images, **columns):
@@ -129,17 +121,9 @@ def test_lambda_max_is_that_of_the_dense_fisher_matrix(tmp_path, family, setting
     assert 0.85 * eigenvalue < found < 1.01 * eigenvalue
 
 
-def test_in_half_precision_lambda_max_is_nearly_the_same(tmp_path):
-    for name in ("float32", "bf16"):
-        trained(tmp_path / name, bf16=name == "bf16", fisher_update_steps=1, max_steps=1)
-    (full,), (half,) = (column(tmp_path / name, "trust_region/lambda_max") for name in ("float32", "bf16"))
-    assert half == pytest.approx(full, rel=0.1)
-
-
-@pytest.mark.parametrize("settings", [{}, {"full": True, "gradient_accumulation_steps": 3, "beta": 0.1}])
-def test_measuring_changes_nothing(tmp_path, settings):
+def test_measuring_changes_nothing(tmp_path):
     """Weights, moving average, and whatever draws from the global generator."""
-    runs = []
+    runs, settings = [], {"full": True, "gradient_accumulation_steps": 3, "beta": 0.1}
     for fisher_update_steps in (None, 1):
         folder = tmp_path / str(fisher_update_steps)
         trainer = trained(folder, use_ema=True, max_steps=3, fisher_update_steps=fisher_update_steps, **settings)
@@ -172,11 +156,9 @@ def test_a_skipped_update_is_not_measured(tmp_path):
 
 
 SCHEDULES = {
-    "trust region": {"gamma_schedule": "trust_region", "fisher_update_steps": 2, "kl_threshold": 1e-6},
-    "within a rollout": {"gamma_schedule": "trust_region", "fisher_update_steps": 2, "kl_threshold": 1e-6,
-                         "gradient_accumulation_steps": 3},
+    "trust region": {"gamma_schedule": "trust_region", "fisher_update_steps": 2, "kl_threshold": 1e-6,
+                     "gradient_accumulation_steps": 3},
     "kl": {"gamma_schedule": "kl", "kl_threshold": 3e-8, "gradient_accumulation_steps": 3, "use_ema": True},
-    "ess": {"gamma_schedule": "ess", "min_effective_share": 0.4, "full": True},
     "measured": {"fisher_update_steps": 3, "gradient_accumulation_steps": 2},
 }  # fmt: skip
 
@@ -222,15 +204,8 @@ def test_a_run_may_go_on_with_another_schedule(tmp_path):
     trained(tmp_path / "constant", **saved)
     assert (tmp_path / "kl" / "checkpoint-2" / "gamma.pt").is_file()
     assert not (tmp_path / "constant" / "checkpoint-2" / "gamma.pt").exists()
-    for before, after in (("kl", "trust_region"), ("constant", "trust_region"), ("kl", "constant")):
+    for before, after in (("kl", "trust_region"), ("constant", "trust_region")):
         folder = tmp_path / f"{before}-{after}"
         trainer = tiny_trainer(folder, gamma_schedule=after, max_steps=3, gamma=0.4)
         trainer.train(resume_from_checkpoint=str(tmp_path / before / "checkpoint-2"))
         assert column(folder, "gamma")[-1] == 0.4
-
-
-def test_training_again_starts_anew(tmp_path):
-    trainer = trained(tmp_path, gamma_schedule="kl", max_steps=2)
-    assert trainer.gamma.gamma != 0.5
-    trainer.train()
-    assert column(tmp_path, "gamma")[0] == 0.5

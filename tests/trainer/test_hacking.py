@@ -3,7 +3,7 @@
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from slas_trl.trainer.hacking import RewardHackingCallback
+from slas_trl.trainer.callbacks import RewardHackingCallback
 from tests.trainer.tiny_trainers import PROMPTS, logged, redness, same, tiny_trainer, trained, trained_weights
 
 
@@ -52,11 +52,6 @@ def test_it_needs_prompts_and_a_name_of_its_own(tmp_path):
         tiny_trainer(tmp_path, eval_reward_funcs=blueness)
     with pytest.raises(ValueError, match="redness"):
         tiny_trainer(tmp_path, eval_reward_funcs=redness, eval_dataset=HELD_OUT)
-
-
-def test_it_is_said_when_nothing_is_evaluated(tmp_path, caplog):
-    tiny_trainer(tmp_path, eval_reward_funcs=blueness, eval_dataset=HELD_OUT)
-    assert "eval_strategy is 'no'" in caplog.text
 
 
 @pytest.mark.parametrize(("action", "steps"), [("warn", 5), ("stop", 3)])

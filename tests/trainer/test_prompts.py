@@ -18,7 +18,7 @@ def written(path, rows=ROWS) -> str:
     if path.suffix == ".txt":
         path.write_text("".join(row["prompt"] + "\n" for row in rows), encoding="utf-8")
     elif path.suffix == ".json":
-        path.write_text(json.dumps(rows), encoding="utf-8")
+        path.write_text(json.dumps(rows, indent=2), encoding="utf-8")
     elif path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     elif path.suffix == ".parquet":
@@ -37,30 +37,19 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet"])
-def test_a_file(tmp_path, suffix):
-    data = load_prompts(written(tmp_path / f"prompts{suffix}"))
-    assert list(data["prompt"]) == [row["prompt"] for row in ROWS]
-    if suffix != ".txt":
-        assert list(data["tag"]) == ["cat", "dog"]
-
-
 NO_ENDS = "a\u2028b\u2029c\x85d\fe\vf\x1cg"  # which Python's splitlines takes for ends of lines
 WORDS = ["None", "null", "NA", "nan", "N/A", "1984", "True", "007", "1e5"]  # which a reader of tables takes for values
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".json", ".jsonl", ".csv", ".tsv", ".TXT", ".JSONL", ".Csv"])
-def test_prompts_are_read_as_they_stand(tmp_path, suffix, monkeypatch):
-    rows = [{"prompt": prompt, "number": i} for i, prompt in enumerate([*WORDS, NO_ENDS, "é ü 東"])]
+@pytest.mark.parametrize("suffix", [".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".JSONL", ".Csv"])
+def test_prompts_are_read_as_they_stand(tmp_path, suffix):
+    rows = [{"prompt": prompt, "number": i} for i, prompt in enumerate([*WORDS, "a cat, asleep", NO_ENDS, "é ü 東"])]
     path = tmp_path / f"prompts{suffix.lower()}"
     written(path, rows)
-    path = path.rename(tmp_path / f"prompts{suffix}")
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "file")  # where nothing can be kept
-    data = load_prompts(str(path))
-    assert data["prompt"] == [row["prompt"] for row in rows]
-    if suffix.lower() != ".txt":
-        assert data["number"][:2] == [0, 1] or suffix == ".Csv"
+    data = load_prompts(str(path.rename(tmp_path / f"prompts{suffix}")))
+    assert list(data["prompt"]) == [row["prompt"] for row in rows]
+    if suffix != ".txt":
+        assert list(data["number"]) == [row["number"] for row in rows]
 
 
 def test_other_columns_keep_their_types(tmp_path):
@@ -68,27 +57,12 @@ def test_other_columns_keep_their_types(tmp_path):
     path.write_text("prompt,count,share,flag,note,image\na,1,0.5,True,NA,a.png\nb,2,1.5,False,,b.png\n")
     (tmp_path / "a.png").write_text("")
     data = load_prompts(str(path))
-    assert data[0] == {
-        "prompt": "a",
-        "count": 1,
-        "share": 0.5,
-        "flag": True,
-        "note": "NA",
-        "image": f"{tmp_path}/a.png",
-    }
-    assert data[1]["note"] is None
+    row = {"prompt": "a", "count": 1, "share": 0.5, "flag": True, "note": "NA", "image": f"{tmp_path}/a.png"}
+    assert data[0] == row and data[1]["note"] is None
     rows = [{"prompt": "a", "n": 1, "of": {"a": [1]}}, {"prompt": "b", "n": 2.5, "of": {"b": "x"}, "more": ["y"]}]
     data = load_prompts(written(tmp_path / "prompts.json", rows))
     assert list(data) == [{**rows[0], "more": None}, rows[1]]
     assert load_prompts(written(tmp_path / "prompts.json", ["a cat", "two dogs"]))["prompt"] == ["a cat", "two dogs"]
-
-
-def test_rows_of_json_on_several_lines(tmp_path):
-    path = tmp_path / "prompts.json"
-    rows = [{"prompt": 'a "b"', "of": {"a": ["x", 1]}, "more": "y"}, {"prompt": "c\\", "of": None, "more": "}"}]
-    for text in (json.dumps(rows, indent=2), "\n\n".join(json.dumps(row, indent=1) for row in rows)):
-        path.write_text(text)
-        assert list(load_prompts(str(path))) == rows
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv"])
@@ -100,16 +74,11 @@ def test_the_text_that_is_to_be_read_is_text(tmp_path, suffix):
 
 
 def test_quotes_are_part_of_a_cell_between_tabs(tmp_path):
-    rows = [
-        {"prompt": '"Hello" sign', "n": 1},
-        {"prompt": '"G I G G L E" painted in', "n": 2},
-        {"prompt": '"', "n": 3},
-    ]
+    rows = [{"prompt": prompt, "n": 1} for prompt in ('"Hello" sign', '"G I G G L E" painted in', '"')]
     assert list(load_prompts(written(tmp_path / "prompts.tsv", rows))) == rows
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "utf-16-le"])
-@pytest.mark.parametrize("suffix", [".txt", ".csv"])
+@pytest.mark.parametrize(("suffix", "encoding"), [(".txt", "latin-1"), (".csv", "utf-16-le")])
 def test_a_file_of_another_encoding(tmp_path, suffix, encoding):
     path = tmp_path / f"prompts{suffix}"
     path.write_text(Path(written(path)).read_text(encoding="utf-8"), encoding=encoding)
@@ -117,23 +86,13 @@ def test_a_file_of_another_encoding(tmp_path, suffix, encoding):
         load_prompts(str(path))
 
 
-@pytest.mark.parametrize("name", ["", " ", "prompts.jsonl.gz", "script.py", "nowhere.py", "folder", "no name"])
+@pytest.mark.parametrize("name", ["", " ", "nowhere.py", "folder", "no name"])
 def test_what_is_no_data_set(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     Path("folder").mkdir()
-    for file in ("prompts.jsonl.gz", "script.py"):
-        Path(file).write_text("a cat")
     with pytest.raises(ValueError, match=f"The prompts '{name}' cannot be read.*Expected"):
         load_prompts(name)
-
-
-def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
-    path = written(tmp_path / "prompts.parquet")
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "file")
-    with pytest.raises(ValueError, match="prompts.parquet.*Set HF_HOME"):
-        load_prompts(path)
 
 
 def test_blank_lines_and_those_of_windows_in_a_text_file(tmp_path):
@@ -143,7 +102,7 @@ def test_blank_lines_and_those_of_windows_in_a_text_file(tmp_path):
 
 
 def test_a_file_that_changed_is_read_anew(tmp_path):
-    path = tmp_path / "prompts.jsonl"
+    path = tmp_path / "prompts.parquet"
     load_prompts(written(path))
     assert len(load_prompts(written(path, [*ROWS, {"prompt": "snow", "tag": "x"}]))) == 3
 
@@ -153,67 +112,36 @@ def test_the_embedded_world():
     assert len(train) and not set(train["prompt"]) & set(test["prompt"])
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".parquet"])
-def test_a_missing_file(tmp_path, suffix):
-    path = tmp_path / f"prompts{suffix}"
-    with pytest.raises(FileNotFoundError, match=re.escape(repr(str(path)))):
-        load_prompts(str(path))
+def test_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=re.escape(repr(str(tmp_path / "prompts.txt")))):
+        load_prompts(str(tmp_path / "prompts.txt"))
 
 
 @pytest.mark.parametrize(
-    ("suffix", "content"),
+    ("name", "content", "message"),
     [
-        *((suffix, "\n \n") for suffix in (".txt", ".json", ".jsonl", ".csv", ".tsv")),
-        (".csv", "prompt\n"),
-        (".txt", ""),
+        ("prompts.txt", "\n \n", "is empty"),
+        ("prompts.jsonl", "", "is empty"),
+        ("prompts.csv", "prompt\n", "is empty"),
+        ("prompts.json", '[{"prompt": "a c', "cannot be read"),
+        ("prompts.parquet", "a cat", "cannot be read"),
+        ("prompts.csv", "prompt\na cat, asleep\n", "more fields than its header; quote"),
+        ("script.py", "a cat", "no column 'prompt'"),
+        ("prompts.jsonl", '{"caption": "a cat", "tag": "cat"}', r"no column 'prompt'.*\['caption', 'tag'\]"),
     ],
 )
-def test_an_empty_file(tmp_path, suffix, content):
-    path = tmp_path / f"prompts{suffix}"
-    path.write_text(content)
-    with pytest.raises(ValueError, match="is empty"):
-        load_prompts(str(path))
-
-
-@pytest.mark.parametrize("suffix", [".json", ".parquet"])
-def test_a_broken_file(tmp_path, suffix):
-    path = tmp_path / f"prompts{suffix}"
-    path.write_text('[{"prompt": "a c')
-    with pytest.raises(ValueError, match="cannot be read"):
-        load_prompts(str(path))
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
-def test_a_prompt_that_is_cut_by_its_own_comma(tmp_path, suffix):
-    path = tmp_path / f"prompts{suffix}"
-    path.write_text("prompt\na cat, asleep\n".replace(",", "," if suffix == ".csv" else "\t"))
-    with pytest.raises(ValueError, match="more fields than its header; quote"):
-        load_prompts(str(path))
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
-def test_a_file_without_the_column(tmp_path, suffix):
-    path = written(tmp_path / f"prompts{suffix}", [{"caption": "a cat", "tag": "cat"}])
-    with pytest.raises(ValueError, match=r"no column 'prompt'.*\['caption', 'tag'\]"):
-        load_prompts(path)
-
-
-CHAT = [{"role": "user", "content": "a cat"}]
+def test_a_file_without_prompts(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_prompts(str(tmp_path / name))
 
 
 @pytest.mark.parametrize(
-    ("prompts", "rows"),
-    [
-        (["a cat", ""], r"\[1\]"),
-        (["  ", "snow", "\t"], r"\[0, 2\]"),
-        ([None, "a cat"], r"\[0\]"),
-        ([1, 2], r"\[0, 1\]"),
-        ([""] * 9, r".* \.\.\."),
-        ([CHAT], r"\[0\].*'role': 'user'"),
-    ],
+    ("prompts", "row"),
+    [(["a cat", "", "\t"], 1), ([None, "a cat"], 0), ([1, 2], 0), ([[{"role": "user", "content": "a cat"}]], 0)],
 )
-def test_rows_without_a_prompt_are_named(prompts, rows):
-    with pytest.raises(ValueError, match=f"train_dataset has rows without a prompt: {rows}"):
+def test_a_row_without_a_prompt_is_named(prompts, row):
+    with pytest.raises(ValueError, match=f"train_dataset has .*: row {row} has"):
         check_prompts(Dataset.from_dict({"prompt": prompts}), "train_dataset")
 
 
@@ -222,7 +150,6 @@ def test_rows_without_a_prompt_are_named(prompts, rows):
     [
         (DatasetDict({"train": Dataset.from_dict({"prompt": ["a"]})}), "DatasetDict.*splits"),
         (Dataset.from_dict({"prompt": ["a"]}).to_iterable_dataset(), "IterableDataset.*from_list"),
-        ([{"prompt": "a cat"}], "list.*from_list"),
     ],
 )
 def test_what_is_no_data_set_in_python(data, what):
@@ -230,7 +157,6 @@ def test_what_is_no_data_set_in_python(data, what):
         check_prompts(data, "train_dataset")
 
 
-@pytest.mark.parametrize("name", ["prompts", "images", "completions"])
-def test_a_column_whose_name_a_reward_knows_otherwise(name):
-    with pytest.raises(ValueError, match=f"train_dataset has the column '{name}'"):
-        check_prompts(Dataset.from_dict({"prompt": ["a cat"], name: ["a dog"]}), "train_dataset")
+def test_a_column_whose_name_a_reward_knows_otherwise():
+    with pytest.raises(ValueError, match="train_dataset has the column 'images'"):
+        check_prompts(Dataset.from_dict({"prompt": ["a cat"], "images": ["a dog"]}), "train_dataset")

@@ -14,15 +14,9 @@ def windows(rollouts: int, **settings) -> list[range | None]:
     return [window_of(args, i, np.random.default_rng(i)) for i in range(rollouts)]
 
 
-def test_all_steps():
+def test_all_steps_a_fixed_window_and_one_at_random_in_the_first_half():
     assert windows(1) == [None]
-
-
-def test_a_fixed_window():
     assert windows(3, sde_window_size=2, sde_window_start=1) == [range(1, 3)] * 3
-
-
-def test_a_window_at_random_begins_in_the_first_half():
     found = windows(60, sde_window_size=2)
     assert {window.start for window in found} == {0, 1, 2, 3} and {len(window) for window in found} == {2}
 
@@ -38,12 +32,6 @@ def test_a_window_at_random_begins_in_the_first_half():
 )
 def test_a_sliding_window(settings, starts):
     assert [window.start for window in windows(6, sde_window_size=2, **settings)] == starts
-
-
-@pytest.mark.parametrize("name", ["sde_window_start", "sde_window_slide_every"])
-def test_a_place_without_a_size(name):
-    with pytest.raises(ValueError, match=f"{name} .1. needs sde_window_size"):
-        SLASConfig(use_cpu=True, **{name: 1})
 
 
 def test_only_the_window_of_each_rollout_is_stochastic_and_trained(tmp_path):

@@ -9,9 +9,7 @@ from trl import TrlParser
 
 from slas_trl import SLASConfig
 from slas_trl.advantages import AdvantageOptions
-from slas_trl.scripts.arguments import parse
 from slas_trl.trainer.card_facts import SETTINGS
-from slas_trl.trainer.slas_config import REMOVED
 
 
 def config(**arguments) -> SLASConfig:
@@ -87,8 +85,9 @@ REFUSED = {
     "sde_window_start": [2],  # without a size
     "auto_find_batch_size": [True],
     "adam_epsilon": [0.0],  # 0 / 0 where a gradient is 0, as those of half of LoRA's matrices are at first
-    "lr_scheduler_kwargs": [{"min_lr": float("nan")}],
-    "pipeline_kwargs": [{"cfg": float("inf")}],
+    "pipeline_kwargs": ["strength", {"generator": None}],
+    "max_steps": [0],
+    "num_train_epochs": [0, -1],
     "reward_weights": [[1.0, float("nan")], (1.0, float("inf"))],
 }
 
@@ -142,20 +141,6 @@ def test_what_the_schedules_have_by_default():
     allowed = [config(gamma_schedule=schedule).allowed_kl for schedule in ("trust_region", "kl")]
     assert allowed == [3e-4, 1e-5]  # a bound is allowed more than a measurement
     assert config(gamma_schedule="kl", kl_threshold=1e-6).allowed_kl == 1e-6
-
-
-@pytest.mark.parametrize("option", REMOVED)
-def test_what_was_removed_names_what_to_use_instead(tmp_path, option):
-    """As an argument, on the command line in all its spellings, and in a YAML file."""
-    name, _, value = option.partition("=")
-    path, value = tmp_path / "config.yaml", value or "3"
-    path.write_text(f"{name}: {value}\n")
-    ways = (["--config", str(path)], [f"--{name}", value], [f"--{name.replace('_', '-')}={value}"])
-    with pytest.raises(ValueError, match=f"{option} was removed: "):
-        config(**{name: value})
-    for argv in ways:
-        with pytest.raises(ValueError, match=f"{option} was removed: "):
-            parse(["--use_cpu", "true", *argv])
 
 
 def test_yaml_and_command_line(tmp_path):

@@ -1,10 +1,8 @@
 """`SLASTrainer` as a person uses it: what can be given, what is trained and logged, and what is refused."""
 
 import dataclasses
-import importlib.util
 import math
 import os
-import threading
 
 import numpy as np
 import pytest
@@ -19,10 +17,7 @@ from slas_trl.advantages import slas_advantages
 from slas_trl.rewards import brightness
 from tests.policy.zoo import dit
 from tests.policy.zoo.all import FAMILIES as ZOO
-from tests.tiny_pipelines import (
-    PIPELINES,
-    sd3_pipeline,
-)
+from tests.tiny_pipelines import PIPELINES, sd3_pipeline
 from tests.trainer.tiny_trainers import (
     DENOISERS,
     HELD_OUT,
@@ -34,7 +29,6 @@ from tests.trainer.tiny_trainers import (
     close,
     logged,
     lora,
-    picture,
     publish,
     redness,
     same,
@@ -42,7 +36,6 @@ from tests.trainer.tiny_trainers import (
     tiny_trainer,
     trained,
     trained_weights,
-    untimed,
 )
 from tests.trainer.zoo_trainers import zoo_trainer
 
@@ -122,7 +115,7 @@ def test_a_reward_that_goes_to_another_folder(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-@pytest.mark.parametrize("family", DENOISERS)
+@pytest.mark.parametrize("family", ["sd", "flux"])
 def test_all_that_should_move_moves_and_nothing_else(tmp_path, family, full):
     """And the pipeline is as before otherwise."""
     trainer = tiny_trainer(tmp_path, family, full=full, max_steps=1)
@@ -139,26 +132,6 @@ def test_all_that_should_move_moves_and_nothing_else(tmp_path, family, full):
     assert frozen and all(torch.equal(a, b) for a, b in zip(frozen, now, strict=True))
     assert type(trainer.pipe.scheduler) is scheduler
     assert trainer.model.dtype == torch.float32 and not any(p.requires_grad for p in now)
-
-
-def test_a_denoiser_without_adapters_cannot_get_one(tmp_path):
-    """It is trained in full below."""
-    with pytest.raises(ValueError, match="PixArtTransformer2DModel.*peft_config"):
-        zoo_trainer(ZOO["pixart-sigma"], tmp_path, peft_config=lora())
-
-
-def test_a_pipeline_that_knows_nothing_of_adapters(tmp_path):
-    family, settings = ZOO["bria"], {"max_steps": 2, **SAVED}
-    whole = zoo_trainer(family, tmp_path, **settings)
-    whole.train()
-    again = zoo_trainer(family, tmp_path / "resumed", **settings)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert same(trained_weights(whole), trained_weights(again))
-    fresh = family.build()
-    assert not hasattr(fresh, "load_lora_weights")
-    call = family.arguments(["a cat"])
-    fresh.transformer.load_lora_adapter(tmp_path / "checkpoint-2", prefix=None, use_safetensors=True)
-    np.testing.assert_array_equal(fresh(**call)[0], whole.pipe(**family.arguments(["a cat"]))[0])
 
 
 @pytest.mark.parametrize("name", [name for name, family in ZOO.items() if family.task == "text-to-image"])
@@ -258,10 +231,8 @@ def test_an_update_is_the_mean_over_chunks_and_steps(tmp_path):
 
     kept = Gradient()
     # Without a learning rate the weights stay, and so the gradient can be computed once more.
-    trainer = tiny_trainer(
-        tmp_path, cls=Watched, callbacks=[kept], max_steps=1, learning_rate=0.0, max_grad_norm=0.0, gamma=0.25
-    )
-    trainer.train()
+    settings = {"max_steps": 1, "learning_rate": 0.0, "max_grad_norm": 0.0, "gamma": 0.25}
+    trainer = trained(tmp_path, cls=Watched, callbacks=[kept], **settings)
     images = [image for pictures in trainer.pictures for image in pictures]
     advantages = slas_advantages(redness([], images), 4, gamma=0.25).split(4)
     loss = torch.zeros(())
@@ -323,12 +294,9 @@ def test_every_pass_trains_every_step_of_every_chunk_once(tmp_path):
 # Sampling
 
 
-@pytest.mark.parametrize(("fraction", "steps"), [(1.0, 5), (0.6, 3), (0.01, 1)])
-def test_a_share_of_the_timesteps(tmp_path, fraction, steps):
-    trainer = tiny_trainer(
-        tmp_path, cls=Watched, num_inference_steps=6, timestep_fraction=fraction, max_steps=2, learning_rate=0.0
-    )
-    trainer.train()
+def test_a_share_of_the_timesteps(tmp_path):
+    steps, settings = 3, {"num_inference_steps": 6, "timestep_fraction": 0.6, "learning_rate": 0.0}
+    trainer = trained(tmp_path, cls=Watched, **settings)
     drawn = [{inputs["step"] for inputs in trainer.micro_steps if inputs["rollout"] is r} for r in trainer.rollouts]
     assert len(trainer.micro_steps) == 4 * steps and all(len(each) == steps for each in drawn)
     assert drawn[0] == drawn[1] and drawn[2] == drawn[3]  # the chunks of a rollout
@@ -342,79 +310,16 @@ def test_the_final_step_is_trained_if_asked_for(tmp_path):
         trained(tmp_path, train_final_step=True, noise_schedule="cps")
 
 
-@pytest.mark.parametrize(("start", "window"), [(1, [1, 2]), (None, None)])
-def test_a_window_of_stochastic_steps(tmp_path, start, window):
-    trainer = tiny_trainer(
-        tmp_path, cls=Watched, num_inference_steps=6, sde_window_size=2, sde_window_start=start, max_steps=4
-    )
-    trainer.train()
-    for rollout in trainer.rollouts:
-        steps = list(rollout.trainable_steps)
-        trained = {inputs["step"] for inputs in trainer.micro_steps if inputs["rollout"] is rollout}
-        assert trained == set(steps) and steps == (window or [steps[0], steps[0] + 1])
-        assert steps[0] <= 3 and all(step.std == 0 for i, step in enumerate(rollout.steps) if i not in steps)
-    if start is None:
-        assert len({rollout.trainable_steps for rollout in trainer.rollouts}) > 1
-
-
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("family", ["sd", "flux"])
+@pytest.mark.parametrize(("family", "shared"), [("sd", True), ("flux", False)])
 def test_the_initial_noise_of_a_group(tmp_path, family, shared):
     # Chunks of three, so that a group of six lies in two of them.
-    trainer = tiny_trainer(
-        tmp_path,
-        family,
-        cls=Watched,
-        init_same_noise=shared,
-        per_device_train_batch_size=3,
-        num_generations=6,
-        steps_per_generation=4,
-        max_steps=1,
-    )
-    trainer.train()
+    settings = {"per_device_train_batch_size": 3, "num_generations": 6, "steps_per_generation": 4, "max_steps": 1}
+    trainer = trained(tmp_path, family, cls=Watched, init_same_noise=shared, **settings)
     first = torch.cat([rollout.steps[0].sample for rollout in trainer.rollouts]).flatten(1)
     last = torch.cat([rollout.steps[-1].prev_sample for rollout in trainer.rollouts]).flatten(1)
     assert len(first) == 12 and len(first.unique(dim=0)) == (2 if shared else 12)
     assert len(last.unique(dim=0)) == 12
     assert not shared or (first[:6] == first[0]).all()
-
-
-@pytest.mark.parametrize(("guidance", "batch"), [(5.0, 8), (1.0, 4)])
-def test_guidance_in_sampling_and_in_the_loss(tmp_path, guidance, batch):
-    trainer = tiny_trainer(tmp_path, "sd", guidance_scale=guidance, max_steps=1)
-    seen = {True: set(), False: set()}
-
-    def hook(module, args, kwargs):
-        seen[torch.is_grad_enabled()].add(len(args[0] if args else kwargs["sample"]))
-
-    trainer.model.register_forward_pre_hook(hook, with_kwargs=True)
-    trainer.train()
-    assert seen == {True: {batch}, False: {batch}}
-
-
-def test_rewards_see_the_pictures_of_the_pipeline(tmp_path):
-    given = []
-
-    def keep(prompts, images, **columns):
-        given.extend(images)
-        return redness(prompts, images)
-
-    trainer = tiny_trainer(tmp_path, "sd", keep, cls=Watched, max_steps=1, learning_rate=0.0)
-    trainer.train()
-    latents = torch.cat([rollout.steps[-1].prev_sample for rollout in trainer.rollouts])
-    with torch.no_grad():
-        decoded = trainer.pipe.vae.decode(latents / trainer.pipe.vae.config.scaling_factor)[0]
-    expected = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy().astype(np.uint8)
-    assert (expected < 100).any() and (expected > 150).any()  # dark ones and bright ones
-    for image, pixels in zip(given, expected, strict=True):
-        np.testing.assert_array_equal(np.asarray(image), pixels)
-
-
-@pytest.mark.parametrize("family", DENOISERS)
-def test_the_pipeline_works_as_before_afterwards(tmp_path, family):
-    pipe, fresh = PIPELINES[family][0](), PIPELINES[family][0]()
-    trained(tmp_path, family, model=pipe, learning_rate=0.0, max_steps=1)
-    assert type(pipe) is type(fresh) and torch.equal(picture(pipe, family), picture(fresh, family))
 
 
 # Rewards and logs
@@ -452,42 +357,6 @@ def test_a_reward_of_weight_0_is_logged_and_not_trained_on(tmp_path):
         assert two["rewards/blueness/mean"] > 0 and two["rewards/blueness/std"] > 0
 
 
-def test_concurrent_rewards_train_what_sequential_ones_do(tmp_path):
-    def slow(prompts, images, **columns):
-        threading.Event().wait(0.05)
-        return blueness(prompts, images)
-
-    settings = {"reward_funcs": [redness, "shapes_coloured_area", slow, parts], "max_steps": 1}
-    one = trained(tmp_path / "one", concurrent_rewards=True, **settings)
-    two = trained(tmp_path / "two", concurrent_rewards=False, **settings)
-    assert same(trained_weights(one), trained_weights(two))
-    [line], [other] = ([untimed(line) for line in logged(tmp_path / name)] for name in ("one", "two"))
-    assert line == other and line["rewards/slow/mean"] > 0
-
-
-def test_a_chunk_is_scored_while_the_next_is_sampled(tmp_path):
-    scored = threading.Event()
-
-    def waits(prompts, images, **columns):
-        # The first chunk's score is not there before the second chunk is sampled.
-        if len(trainer.rollouts) == 1:
-            scored.wait(30)
-        return redness(prompts, images)
-
-    trainer = tiny_trainer(tmp_path, reward_funcs=waits, cls=Watched, max_steps=1, concurrent_rewards=True)
-    sample = trainer.replayer.sample
-
-    def sampling(**call):
-        rollout = sample(**call)
-        if len(trainer.rollouts) == 2:
-            scored.set()
-        return rollout
-
-    trainer.replayer.sample = sampling
-    trainer.train()
-    assert scored.is_set() and len(trainer.rollouts) == 2
-
-
 def test_what_is_logged(tmp_path):
     trainer = trained(tmp_path, reward_funcs=[parts, blueness], cls=Watched, beta=0.1)
     lines = logged(tmp_path)
@@ -520,12 +389,8 @@ class Traffic:
 
     def __init__(self, trainer, name: str):
         self.events, self.trainer = [], trainer
-        component, device, sample, loss = (
-            trainer.pipe.components[name],
-            trainer.accelerator.device,
-            trainer.replayer.sample,
-            trainer.compute_loss,
-        )
+        component, device = trainer.pipe.components[name], trainer.accelerator.device
+        sample, loss = trainer.replayer.sample, trainer.compute_loss
         # On a machine without accelerators both are the CPU; the objects tell them apart.
         component.to = lambda to: self.events.append("here" if to is device else "away")
         trainer.replayer.sample = lambda **call: (self.note("sample"), sample(**call))[1]
@@ -556,21 +421,19 @@ def test_frozen_components_are_away_while_the_denoiser_is_trained(tmp_path):
     assert traffic[0].events == ["here", "here"]
 
 
-@pytest.mark.parametrize("settings", [{"full": True}, {"use_ema": True, "beta": 0.1}], ids=["full", "lora-kl"])
-def test_a_compiled_denoiser(tmp_path, settings):
+def test_a_compiled_denoiser(tmp_path):
     """By the backend that compiles nothing but traces everything, for which no compiler is needed."""
-    settings["max_steps"] = 1
+    settings = {"use_ema": True, "beta": 0.1, "max_steps": 1}
     compiled = trained(tmp_path, torch_compile=True, torch_compile_backend="eager", **settings)
     assert isinstance(compiled.model_wrapped, torch._dynamo.OptimizedModule)
     assert column(tmp_path, "ratio/max_deviation") == [0.0]
     plain = trained_weights(trained(tmp_path / "plain", **settings))
     close(dict(zip(plain, trained_weights(compiled).values(), strict=True)), plain, rtol=1e-4, atol=1e-5)
     compiled.save_model()
-    assert list(tmp_path.glob("*.safetensors")) or list(tmp_path.glob("*/diffusion_pytorch_model.safetensors"))
+    assert list(tmp_path.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
-@pytest.mark.parametrize("family", ["sd", "flux"])
+@pytest.mark.parametrize(("family", "name"), [("sd", "activation_checkpointing"), ("flux", "gradient_checkpointing")])
 def test_gradient_checkpointing(tmp_path, family, name):
     plain = trained(tmp_path / "plain", family, max_steps=1)
     checkpointed = tiny_trainer(tmp_path, family, max_steps=1, **{name: True})
@@ -580,24 +443,8 @@ def test_gradient_checkpointing(tmp_path, family, name):
     close(trained_weights(checkpointed), trained_weights(plain))
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_a_denoiser_that_computes_something_else_in_train_mode(tmp_path, gradient_checkpointing):
+def test_a_denoiser_that_computes_something_else_in_train_mode(tmp_path):
     family = dit.FAMILIES["hidream"]
-    changes = {"pipeline_kwargs": family.call, "max_steps": 1, "gradient_checkpointing": gradient_checkpointing}
+    changes = {"pipeline_kwargs": family.call, "max_steps": 1, "gradient_checkpointing": True}
     trainer = trained(tmp_path, model=family.build(), guidance_scale=None, height=None, width=None, **changes)
     assert trainer.state.log_history[0]["ratio/max_deviation"] == 0 and trainer.state.log_history[0]["grad_norm"] > 0
-
-
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
-def test_an_optimizer_in_8_bits_says_what_it_needs(tmp_path):
-    with pytest.raises(ImportError, match="pip install.*bitsandbytes"):
-        trained(tmp_path, optim="adamw_bnb_8bit")
-    assert not list(tmp_path.iterdir())  # before anything was sampled
-
-
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-def test_an_optimizer_in_8_bits(tmp_path):
-    trainer = tiny_trainer(tmp_path, optim="adamw_bnb_8bit")
-    before = trained_weights(trainer)
-    trainer.train()
-    assert not same(trained_weights(trainer), before)

@@ -18,7 +18,6 @@ from tests.trainer.tiny_trainers import (
     lora,
     redness,
     same,
-    tiny_config,
     tiny_trainer,
     trained,
     trained_weights,
@@ -51,14 +50,13 @@ def with_dropout():
 @pytest.mark.parametrize(
     ("changes", "error", "named"),
     [
-        ({"train_dataset": PROMPTS.select([0])}, ValueError, "2 prompts .*8 / num_generations 4.* 1"),
+        ({"train_dataset": PROMPTS.select([0])}, ValueError, "1 prompts, .*needs 2"),
         ({"train_dataset": Dataset.from_dict({"text": ["a"] * 4})}, ValueError, r"'prompt'.*\['text'\]"),
         ({"peft_config": lora(lora_dropout=0.05)}, ValueError, "lora_dropout"),
         ({"peft_config": {"r": 4}}, TypeError, "peft_config"),
         ({"model": with_dropout()}, ValueError, "transformer has dropout"),
         ({"model": sd3_pipeline().transformer}, TypeError, "SD3Transformer2DModel"),
         ({"model": sd3_pipeline().to(torch.bfloat16), "full": True}, ValueError, "torch.bfloat16"),
-        ({"model": sd3_pipeline().to(torch.float16), "full": True}, ValueError, "torch.float16"),
         ({"reward_funcs": without_columns}, TypeError, "'without_columns'"),
         ({"reward_funcs": [redness, blueness], "reward_weights": [1.0] * 3}, ValueError, "reward_weights.* 3 .* 2 "),
     ],
@@ -68,39 +66,19 @@ def test_what_does_not_fit_is_refused_at_once(tmp_path, changes, error, named):
         tiny_trainer(tmp_path, **changes)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"max_steps": 0},
-        {"num_train_epochs": 0},
-        {"num_train_epochs": -1},
-        {"report_to": "dvclive"},
-        {"report_to": ["tensorboard", "nonsense"]},
-        {"model_init_kwargs": "[1]"},
-        {"pipeline_kwargs": "strength"},
-        {"torch_compile_mode": "nonsense"},
-    ],
-    ids=str,
-)
-def test_settings_that_cannot_be(tmp_path, changes):
-    with pytest.raises(ValueError, match=next(iter(changes))):
-        tiny_config(tmp_path, **changes)
-
-
-@pytest.mark.parametrize(("below", "step"), [(2000, "[012]"), (800, "2")], ids=["always", "at the last step"])
-def test_a_noisy_denoiser(tmp_path, below, step):
-    """The ratio of every trained step is checked before the first update."""
+def test_a_noisy_denoiser(tmp_path):
+    """At the last step. The ratio of every trained step is checked before the first update."""
     pipe, generator, calls = sd3_pipeline(), torch.Generator(), []
 
     def noisy(module, args, kwargs, output):
         calls.append(torch.is_grad_enabled())
         noise = 1e-2 * torch.randn(output[0].shape, generator=generator)
-        return (output[0] + noise,) if kwargs["timestep"][0] < below else output
+        return (output[0] + noise,) if kwargs["timestep"][0] < 800 else output
 
     pipe.transformer.register_forward_hook(noisy, with_kwargs=True)
     trainer = tiny_trainer(tmp_path, model=pipe)
     before = trained_weights(trainer)
-    with pytest.raises(ValueError, match=f"ratio of step {step} should be 1"):
+    with pytest.raises(ValueError, match="ratio of step 2 should be 1"):
         trainer.train()
     assert calls.count(True) == 3 and same(before, trained_weights(trainer))  # all three steps, and no update
 
@@ -171,10 +149,8 @@ def test_a_reward_that_fails_is_named_and_nothing_is_left_half_done(tmp_path):
     def broken(prompts, images, **columns):
         raise RuntimeError("no such layer")
 
-    trainer = tiny_trainer(tmp_path, reward_funcs=broken, cls=Watched, steps_per_generation=4, **SAVED)
     with pytest.raises(ValueError, match="'broken' raised RuntimeError: no such layer"):
-        trainer.train()
-    assert len(trainer.rollouts) == 1  # the rest is not sampled
+        trained(tmp_path, reward_funcs=broken, **SAVED)
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
@@ -199,10 +175,10 @@ def test_rewards_that_differ_in_no_group_are_told_once(tmp_path, caplog):
 
 
 class Break(TrainerCallback):
-    """Multiplies trained weights by a factor after some updates, for the next one; keeps what each began with."""
+    """Makes trained weights NaN after some updates, for the next one; keeps what each began with."""
 
-    def __init__(self, *updates: int, factor: float = math.nan):
-        self.updates, self.factor, self.whole, self.changed = updates, factor, None, []
+    def __init__(self, *updates: int):
+        self.updates, self.whole, self.changed = updates, None, []
 
     def on_step_begin(self, args, state, control, model, **kwargs):
         self.begun = [p.detach().clone() for p in model.parameters() if p.requires_grad]
@@ -220,13 +196,12 @@ class Break(TrainerCallback):
             self.whole = None
         if state.global_step in self.updates:
             self.whole = [p.detach().clone() for p in parameters]
-            parameters[0].data.mul_(self.factor)
+            parameters[0].data.fill_(math.nan)
 
 
-@pytest.mark.parametrize("factor", [math.nan, math.inf])
-def test_an_update_with_nan_is_skipped_and_the_image_named(tmp_path, caplog, factor):
+def test_an_update_with_nan_is_skipped_and_the_image_named(tmp_path, caplog):
     """Others follow: single ones do not end the run. A skipped one changes nothing, by momentum or decay either."""
-    breaks = Break(2, 4, factor=factor)
+    breaks = Break(2, 4)
     settings = {"max_steps": 6, "max_skipped_updates": 1, "weight_decay": 0.1}
     trainer = trained(tmp_path, callbacks=[breaks], **settings)
     assert column(tmp_path, "update_skipped") == [0.0, 0.0, 1.0, 0.0, 1.0, 0.0]
@@ -260,22 +235,6 @@ def test_too_many_in_a_row_end_the_run_and_keep_what_was_learned(tmp_path):
         trained(tmp_path, callbacks=[Break(*range(1, 9))], max_steps=9, max_skipped_updates=2)
     assert (tmp_path / "checkpoint-3" / "pytorch_lora_weights.safetensors").is_file()
     assert column(tmp_path, "update_skipped") == [0.0, 1.0, 1.0]
-
-
-def test_an_image_that_is_nan_has_no_part_in_the_rewards(tmp_path):
-    """As of a denoiser that overflows for one prompt."""
-    trainer = tiny_trainer(tmp_path, max_steps=2)
-    sample, poison = trainer.replayer.sample, iter([math.nan])
-
-    def poisoned(**call):
-        rollout = sample(**call)
-        rollout.log_probs[1] += next(poison, 0.0)
-        return rollout
-
-    trainer.replayer.sample = poisoned
-    trainer.train()
-    line, _ = logged(tmp_path)
-    assert line["update_skipped"] == 1.0 and math.isfinite(line["reward"]) and math.isfinite(line["advantages/std"])
 
 
 def test_nan_before_any_update_is_no_divergence(tmp_path):

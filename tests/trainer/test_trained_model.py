@@ -20,12 +20,10 @@ from tests.trainer.tiny_trainers import (
     DENOISERS,
     HELD_OUT,
     SAVED,
-    close,
     logged,
     lora,
     picture,
     publish,
-    resumed,
     same,
     tiny_trainer,
     trained,
@@ -50,18 +48,7 @@ def adapters_of(trainer) -> set[str]:
 # What is saved
 
 
-def test_a_saved_adapter_loads_into_the_plain_pipeline(tmp_path):
-    """Of other families: below."""
-    trainer = trained(tmp_path, learning_rate=0.05, **SAVED)
-    trainer.save_model()
-    ours, before = picture(trainer.pipe, "sd3"), picture(PIPELINES["sd3"][0](), "sd3")
-    for folder in (tmp_path, tmp_path / "checkpoint-2"):
-        plain = PIPELINES["sd3"][0]()
-        plain.load_lora_weights(folder)
-        assert torch.equal(picture(plain, "sd3"), ours) and not torch.equal(before, ours)
-
-
-@pytest.mark.parametrize("family", DENOISERS)
+@pytest.mark.parametrize("family", ["sd", "flux"])
 def test_a_saved_denoiser_loads_into_the_plain_pipeline(tmp_path, family):
     trainer, name = trained(tmp_path, family, full=True, **SAVED), DENOISERS[family]
     plain = PIPELINES[family][0]()
@@ -72,17 +59,6 @@ def test_a_saved_denoiser_loads_into_the_plain_pipeline(tmp_path, family):
     ours = picture(trainer.pipe, family)
     torch.testing.assert_close(picture(plain, family), ours, rtol=0, atol=1e-5)
     assert not torch.allclose(before, ours, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-def test_nothing_tells_where_the_model_was(tmp_path, full):
-    PIPELINES["sd"][0]().save_pretrained(tmp_path / "model")
-    trainer = trained(tmp_path / "run", "sd", model=str(tmp_path / "model"), full=full, max_steps=1)
-    trainer.save_model()
-    written = [path for path in (tmp_path / "run").rglob("*") if path.suffix in (".safetensors", ".json")]
-    assert written and not any(str(tmp_path).encode() in path.read_bytes() for path in written)
-    if full:
-        UNet2DConditionModel.from_pretrained(tmp_path / "run" / "unet")
 
 
 # On top of an adapter that was loaded
@@ -100,7 +76,7 @@ def with_theirs(family: str = "sd3"):
     return pipe
 
 
-@pytest.mark.parametrize("family", DENOISERS)
+@pytest.mark.parametrize("family", ["sd", "flux"])
 def test_a_new_adapter_is_trained_on_top_of_one_that_was_loaded(tmp_path, family):
     plain, theirs = picture(PIPELINES[family][0](), family), picture(with_theirs(family), family)
     assert not torch.equal(plain, theirs)
@@ -167,7 +143,7 @@ def metadata(folder: Path) -> dict:
     return found | {"target_modules": sorted(found["target_modules"])}
 
 
-@pytest.mark.parametrize("family", DENOISERS)
+@pytest.mark.parametrize("family", ["sd", "flux"])
 def test_the_adapter_is_trained_further_and_stays_one(tmp_path, family, published):
     theirs = picture(loaded(published, family), family)
     assert not torch.equal(theirs, picture(PIPELINES[family][0](), family))
@@ -253,10 +229,6 @@ def add_another(pipe):
     pipe.set_adapters(["default_0", "second"])
 
 
-def change_the_text_encoder(pipe):
-    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), pipe.text_encoder)
-
-
 def replace_by(config):
     def replace(pipe):
         pipe.unload_lora_weights()
@@ -269,7 +241,7 @@ def replace_by(config):
     ("change", "message"),
     [
         (add_another, r"\['default_0', 'second'\].*set_adapters"),
-        (lambda pipe: pipe.disable_lora(), r"\['default_0'\].*none is"),
+        (lambda pipe: pipe.disable_lora(), r"none of \['default_0'\] active"),
         (lambda pipe: pipe.set_adapters("default_0", 0.7), "weight 0.7"),
         (
             lambda pipe: inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), pipe.text_encoder),
@@ -325,20 +297,6 @@ def test_the_average_is_evaluated_and_saved_and_the_weights_are_trained(tmp_path
     assert fresh.evaluate(HELD_OUT)["eval_reward"] == evaluated != plain.evaluate(HELD_OUT)["eval_reward"]
 
 
-def test_the_average_goes_by_the_decay_of_the_resumed_run(tmp_path):
-    for run, decay in (("a", 0.5), ("b", 0.9)):
-        checkpoint = tmp_path / "a" / "checkpoint-1" if run == "b" else False
-        resumed(tmp_path / run, checkpoint, use_ema=True, ema_decay=decay, **SAVED)
-
-    def read(folder, file):
-        return torch.load(tmp_path / folder / file, weights_only=True)
-
-    before, after = (read(folder, "ema.pt")["shadow_params"] for folder in ("a/checkpoint-1", "b/checkpoint-2"))
-    weights = read("b/checkpoint-2", "weights_before_averaging.pt")
-    for old, new, weight in zip(before, after, weights, strict=True):
-        torch.testing.assert_close(new, 0.9 * old + 0.1 * weight)
-
-
 # Two denoisers
 
 
@@ -361,7 +319,7 @@ def test_both_experts_are_trained_and_saved(tmp_path):
 
     folder, pipe = tmp_path / "run" / "checkpoint-3", family.build()
     pipe.load_lora_weights(folder)
-    with pytest.raises(ValueError, match="transformer_2 none.*load_into_transformer_2"):
+    with pytest.raises(ValueError, match="transformer_2 carries no adapter"):
         zoo_trainer(family, tmp_path, pipe=pipe, peft_config=None)
     pipe = family.build()
     pipe.load_lora_weights(folder)
@@ -375,28 +333,6 @@ def test_both_experts_are_trained_and_saved(tmp_path):
     again = zoo_trainer(family, tmp_path / "resumed", **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
     assert same(trained_weights(again), after)
-
-
-def test_all_weights_of_both_experts(tmp_path):
-    trainer = zoo_trainer(FAMILIES["wan2.2"], tmp_path, peft_config=None, num_inference_steps=4, beta=0.1)
-    trainer.train()
-    trainer.save_model()
-    for name in ("transformer", "transformer_2"):
-        denoiser = trainer.pipe.components[name]
-        saved = type(denoiser).from_pretrained(tmp_path / name)
-        close(dict(saved.named_parameters()), dict(denoiser.named_parameters()), rtol=0, atol=0)
-
-
-def test_the_moving_average_begins_with_the_weights_before_training():
-    weight, seen = torch.nn.Parameter(torch.zeros(1)), []
-    ema = MovingAverage(torch.nn.ParameterList([weight]), decay=0.9)
-    ema.on_train_begin(None, None, None)
-    for value in (1.0, 2.0, 3.0):
-        weight.data.fill_(value)
-        ema.on_step_end(None, None, None)
-        with ema.applied():
-            seen.append(weight.item())
-    assert seen == pytest.approx([0.1, 0.29, 0.561])
 
 
 def test_the_moving_average_and_its_files(tmp_path):

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from diffusers.loaders import PeftAdapterMixin
 from peft import LoraConfig
 
 from slas_trl.trainer import SLASConfig, SLASTrainer
-from slas_trl.trainer.adapters import takes_adapter
 from tests.policy.zoo.checks import attention_weights
 from tests.policy.zoo.family import Family
 
@@ -17,7 +17,7 @@ from .tiny_trainers import PROMPTS, redness
 
 def adapter_for(denoiser: torch.nn.Module) -> LoraConfig | None:
     """LoRA on the attention layers; none where diffusers has no adapters for the denoiser."""
-    if not takes_adapter(denoiser):
+    if not isinstance(denoiser, PeftAdapterMixin):
         return None
     names = [name.removesuffix(".weight") for name in attention_weights(denoiser)]
     linear = [name for name in names if isinstance(denoiser.get_submodule(name), torch.nn.Linear)]
