@@ -169,6 +169,7 @@ def parse(
     )
     rest, values = take_config(argv) if settings is None else (list(argv), dict(settings))
     flags = flags_of(rest)
+    refuse_removed(flags)
     given, unknown = parser.parse_known_args(rest)
     if unknown:
         _refuse_unknown(flags_of(unknown), "option", prefix="--")

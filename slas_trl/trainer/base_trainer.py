@@ -100,6 +100,11 @@ class BaseTrainer(Trainer, ABC):
         own = {"adapter": adapter, "prompts": prompts, "continued": self.trained.continued}
         return {**self.args.resume_signature, **own}
 
+    @property
+    def resume_settings(self) -> dict[str, Any]:
+        """What may differ when a run is resumed; differences are logged."""
+        return self.args.settings
+
     # Micro-steps
 
     def _prepare_inputs(self, inputs: list[int]) -> dict[str, Any]:  # type: ignore[override]
@@ -191,7 +196,7 @@ class BaseTrainer(Trainer, ABC):
             self.accelerator.wait_for_everyone()  # the files of all processes are listed
             if self.args.should_save:
                 done, midway = self._progress
-                settings = {"layout": self.resume_signature, "settings": self.args.settings}
+                settings = {"layout": self.resume_signature, "settings": self.resume_settings}
                 checkpoints.write_state(written, micro_step=done, midway=midway, **settings)
                 self.publisher.facts().write(written)  # not part of what a training needs to go on
                 checkpoints.publish(written, folder)
@@ -280,7 +285,7 @@ class BaseTrainer(Trainer, ABC):
         state = json.loads((folder / run_files.STATE).read_text())  # `train` has looked whether it is whole
         if changed := _differences(state["layout"], self.resume_signature):
             raise ValueError(f"The checkpoint {str(folder)!r} was made with other settings: {changed}.")
-        if changed := _differences(state["settings"], self.args.settings):
+        if changed := _differences(state["settings"], self.resume_settings):
             update = state["micro_step"] // self.args.micro_steps_per_update
             logger.warning(f"After update {update}, training goes on with other settings: {changed}.")
         self.trained.load(folder)

@@ -45,7 +45,7 @@ def gather_facts(trainer: "SLASTrainer") -> RunFacts:
     prompt = publisher.samples[0].prompt if publisher.samples else data["prompt"][0]
     panel = args.log_completions and not publisher.is_training and (folder / run_files.CALIBRATION).is_file()
     dtype = str(trained_model.base_dtype(denoiser) or torch.float32).removeprefix("torch.")
-    call = facts.plain(trainer.inputs.arguments)
+    call = facts.plain(trainer.inputs.arguments) | _texts(trainer, prompt)
     hub = Place(trainer.hub_model_id, args.hub_revision, on_hub=True) if trainer.hub_model_id else None
     dataset, on_hub = _dataset(publisher.dataset_name)
     return RunFacts(
@@ -82,6 +82,14 @@ def gather_facts(trainer: "SLASTrainer") -> RunFacts:
         tags=[*publisher.tags, *(["hf_jobs"] if "JOB_ID" in os.environ else [])],
         place=hub or Place(facts.local_name(folder)),
     )
+
+
+def _texts(trainer: "SLASTrainer", prompt: str) -> dict[str, str]:
+    """The other texts, such as "negative_prompt", that reach the pipeline with this prompt."""
+    data, prompts = trainer.train_dataset, list(trainer.train_dataset["prompt"])
+    row = data[prompts.index(prompt)] if prompt in prompts else {}
+    names = [name for name in trainer.inputs.columns(data) if not is_picture_column(data, name)]
+    return {name: row[name] for name in names if isinstance(row.get(name), str)}
 
 
 def _dataset(name: str | None) -> tuple[str | None, bool]:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 import threading
 import time
 import zlib
@@ -145,6 +146,16 @@ def on_interrupt(note: Callable[[int], None]) -> Iterator[None]:
 
 
 discard = functools.partial(shutil.rmtree, ignore_errors=True)
+
+
+def try_writing(folder: Path) -> None:
+    """Raise before a run what would be raised when its results are written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise OSError(f"The output_dir {str(folder)!r} cannot be written to ({error.strerror}).") from error
 
 
 def lost(what: str, output_dir: Path, error: Exception) -> OSError:

@@ -22,6 +22,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -71,6 +72,8 @@ def check_sharding(accelerator: Accelerator, is_fsdp: bool, denoisers: int) -> N
     deepspeed = accelerator.state.deepspeed_plugin
     if deepspeed is not None and deepspeed.zero_stage == 3:
         raise ValueError("DeepSpeed's ZeRO-3 is not supported; FSDP2 shards weights too (accelerate_config fsdp2).")
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and not is_fsdp:
+        raise ValueError("FSDP does not shard over CPUs; use DDP (accelerate_config multi_gpu) or GPUs.")
     if is_fsdp and not accelerator.is_fsdp2:
         raise ValueError("FSDP of version 1 is not supported; set fsdp_version: 2 (accelerate_config fsdp2).")
     if is_fsdp and denoisers > 1:

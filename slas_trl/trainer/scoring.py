@@ -3,6 +3,7 @@
 import inspect
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from ..rewards.base import RewardFunc, RewardUnavailableError
+from ..rewards.base import Reward, RewardFunc, RewardUnavailableError
 from ..rewards.call import call_reward, numbers
 from ..rewards.resolve import resolve_reward, reward_name
 from .distributed import gathered, raise_together
@@ -41,6 +42,15 @@ class RewardScorer:
         self.names = [reward_name(function) for function in self.functions]
         if twice := sorted({name for name in self.names if self.names.count(name) > 1}):
             raise ValueError(f'Two rewards have the name {twice[0]!r}; rename one, as by "{twice[0]}:name=another".')
+        if slashed := [name for name in self.names if "/" in name]:
+            raise ValueError(f"The reward's name {slashed[0]!r} has a slash, which parts it from its components.")
+
+    @property
+    def options(self) -> list[int]:
+        """A checksum of each reward's options, which may hold what is not to be written down."""
+        given = (f.keywords if isinstance(f, partial) else f for f in self.functions)
+        given = (repr(one) if isinstance(one, dict | Reward) else one.__module__ for one in given)
+        return [zlib.crc32(text.encode()) for text in given]
 
     def check(self, data: Dataset) -> None:
         """Raises `TypeError` for a reward that cannot be called with prompts, images and the columns of `data`."""
@@ -106,6 +116,11 @@ class Scoring:
             chunks.append(thread.submit(_score_chunk, chunks[-1] if chunks else None, name, call, prompts))
             if not self.concurrent:
                 wait(chunks)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is known by now that a reward cannot score what it was given."""
+        return any(chunk.done() and chunk.exception() is not None for chunks in self._chunks for chunk in chunks)
 
     def result(self) -> tuple[Scores, Exception | None]:
         """Wait for the scores of this process; and the first error of a reward, if one raised any."""

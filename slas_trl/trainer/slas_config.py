@@ -1,14 +1,16 @@
 """Arguments of [`SLASTrainer`]: TRL's names for reinforcement learning, diffusers' names for sampling."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 
-from ..advantages import AdvantageOptions, Count, NotNegative, Positive, check_fields, option
+from ..advantages import AdvantageOptions, Count, NotNegative, Positive, check_fields, check_number, option
 from ..schedulers.flow_sde import NOISE_SCHEDULES
 
 
@@ -17,6 +19,14 @@ Finite = Annotated[float, "(-inf, inf)"]
 
 # Arguments of the pipeline's call that are the trainer's, or have a field of their own.
 RESERVED = {"prompt", "generator", "num_inference_steps", "num_images_per_prompt", "output_type", "return_dict"}
+
+MODES = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]  # of torch.compile
+
+# Options that earlier versions had, and what to use instead.
+REMOVED = {
+    "shape_order": "rewards are scaled first, and shaped then; leave it out",
+    "gamma_warmup_steps": "gamma_schedule='ess' lowers gamma where few images would decide an update",
+}
 
 # Of the inherited ones; any other has to be finite.
 INHERITED = {
@@ -27,6 +37,12 @@ INHERITED = {
     **dict.fromkeys(("seed", "data_seed", "save_total_limit"), f"[0, {2**32})"),
     **{"eval_delay": "[0, inf)", "max_steps": "[-1, inf)", "adam_epsilon": "(0, inf)"},
 }
+
+
+def refuse_removed(given: Iterable[str]) -> None:
+    """Raises `ValueError` for an option that is no more, naming what to use instead."""
+    for name in REMOVED.keys() & given:
+        raise ValueError(f"{name} was removed: {REMOVED[name]}.")
 
 
 @dataclass
@@ -68,6 +84,7 @@ class SLASConfig(AdvantageOptions, TrainingArguments):
     logging_steps: float = option(1, "Log every so many updates.")
     logging_nan_inf_filter: bool = option(False, "Hide NaN losses in the logs.")
     report_to: None | str | list[str] = option("none", "Trackers to report to.")
+    torch_compile_mode: str | None = option(None, "See torch.compile.", choices=MODES)
     remove_unused_columns: bool | None = option(False, "Kept off: all columns reach the rewards.")
     gradient_accumulation_steps: Count | None = option(  # type: ignore[assignment]
         None, "Micro-steps per update. Default: one update per pass over a rollout."
@@ -191,6 +208,10 @@ class SLASConfig(AdvantageOptions, TrainingArguments):
         others = {"pipeline_kwargs": repr(self.pipeline_kwargs), "optim": OptimizerNames(self.optim).value}
         return {name: getattr(self, name) for name in names} | others
 
+    def __new__(cls, *args: Any, **given: Any):
+        refuse_removed(given)
+        return super().__new__(cls)
+
     def __post_init__(self):
         self._home = Path.cwd()
         one_update_per_pass = self.gradient_accumulation_steps is None
@@ -224,7 +245,15 @@ class SLASConfig(AdvantageOptions, TrainingArguments):
 
     def _check_numbers(self) -> None:
         size, start, last = self.sde_window_size, self.sde_window_start, self.num_trainable_steps
-        weights, extra = self.reward_weights, cast(Any, self.pipeline_kwargs or {})
+        weights, available = self.reward_weights, get_available_reporting_integrations()
+        missing = {*cast(list, self.report_to)} - {*available}
+        for name in ("pipeline_kwargs", "model_init_kwargs", "lr_scheduler_kwargs"):
+            given: Any = getattr(self, name) or {}
+            if not isinstance(given, dict):
+                raise ValueError(f"{name} must be a dictionary of arguments, but it is {given!r}.")
+            for key in given:
+                if isinstance(given[key], float):
+                    check_number(f"{name}[{key!r}]", given[key], "(-inf, inf)")
         unfit = {
             f"gamma ({self.gamma}), where {self.gamma_schedule!r} begins, is above gamma_max ({self.gamma_max})": (
                 self.gamma_schedule in ("trust_region", "kl") and self.gamma > self.gamma_max
@@ -237,10 +266,11 @@ class SLASConfig(AdvantageOptions, TrainingArguments):
             "sde_window_slide_every needs sde_window_size": size is None and self.sde_window_slide_every is not None,
             f"This one process sees {self.n_gpu} GPUs. Start a process for each with `accelerate launch "
             f"--num_processes {self.n_gpu}`, or show it one with CUDA_VISIBLE_DEVICES=0": self.n_gpu > 1,
-            f"output_dir {self.output_dir!r} is a file": self.run_dir.is_file(),
+            f"report_to names {sorted(missing)}, not installed here": bool(missing),
             "max_steps is 0: nothing would be trained": self.max_steps == 0,
-            f"pipeline_kwargs must be a dictionary, but it is {extra!r}": not isinstance(extra, dict),
-            f"pipeline_kwargs holds one of {sorted(RESERVED)}, which the trainer sets": bool(RESERVED & {*extra}),
+            f"pipeline_kwargs holds one of {sorted(RESERVED)}, which the trainer sets": bool(
+                RESERVED & {*cast(dict, self.pipeline_kwargs or {})}
+            ),
             "All reward_weights are 0: nothing to train on": weights is not None and not any(weights),
             "ignore_data_skip would resume with other prompts than the rollout's": self.ignore_data_skip,
             "save_only_model leaves checkpoints that no run can go on from": self.save_only_model,

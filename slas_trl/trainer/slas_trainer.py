@@ -31,7 +31,7 @@ from ..objective import clip_indicators, clipped_surrogate_loss, gaussian_kl, im
 from ..policy import PipelineReplayer, Rollout, check_pipeline, measure_ratio
 from ..rewards.base import RewardFunc
 from ..schedulers import stochastic_scheduler
-from . import sampling
+from . import checkpoints, sampling
 from .base_trainer import BaseTrainer, Buffer
 from .calibration import CalibrationCallback, rollout_record
 from .callbacks import (
@@ -106,6 +106,7 @@ class SLASTrainer(BaseTrainer):
         eval_reward_funcs: RewardFunc | str | Sequence[RewardFunc | str] | None = None,
     ):
         args = SLASConfig() if args is None else args
+        checkpoints.try_writing(args.run_dir)
         self.scorer = self.eval_scorer = RewardScorer(reward_funcs)
         if eval_reward_funcs:
             self.eval_scorer = RewardScorer([*self.scorer.functions, *RewardScorer(eval_reward_funcs).functions])
@@ -195,6 +196,11 @@ class SLASTrainer(BaseTrainer):
     def resume_signature(self) -> dict[str, Any]:
         return {**super().resume_signature, "rewards": self.scorer.names}
 
+    @property
+    def resume_settings(self) -> dict[str, Any]:
+        names = (f"options of {name}, or where it is from (checksum)" for name in self.scorer.names)
+        return {**super().resume_settings, **dict(zip(names, self.scorer.options, strict=True))}
+
     def reset_progress(self) -> None:
         super().reset_progress()
         self.gamma.reset()
@@ -262,6 +268,8 @@ class SLASTrainer(BaseTrainer):
         for batch, size in zip(batches, sizes, strict=True):
             if self.accelerator.num_processes == 1:
                 self.stop_if_interrupted()
+                if scoring.failed:  # why sample the rest?
+                    scoring.gather(before_error=self.evaluator.before_error)
             rollout = self.replayer.sample(noise_generator=[next(noise) for _ in range(size)], **batch.call)
             made = as_pictures(rollout.images, rollout.problems, batch.call["prompt"])
             scoring.add(batch.prompts, made, batch.columns)

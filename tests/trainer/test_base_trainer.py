@@ -10,6 +10,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -205,9 +206,13 @@ def test_other_settings_are_refused(tmp_path, one_update, changed, named):
 def test_other_hyperparameters_are_told_and_hold(tmp_path, caplog, lr_scheduler_type):
     """Those of the optimizer come along in its state, and are this run's nevertheless."""
 
-    settings = {"beta": np.float32(0.25), "reward_weights": np.array([1.0])}  # can be written too
+    def rewards(scale):
+        return [partial(redness, scale=scale), "brightness"]
+
+    settings = {"beta": np.float32(0.25), "reward_weights": np.array([1.0, 0.5])}  # can be written too
     settings |= {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": lr_scheduler_type}
-    trained(tmp_path / "a", optim_args="x=1", **settings)
+    trained(tmp_path / "a", optim_args="x=1", reward_funcs=rewards(1), **settings)
+    settings["reward_funcs"] = rewards(2)
     caplog.clear()
     changes = {"max_steps": 4, "learning_rate": 1e-6, "weight_decay": 0.5, "adam_beta1": 0.5}
     trainer = resumed(tmp_path / "b", tmp_path / "a" / "checkpoint-2", **settings, **changes)
@@ -220,7 +225,8 @@ def test_other_hyperparameters_are_told_and_hold(tmp_path, caplog, lr_scheduler_
     [told] = messages(caplog, "with other settings")
     for part in ("After update 2", "weight_decay 0.0001 -> 0.5", "max_steps 2 -> 4", "optim_args x=1 -> None"):
         assert part in told
-    assert not any(name in told for name in ("gamma", "beta ", "output_dir"))
+    assert "options of redness" in told
+    assert not any(name in told for name in ("brightness", "gamma", "beta ", "output_dir"))
 
 
 def test_a_learning_rate_that_the_checkpoint_decides_is_refused(tmp_path):

@@ -9,7 +9,9 @@ from trl import TrlParser
 
 from slas_trl import SLASConfig
 from slas_trl.advantages import AdvantageOptions
+from slas_trl.scripts.arguments import parse
 from slas_trl.trainer.card_facts import SETTINGS
+from slas_trl.trainer.slas_config import REMOVED
 
 
 def config(**arguments) -> SLASConfig:
@@ -85,7 +87,11 @@ REFUSED = {
     "sde_window_start": [2],  # without a size
     "auto_find_batch_size": [True],
     "adam_epsilon": [0.0],  # 0 / 0 where a gradient is 0, as those of half of LoRA's matrices are at first
-    "pipeline_kwargs": ["strength", {"generator": None}],
+    "pipeline_kwargs": ["strength", {"generator": None}, {"cfg": float("inf")}],
+    "model_init_kwargs": [[1]],
+    "lr_scheduler_kwargs": [{"min_lr": float("nan")}],
+    "torch_compile_mode": ["nonsense"],
+    "report_to": ["no_such_tracker"],
     "max_steps": [0],
     "num_train_epochs": [0, -1],
     "reward_weights": [[1.0, float("nan")], (1.0, float("inf"))],
@@ -141,6 +147,17 @@ def test_what_the_schedules_have_by_default():
     allowed = [config(gamma_schedule=schedule).allowed_kl for schedule in ("trust_region", "kl")]
     assert allowed == [3e-4, 1e-5]  # a bound is allowed more than a measurement
     assert config(gamma_schedule="kl", kl_threshold=1e-6).allowed_kl == 1e-6
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_what_was_removed_names_what_to_use_instead(tmp_path, name):
+    """As an argument, on the command line, and in a YAML file."""
+    (path := tmp_path / "config.yaml").write_text(f"{name}: 3\n")
+    with pytest.raises(ValueError, match=f"{name} was removed: "):
+        config(**{name: 3})
+    for argv in (["--config", str(path)], [f"--{name}", "3"], [f"--{name.replace('_', '-')}=3"]):
+        with pytest.raises(ValueError, match=f"{name} was removed: "):
+            parse(["--use_cpu", "true", *argv])
 
 
 def test_yaml_and_command_line(tmp_path):

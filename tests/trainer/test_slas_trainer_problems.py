@@ -37,6 +37,12 @@ def column(folder, key: str) -> list[float]:
 # What does not fit
 
 
+def test_a_folder_that_cannot_be_written_to_is_told_at_the_start(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="output_dir .*file/run' cannot be written to"):
+        tiny_trainer(tmp_path / "file" / "run")
+
+
 def without_columns(prompts, images):
     return [0.5] * len(images)
 
