@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 
+from ..seeds import generators
 from ..shapes import world
 from ..shapes.verifier import verify
 from ..statistics import Estimate, mean_over_categories, mean_over_prompts, text_table
@@ -129,8 +129,8 @@ def evaluate_shapes(
     for i in range(0, len(rows), batch_size):
         part = rows[i : i + batch_size]
         texts = [prompts[place] for place, _ in part]
-        generators = [torch.Generator().manual_seed(_seed_of(seed, *row)) for row in part]
-        verdicts += verify(texts, sampler(prompt=texts, generator=generators, **call).images)
+        sources = generators((seed, *row) for row in part)
+        verdicts += verify(texts, sampler(prompt=texts, generator=sources, **call).images)
     shape = len(prompts), images_per_prompt
     scores = {name: np.array([getattr(v, name) for v in verdicts], dtype=np.float64).reshape(shape) for name in SCORES}
     return ShapesReport(tuple(prompts), scores, seed)
@@ -163,8 +163,3 @@ def compare(before: ShapesReport, after: ShapesReport) -> str:
         for report in reports
     ]
     return text_table([["category", "before", "after", "change"], *zip(before.estimates, *columns, strict=True)])
-
-
-def _seed_of(seed: int, place: int, number: int) -> int:
-    """A well mixed 63-bit seed."""
-    return int(np.random.SeedSequence((seed, place, number)).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -11,11 +11,12 @@ from datasets import Dataset
 
 from ..advantages import weighted_sum
 from ..policy import call_pipeline
-from . import sampling
+from ..seeds import seed_for
 from .distributed import reshard
 from .metrics import half_widths, reward_metrics, reward_times
 from .pipeline_inputs import Batch, PipelineInputs, as_pictures
 from .prompts import check_prompts
+from .sampling import EVALUATION
 from .scoring import RewardScorer, Scores, Scoring
 from .slas_config import SLASConfig
 from .trained_model import TrainedModel
@@ -92,7 +93,7 @@ class Evaluator:
         args, names, start = self.args, self.scorer.names, time.perf_counter()
         copies = args.num_generations_eval or args.num_generations
         jobs = [(i, j) for i in range(len(dataset)) for j in range(copies)]
-        seeds = [sampling.seed_for(args.seed, sampling.EVALUATION, i, j) for i, j in jobs]
+        seeds = [seed_for(args.seed, EVALUATION, i, j) for i, j in jobs]
         scores = self.score(dataset, [i for i, _ in jobs], seeds, args.per_device_eval_batch_size)
         weights = torch.tensor(self.weights, dtype=torch.float64)
         rewards = scores.rewards[:, : len(weights)].masked_fill(weights == 0, torch.nan)

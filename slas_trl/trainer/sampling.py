@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 from trl.trainer.utils import RepeatSampler
 
 from ..policy import Rollout
+from ..seeds import generators, seed_for  # noqa: F401
 from .slas_config import SLASConfig
 
 
@@ -34,16 +34,6 @@ def prompt_sampler(args: SLASConfig, prompts: int) -> EpochRepeatSampler:
 
 # Streams of random numbers; each image, group or rollout has its own in each.
 INITIAL_NOISE, STEP_NOISE, TIMESTEPS, EVALUATION = range(4)
-
-
-def seed_for(*key: int) -> int:
-    """A 63-bit seed from integers, such as (seed, stream, rollout, image); well mixed, the same on every machine."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def generators(keys: list[tuple[int, ...]]) -> list[torch.Generator]:
-    """One CPU generator for each key."""
-    return [torch.Generator().manual_seed(seed_for(*key)) for key in keys]
 
 
 def window_of(args: SLASConfig, rollout_index: int, rng: np.random.Generator) -> range | None:

@@ -31,6 +31,7 @@ from ..objective import clip_indicators, clipped_surrogate_loss, gaussian_kl, im
 from ..policy import PipelineReplayer, Rollout, check_pipeline, measure_ratio
 from ..rewards.base import RewardFunc
 from ..schedulers import stochastic_scheduler
+from ..seeds import generators
 from . import checkpoints, sampling
 from .base_trainer import BaseTrainer, Buffer
 from .calibration import CalibrationCallback, rollout_record
@@ -223,10 +224,10 @@ class SLASTrainer(BaseTrainer):
         args, first = self.args, self.accelerator.process_index * len(indices)
         group = args.num_generations if args.init_same_noise else 1
         keys = [(args.seed, sampling.INITIAL_NOISE, rollout_index, (first + i) // group) for i in range(len(indices))]
-        generators, size = sampling.generators(keys), args.per_device_train_batch_size
+        sources, size = generators(keys), args.per_device_train_batch_size
         batches, error = [], None
         try:
-            batches = list(self.inputs.batches(self.train_dataset, indices, generators, size))
+            batches = list(self.inputs.batches(self.train_dataset, indices, sources, size))
         except ValueError as raised:  # an image that cannot be read, on this process alone
             error = raised
         raise_together(error, lambda: self.save_unfinished("The data set failed"))
@@ -258,7 +259,7 @@ class SLASTrainer(BaseTrainer):
         args, sizes = self.args, [len(batch.rows) for batch in batches]
         first = self.accelerator.process_index * sum(sizes)
         keys = [(args.seed, sampling.STEP_NOISE, rollout_index, first + i) for i in range(sum(sizes))]
-        noise = iter(sampling.generators(keys))
+        noise = iter(generators(keys))
         what = f"rollout, {sum(sizes) * args.num_inference_steps} denoiser passes"
         bar = tqdm(desc=what, total=sum(sizes), unit="image", leave=False, disable=args.disable_tqdm or first > 0)
         chunks, images = [], []
