@@ -24,7 +24,7 @@ from ..schedulers import StochasticScheduler, stochastic_scheduler
 from .checks import RatioReport, check_pipeline, denoisers_of
 from .pictures import call_pipeline, replaced
 from .rollout import ReplayError, Rollout, StepOutput
-from .sessions import CHANGED, Finished, RandomSources, Recording, Refilling, Replaying, Session, copied
+from .sessions import CHANGED, Finished, RandomSources, Recording, Refilling, Replaying, copied
 
 
 ATTENTION = (Attention, AttentionModuleMixin)
@@ -39,7 +39,7 @@ class DenoiserProxy:
     calls `forward` (the same module, or its DDP, FSDP or compiled form).
     """
 
-    def __init__(self, module: nn.Module, forward: Callable, session: Session):
+    def __init__(self, module: nn.Module, forward: Callable, session: Recording | Replaying):
         self._module, self._forward, self._session = module, forward, session
 
     def __getattr__(self, attribute: str) -> Any:
@@ -59,10 +59,6 @@ class PipelineReplayer:
             was found after every call.
         scheduler ([`~slas_trl.schedulers.StochasticScheduler`], *optional*):
             The step policy. By default `pipe.scheduler`, converted unless it is one of ours.
-
-    Attributes:
-        models (`dict[str, Callable]`): what to call for each denoiser, by component name; the trainer puts the DDP or
-            FSDP form of the module here.
 
     Raises:
         `ValueError`: when the pipeline cannot be a policy (no denoiser, a cache or dropout is active, ...).
@@ -89,6 +85,7 @@ class PipelineReplayer:
             own = pipe.scheduler
             scheduler = own if isinstance(own, StochasticScheduler) else stochastic_scheduler(pipe)
         self.scheduler = scheduler
+        # To call for each denoiser, by component name; the trainer puts the DDP or FSDP form of the module here.
         self.models: dict[str, Callable] = dict(denoisers_of(pipe))
 
     @property
@@ -109,9 +106,6 @@ class PipelineReplayer:
                 initial latents. With one for each, an image does not depend on the others in its call. By default
                 derived from the state of the (first) `generator`, or else from torch's global generator.
             **call: arguments of the pipeline's `__call__`.
-
-        Returns:
-            [`Rollout`]
 
         Raises:
             `ValueError`: when the pipeline does not take one step for each image and denoising step.
@@ -157,8 +151,7 @@ class PipelineReplayer:
             step (`int`): one of `rollout.trainable_steps`.
             models (`dict[str, Callable]`, *optional*): other denoisers than `self.models`, by component name.
 
-        Returns:
-            [`StepOutput`]: with gradients, unless called under `torch.no_grad`.
+        Returns a [`StepOutput`], with gradients unless called under `torch.no_grad`.
 
         Raises:
             `ReplayError`: when the pipeline does not do what it did while sampling; the message says what differs.
@@ -259,7 +252,7 @@ class PipelineReplayer:
             self.scheduler.window = window
 
     @contextmanager
-    def _installed(self, session: Session, models: Mapping[str, Callable]) -> Iterator[None]:
+    def _installed(self, session: Recording | Replaying, models: Mapping[str, Callable]) -> Iterator[None]:
         """The pipeline with our scheduler, proxies and recorded components; restored on the way out."""
         pipe, cls = self.pipe, type(self.pipe)
         depth = 0

@@ -1,10 +1,12 @@
 """
 A session decides what happens inside one pipeline call: a [`Recording`] keeps everything, a [`Replaying`] returns what
-was recorded, and runs the denoiser at a single step alone.
+was recorded, and runs the denoiser at a single step alone. Both take the place of the denoiser (`denoise`), of
+encoders and other frozen functions (`call_frozen`), and of `scheduler.step` (`step`: prediction and x_t in, x_{t-1}
+out, all `(B, ...)`).
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -19,27 +21,6 @@ CHANGED = "Its __call__ depends on something that changed since sampling."
 
 class Finished(Exception):
     """Ends the pipeline's call once the step that was asked for has been computed."""
-
-
-class Session(Protocol):
-    """
-    What [`PipelineReplayer`] installs in a pipeline for one call: the three places where the pipeline asks for
-    something that is computed while sampling and, but for one step, read from the record during a replay.
-    """
-
-    def denoise(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
-        """Called in place of a denoiser, with its arguments; returns the denoiser's output."""
-        ...
-
-    def call_frozen(self, name: str, function: Callable[[], Any]) -> Any:
-        """Called in place of an encoder or another frozen `function`; returns its result."""
-        ...
-
-    def step(
-        self, scheduler: StochasticScheduler, model_output: torch.Tensor, sample: torch.Tensor, index: int
-    ) -> torch.Tensor:
-        """Called in place of `scheduler.step`, with prediction and x_t, `(B, ...)`; returns x_{t-1}, `(B, ...)`."""
-        ...
 
 
 class RandomSources:

@@ -18,34 +18,24 @@ class StepController(Protocol):
 
 
 class StochasticScheduler:
-    """
-    Mixin for a diffusers scheduler whose step is x_{t-1} ~ N(mean, std²).
-
-    Attributes:
-        controller ([`StepController`] or `None`): decides x_{t-1}; `None` draws it from the Gaussian.
-        window (`range` or `None`): indices of the stochastic steps; the steps outside follow the stock scheduler's
-            deterministic update and have std 0. `None` makes every step stochastic.
-        noisy_final_step (`bool`): whether the schedule's last step, whose noise stays on the image, may be stochastic.
-    """
+    """Mixin for a diffusers scheduler whose step is x_{t-1} ~ N(mean, std²)."""
 
     timesteps: torch.Tensor
-    controller: StepController | None = None
+    controller: StepController | None = None  # decides x_{t-1}; `None` draws it from the Gaussian
+    # Indices of the stochastic steps, by default all; the others are the stock scheduler's deterministic ones, std 0.
     window: range | None = None
-    noisy_final_step: bool = True
+    noisy_final_step: bool = True  # whether the last step, whose noise stays on the image, may be stochastic
 
     def transition(
         self, model_output: torch.Tensor, sample: torch.Tensor, index: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        The Gaussian of one step.
+        The Gaussian of one step: mean `(B, ...)` and std `()`, both float32, in latent units.
 
         Args:
             model_output (`torch.Tensor`): the pipeline's prediction after guidance, `(B, ...)`, any dtype.
             sample (`torch.Tensor`): x_t, `(B, ...)`.
             index (`int`): position in `timesteps`, from 0 at the noise.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: mean `(B, ...)` and std `()`, both float32, in latent units.
         """
         raise TypeError(f"{type(self).__name__} does not define transition().")
 
@@ -53,15 +43,12 @@ class StochasticScheduler:
     def log_prob(mean: torch.Tensor, std: torch.Tensor, prev_sample: torch.Tensor) -> torch.Tensor:
         """
         log N(prev_sample; mean, std²), averaged over the non-batch elements, as every public trainer of diffusion
-        models does; so ratios and clip ranges do not grow with the resolution.
+        models does; so ratios and clip ranges do not grow with the resolution. `(B,)`, float32.
 
         Args:
             mean (`torch.Tensor`): `(B, ...)`.
             std (`torch.Tensor`): broadcastable to `mean`; a step with std 0 has no density and gives NaN.
             prev_sample (`torch.Tensor`): x_{t-1}, `(B, ...)`.
-
-        Returns:
-            `torch.Tensor`: `(B,)`, float32.
         """
         std = std.float()
         z = (prev_sample.float() - mean.float()) / std
