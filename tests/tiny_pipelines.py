@@ -3,41 +3,20 @@
 import math
 import string
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+import transformers
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-)
 
 
-def clip_tokenizer() -> CLIPTokenizer:
+def clip_tokenizer() -> transformers.CLIPTokenizer:
     letters = [chr(c) for c in range(33, 127)]
     tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
-    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=16)
+    return transformers.CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=16)
 
 
-def clip_config(projection_dim: int = 16) -> CLIPTextConfig:
-    return CLIPTextConfig(
+def clip_config(projection_dim: int = 16) -> transformers.CLIPTextConfig:
+    return transformers.CLIPTextConfig(
         vocab_size=192,
         hidden_size=16,
         intermediate_size=32,
@@ -51,20 +30,22 @@ def clip_config(projection_dim: int = 16) -> CLIPTextConfig:
     )
 
 
-def t5_tokenizer() -> T5Tokenizer:
+def t5_tokenizer() -> transformers.T5Tokenizer:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in string.ascii_lowercase)]
-    return T5Tokenizer(vocab=pieces, extra_ids=0)
+    return transformers.T5Tokenizer(vocab=pieces, extra_ids=0)
 
 
-def t5_encoder(d_model: int = 16) -> T5EncoderModel:
-    return T5EncoderModel(
-        T5Config(vocab_size=32, d_model=d_model, d_ff=32, d_kv=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+def t5_encoder(d_model: int = 16) -> transformers.T5EncoderModel:
+    return transformers.T5EncoderModel(
+        transformers.T5Config(
+            vocab_size=32, d_model=d_model, d_ff=32, d_kv=8, num_layers=1, num_heads=2, decoder_start_token_id=0
+        )
     )
 
 
-def autoencoder(latent_channels: int, levels: int = 2) -> AutoencoderKL:
+def autoencoder(latent_channels: int, levels: int = 2) -> diffusers.AutoencoderKL:
     """It makes the sides `2 ** (levels - 1)` times smaller."""
-    return AutoencoderKL(
+    return diffusers.AutoencoderKL(
         block_out_channels=(4,) * levels,
         layers_per_block=1,
         latent_channels=latent_channels,
@@ -86,9 +67,9 @@ def finished(pipe):
     return pipe
 
 
-def sd_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
+def sd_pipeline(prediction_type: str = "epsilon") -> diffusers.StableDiffusionPipeline:
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
+    unet = diffusers.UNet2DConditionModel(
         block_out_channels=(4, 8),
         layers_per_block=1,
         sample_size=8,
@@ -100,7 +81,7 @@ def sd_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
         attention_head_dim=2,
         norm_num_groups=2,
     )
-    scheduler = DDIMScheduler(
+    scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -110,9 +91,9 @@ def sd_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
         prediction_type=prediction_type,
     )
     return finished(
-        StableDiffusionPipeline(
+        diffusers.StableDiffusionPipeline(
             vae=autoencoder(4),
-            text_encoder=CLIPTextModel(clip_config()),
+            text_encoder=transformers.CLIPTextModel(clip_config()),
             tokenizer=clip_tokenizer(),
             unet=unet,
             scheduler=scheduler,
@@ -123,9 +104,9 @@ def sd_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
     )
 
 
-def sd3_pipeline() -> StableDiffusion3Pipeline:
+def sd3_pipeline() -> diffusers.StableDiffusion3Pipeline:
     torch.manual_seed(0)
-    transformer = SD3Transformer2DModel(
+    transformer = diffusers.SD3Transformer2DModel(
         sample_size=8,
         patch_size=1,
         in_channels=4,
@@ -139,13 +120,13 @@ def sd3_pipeline() -> StableDiffusion3Pipeline:
         pos_embed_max_size=8,
     )
     return finished(
-        StableDiffusion3Pipeline(
+        diffusers.StableDiffusion3Pipeline(
             transformer=transformer,
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
             vae=autoencoder(4),
-            text_encoder=CLIPTextModelWithProjection(clip_config()),
+            text_encoder=transformers.CLIPTextModelWithProjection(clip_config()),
             tokenizer=clip_tokenizer(),
-            text_encoder_2=CLIPTextModelWithProjection(clip_config()),
+            text_encoder_2=transformers.CLIPTextModelWithProjection(clip_config()),
             tokenizer_2=clip_tokenizer(),
             text_encoder_3=None,
             tokenizer_3=None,
@@ -153,9 +134,9 @@ def sd3_pipeline() -> StableDiffusion3Pipeline:
     )
 
 
-def flux_pipeline() -> FluxPipeline:
+def flux_pipeline() -> diffusers.FluxPipeline:
     torch.manual_seed(0)
-    transformer = FluxTransformer2DModel(
+    transformer = diffusers.FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
         num_layers=1,
@@ -167,13 +148,13 @@ def flux_pipeline() -> FluxPipeline:
         axes_dims_rope=(4, 4, 8),
         guidance_embeds=True,
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
     return finished(
-        FluxPipeline(
+        diffusers.FluxPipeline(
             transformer=transformer,
             scheduler=scheduler,
             vae=autoencoder(4),
-            text_encoder=CLIPTextModel(clip_config()),
+            text_encoder=transformers.CLIPTextModel(clip_config()),
             tokenizer=clip_tokenizer(),
             text_encoder_2=t5_encoder(),
             tokenizer_2=t5_tokenizer(),
@@ -204,16 +185,16 @@ def nan_in(vae: torch.nn.Module, *rows: int) -> None:
 
 def with_safety_checker(pipe, threshold: float):
     """A real one, with random weights: below what a cosine can be it flags every picture, above it none."""
-    vision = CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-                              image_size=16, patch_size=8, projection_dim=8)  # fmt: skip
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=8, projection_dim=8)
     checker = StableDiffusionSafetyChecker(
-        CLIPConfig(text_config=clip_config(8).to_dict(), vision_config=vision.to_dict(), projection_dim=8)
+        transformers.CLIPConfig(text_config=clip_config(8).to_dict(), vision_config=vision.to_dict(), projection_dim=8)
     )
     for weights in (checker.concept_embeds_weights, checker.special_care_embeds_weights):
         weights.data.fill_(threshold)
     size = {"height": 16, "width": 16}
     pipe.register_modules(
         safety_checker=checker.eval(),
-        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size, do_resize=True),
+        feature_extractor=transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size, do_resize=True),
     )
     return pipe

@@ -3,17 +3,9 @@
 import math
 from inspect import signature
 
+import diffusers
 import pytest
 import torch
-from diffusers import (
-    FirstBlockCacheConfig,
-    HeunDiscreteScheduler,
-    PyramidAttentionBroadcastConfig,
-    StableDiffusionAttendAndExcitePipeline,
-    StableDiffusionPipeline,
-    StableDiffusionSAGPipeline,
-    apply_first_block_cache,
-)
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from slas_trl.policy import PipelineReplayer, RatioReport, check_pipeline, find_dropout, measure_ratio
@@ -35,19 +27,23 @@ def test_what_is_no_pipeline():
         check_pipeline(sd3_pipeline().transformer)
 
 
-class StableDiffusionCombinedPipeline(StableDiffusionPipeline):
+class StableDiffusionCombinedPipeline(diffusers.StableDiffusionPipeline):
     pass
 
 
 @pytest.mark.parametrize(
     ("kind", "changes", "problem"),
     [
-        (StableDiffusionPipeline, {"unet": None}, "no denoiser.*'transformer'.*'unet'"),
-        (StableDiffusionPipeline, {"scheduler": None}, "no scheduler"),
-        (StableDiffusionPipeline, {"scheduler": HeunDiscreteScheduler()}, "HeunDiscreteScheduler takes 2"),
+        (diffusers.StableDiffusionPipeline, {"unet": None}, "no denoiser.*'transformer'.*'unet'"),
+        (diffusers.StableDiffusionPipeline, {"scheduler": None}, "no scheduler"),
+        (
+            diffusers.StableDiffusionPipeline,
+            {"scheduler": diffusers.HeunDiscreteScheduler()},
+            "HeunDiscreteScheduler takes 2",
+        ),
         (StableDiffusionCombinedPipeline, {}, "not the wrapper"),
-        (StableDiffusionSAGPipeline, {}, "attention maps"),
-        (StableDiffusionAttendAndExcitePipeline, {}, "attention maps"),
+        (diffusers.StableDiffusionSAGPipeline, {}, "attention maps"),
+        (diffusers.StableDiffusionAttendAndExcitePipeline, {}, "attention maps"),
     ],
 )
 def test_a_pipeline_that_cannot_be_a_policy(kind, changes, problem):
@@ -74,8 +70,10 @@ def test_dropout():
 @pytest.mark.parametrize(
     "config",
     [
-        FirstBlockCacheConfig(threshold=0.2),
-        PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500),
+        diffusers.FirstBlockCacheConfig(threshold=0.2),
+        diffusers.PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+        ),
     ],
     ids=lambda config: type(config).__name__,
 )
@@ -90,7 +88,7 @@ def test_caches(config):
 
 def test_a_cache_that_the_model_does_not_know_of():
     pipe = sd3_pipeline()
-    apply_first_block_cache(pipe.transformer, FirstBlockCacheConfig(threshold=0.2))
+    diffusers.apply_first_block_cache(pipe.transformer, diffusers.FirstBlockCacheConfig(threshold=0.2))
     with pytest.raises(ValueError, match="disable_cache"):
         check_pipeline(pipe)
 

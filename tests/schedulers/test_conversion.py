@@ -1,22 +1,8 @@
 from typing import Any
 
+import diffusers
 import pytest
 import torch
-from diffusers import (
-    CogVideoXDDIMScheduler,
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EDMEulerScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    LCMScheduler,
-    PNDMScheduler,
-    TCDScheduler,
-    UniPCMultistepScheduler,
-)
 
 from slas_trl.policy import PipelineReplayer
 from slas_trl.schedulers import DDIMSDEScheduler, FlowSDEScheduler, stochastic_scheduler
@@ -33,7 +19,7 @@ def converted(scheduler, **options):
 
 
 def test_the_scheduler_that_stable_diffusion_comes_with():
-    pndm = PNDMScheduler(**BETAS, set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1)
+    pndm = diffusers.PNDMScheduler(**BETAS, set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1)
     ddim = converted(pndm)
     assert type(ddim) is DDIMSDEScheduler and ddim.config.eta == 1.0
     assert ddim.config.clip_sample is False  # PNDM does not know of it, and DDIM would clip latents at 1
@@ -46,15 +32,15 @@ def test_the_scheduler_that_stable_diffusion_comes_with():
 @pytest.mark.parametrize(
     "scheduler",
     [
-        DDIMScheduler(
+        diffusers.DDIMScheduler(
             **BETAS, prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True
         ),
-        DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample_range=2.0),
-        DPMSolverMultistepScheduler(**BETAS, algorithm_type="dpmsolver++", use_karras_sigmas=True),
-        UniPCMultistepScheduler(**BETAS, prediction_type="v_prediction"),
-        EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1),
-        EulerAncestralDiscreteScheduler(**BETAS),
-        DDIMScheduler(trained_betas=[0.01] * 1000),
+        diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample_range=2.0),
+        diffusers.DPMSolverMultistepScheduler(**BETAS, algorithm_type="dpmsolver++", use_karras_sigmas=True),
+        diffusers.UniPCMultistepScheduler(**BETAS, prediction_type="v_prediction"),
+        diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1),
+        diffusers.EulerAncestralDiscreteScheduler(**BETAS),
+        diffusers.DDIMScheduler(trained_betas=[0.01] * 1000),
     ],
     ids=lambda scheduler: type(scheduler).__name__,
 )
@@ -70,7 +56,7 @@ def test_schedulers_with_betas_become_ddim_with_the_same_noise_levels_and_predic
 @pytest.mark.parametrize("rescale_betas_zero_snr", [False, True])
 def test_a_shifted_signal_to_noise_ratio_is_kept(rescale_betas_zero_snr):
     """CogView 3+; DDIM has no argument for it, so its betas are spelled out."""
-    stock = CogVideoXDDIMScheduler(
+    stock = diffusers.CogVideoXDDIMScheduler(
         **BETAS,
         snr_shift_scale=4.0,
         rescale_betas_zero_snr=rescale_betas_zero_snr,
@@ -101,21 +87,21 @@ def test_the_noise_level_follows_the_noise_schedule_unless_given():
     assert stochastic_scheduler(pipe, noise_schedule="dance_grpo").config.noise_level == 0.3
     assert stochastic_scheduler(pipe, noise_schedule="cps").config.noise_level == 0.7
     assert stochastic_scheduler(pipe, noise_schedule="dance_grpo", noise_level=0.0).config.noise_level == 0.0
-    assert type(pipe.scheduler) is FlowMatchEulerDiscreteScheduler  # the pipeline's own stays
+    assert type(pipe.scheduler) is diffusers.FlowMatchEulerDiscreteScheduler  # the pipeline's own stays
 
 
-SHIFTED_LATER = FlowMatchEulerDiscreteScheduler(shift=3.0)
+SHIFTED_LATER = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
 SHIFTED_LATER.set_shift(5.0)
 SOLVER: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 5.0}
 
 
 @pytest.mark.parametrize(
     "scheduler",
-    [UniPCMultistepScheduler(**SOLVER), DPMSolverMultistepScheduler(**SOLVER), SHIFTED_LATER],
+    [diffusers.UniPCMultistepScheduler(**SOLVER), diffusers.DPMSolverMultistepScheduler(**SOLVER), SHIFTED_LATER],
     ids=lambda scheduler: type(scheduler).__name__,
 )
 def test_flow_matching_keeps_its_shift(scheduler):
-    flow, stock = converted(scheduler), FlowMatchEulerDiscreteScheduler(shift=5.0)
+    flow, stock = converted(scheduler), diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
     assert type(flow) is FlowSDEScheduler
     flow.set_timesteps(10)
     if scheduler is SHIFTED_LATER:
@@ -126,7 +112,7 @@ def test_flow_matching_keeps_its_shift(scheduler):
 
 def test_pipelines_find_the_initial_noise_s_scale_where_their_solver_had_it():
     pipe = sd_pipeline()
-    pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    pipe.scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     call = {"prompt": ["a cat"], "num_inference_steps": 2, "height": 16, "width": 16, "output_type": "latent"}
     rollout = PipelineReplayer(pipe).sample(**call)  # multiplies by scheduler.init_noise_sigma
     assert rollout.trainable_steps == (0, 1)
@@ -135,11 +121,11 @@ def test_pipelines_find_the_initial_noise_s_scale_where_their_solver_had_it():
 @pytest.mark.parametrize(
     "scheduler",
     [
-        EDMEulerScheduler(),
-        FlowMatchHeunDiscreteScheduler(),
-        LCMScheduler(),
-        TCDScheduler(),
-        DPMSolverMultistepScheduler(prediction_type="flow_prediction"),  # with betas, not with flow sigmas
+        diffusers.EDMEulerScheduler(),
+        diffusers.FlowMatchHeunDiscreteScheduler(),
+        diffusers.LCMScheduler(),
+        diffusers.TCDScheduler(),
+        diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"),  # with betas, not with flow sigmas
     ],
     ids=lambda scheduler: type(scheduler).__name__,
 )
@@ -151,5 +137,5 @@ def test_schedulers_without_a_stochastic_counterpart_are_refused(scheduler):
 def test_pipelines_that_ask_for_the_kind_of_variance_get_an_answer():
     """DeepFloyd IF's, whose denoiser predicts one beside the noise, and which cut it off themselves."""
     pipe = sd_pipeline()
-    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config, variance_type="learned_range")
+    pipe.scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config, variance_type="learned_range")
     assert stochastic_scheduler(pipe).config.variance_type == "fixed_small"

@@ -1,46 +1,9 @@
 """Diffusion transformers with cross attention or joint attention: from PixArt-Σ to HiDream."""
 
-from diffusers import (
-    AuraFlowPipeline,
-    AuraFlowTransformer2DModel,
-    AutoencoderDC,
-    BriaPipeline,
-    BriaTransformer2DModel,
-    CogVideoXDDIMScheduler,
-    CogView3PlusPipeline,
-    CogView3PlusTransformer2DModel,
-    CogView4Pipeline,
-    CogView4Transformer2DModel,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    HiDreamImagePipeline,
-    HiDreamImageTransformer2DModel,
-    HunyuanDiT2DModel,
-    HunyuanDiTPipeline,
-    PixArtSigmaPipeline,
-    PixArtTransformer2DModel,
-    PRXPipeline,
-    SanaPipeline,
-    SanaTransformer2DModel,
-    UniPCMultistepScheduler,
-)
+import diffusers
+import transformers
 from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
 from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor
-from transformers import (
-    BertConfig,
-    BertModel,
-    BertTokenizer,
-    CLIPTextModelWithProjection,
-    GlmConfig,
-    GlmModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaTokenizer,
-    T5GemmaConfig,
-    T5GemmaEncoder,
-    T5GemmaModuleConfig,
-)
 
 from tests.tiny_pipelines import clip_config, clip_tokenizer, t5_encoder, t5_tokenizer
 
@@ -64,8 +27,8 @@ from .encoders import (
 from .family import Family
 
 
-def sana() -> SanaPipeline:
-    transformer = SanaTransformer2DModel(
+def sana() -> diffusers.SanaPipeline:
+    transformer = diffusers.SanaTransformer2DModel(
         **HEADS,
         in_channels=4,
         out_channels=4,
@@ -77,7 +40,7 @@ def sana() -> SanaPipeline:
         sample_size=8,
     )
     blocks = ("ResBlock", "ResBlock", "EfficientViTBlock")
-    vae = AutoencoderDC(
+    vae = diffusers.AutoencoderDC(
         latent_channels=4,
         attention_head_dim=2,
         encoder_block_types=blocks,
@@ -92,12 +55,16 @@ def sana() -> SanaPipeline:
         upsample_block_type="interpolate",
         scaling_factor=0.41407,
     )
-    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    return with_language_model(SanaPipeline, transformer, scheduler, gemma2(), tokenizer=gemma_tokenizer(), vae=vae)
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    return with_language_model(
+        diffusers.SanaPipeline, transformer, scheduler, gemma2(), tokenizer=gemma_tokenizer(), vae=vae
+    )
 
 
-def pixart_sigma() -> PixArtSigmaPipeline:
-    transformer = PixArtTransformer2DModel(
+def pixart_sigma() -> diffusers.PixArtSigmaPipeline:
+    transformer = diffusers.PixArtTransformer2DModel(
         **HEADS,
         in_channels=4,
         out_channels=8,  # with the learned variance, which the pipeline drops
@@ -106,11 +73,11 @@ def pixart_sigma() -> PixArtSigmaPipeline:
         sample_size=8,
         caption_channels=16,
     )
-    return with_t5(PixArtSigmaPipeline, transformer, DPMSolverMultistepScheduler())
+    return with_t5(diffusers.PixArtSigmaPipeline, transformer, diffusers.DPMSolverMultistepScheduler())
 
 
-def aura_flow() -> AuraFlowPipeline:
-    transformer = AuraFlowTransformer2DModel(
+def aura_flow() -> diffusers.AuraFlowPipeline:
+    transformer = diffusers.AuraFlowTransformer2DModel(
         **HEADS,
         sample_size=8,
         num_mmdit_layers=1,
@@ -119,12 +86,12 @@ def aura_flow() -> AuraFlowPipeline:
         caption_projection_dim=16,
         pos_embed_max_size=16,
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.73)
-    return with_t5(AuraFlowPipeline, transformer, scheduler, text_encoder=umt5_encoder())
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73)
+    return with_t5(diffusers.AuraFlowPipeline, transformer, scheduler, text_encoder=umt5_encoder())
 
 
-def hunyuan_dit() -> HunyuanDiTPipeline:
-    transformer = HunyuanDiT2DModel(
+def hunyuan_dit() -> diffusers.HunyuanDiTPipeline:
+    transformer = diffusers.HunyuanDiT2DModel(
         **HEADS,
         in_channels=4,
         patch_size=2,
@@ -136,11 +103,11 @@ def hunyuan_dit() -> HunyuanDiTPipeline:
         cross_attention_dim_t5=16,
         pooled_projection_dim=16,
     )
-    bert = BertConfig(
+    bert = transformers.BertConfig(
         vocab_size=128, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=77,
     )  # fmt: skip
-    scheduler = DDPMScheduler(
+    scheduler = diffusers.DDPMScheduler(
         beta_start=0.00085,
         beta_end=0.03,
         beta_schedule="scaled_linear",
@@ -148,10 +115,10 @@ def hunyuan_dit() -> HunyuanDiTPipeline:
         prediction_type="v_prediction",
         steps_offset=1,
     )
-    return HunyuanDiTPipeline(
+    return diffusers.HunyuanDiTPipeline(
         vae=autoencoder_8x(4),
-        text_encoder=BertModel(bert),
-        tokenizer=BertTokenizer(vocab=numbered(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS])),
+        text_encoder=transformers.BertModel(bert),
+        tokenizer=transformers.BertTokenizer(vocab=numbered(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS])),
         transformer=transformer,
         scheduler=scheduler,
         safety_checker=None,
@@ -176,30 +143,32 @@ COGVIEW = {
 }
 
 
-def cogview3_plus() -> CogView3PlusPipeline:
-    scheduler = CogVideoXDDIMScheduler(
+def cogview3_plus() -> diffusers.CogView3PlusPipeline:
+    scheduler = diffusers.CogVideoXDDIMScheduler(
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         snr_shift_scale=4.0,
         timestep_spacing="trailing",
         clip_sample=False,
     )
-    return with_t5(CogView3PlusPipeline, CogView3PlusTransformer2DModel(**COGVIEW), scheduler)
+    return with_t5(diffusers.CogView3PlusPipeline, diffusers.CogView3PlusTransformer2DModel(**COGVIEW), scheduler)
 
 
-def cogview4() -> CogView4Pipeline:
-    transformer = CogView4Transformer2DModel(**COGVIEW, rope_axes_dim=(8, 8))
-    scheduler = FlowMatchEulerDiscreteScheduler(
+def cogview4() -> diffusers.CogView4Pipeline:
+    transformer = diffusers.CogView4Transformer2DModel(**COGVIEW, rope_axes_dim=(8, 8))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75, time_shift_type="linear"
     )
     tokenizer = byte_tokenizer(padding_side="left", bos_token="<|im_start|>", add_bos_token=True)
-    glm = GlmModel(GlmConfig(**DECODER))
-    return with_language_model(CogView4Pipeline, transformer, scheduler, glm, tokenizer=tokenizer)
+    glm = transformers.GlmModel(transformers.GlmConfig(**DECODER))
+    return with_language_model(diffusers.CogView4Pipeline, transformer, scheduler, glm, tokenizer=tokenizer)
 
 
-def bria() -> BriaPipeline:
-    transformer = BriaTransformer2DModel(**FLUX, axes_dims_rope=[4, 4, 8])
-    return with_t5(BriaPipeline, transformer, FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+def bria() -> diffusers.BriaPipeline:
+    transformer = diffusers.BriaTransformer2DModel(**FLUX, axes_dims_rope=[4, 4, 8])
+    return with_t5(
+        diffusers.BriaPipeline, transformer, diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    )
 
 
 class PlainText(TextPreprocessor):
@@ -209,20 +178,22 @@ class PlainText(TextPreprocessor):
         return text
 
 
-def prx() -> PRXPipeline:
+def prx() -> diffusers.PRXPipeline:
     transformer = PRXTransformer2DModel(
         in_channels=4, context_in_dim=16, hidden_size=16, mlp_ratio=2.0, num_heads=2, depth=2, axes_dim=[4, 4]
     )
-    config = T5GemmaModuleConfig(**DECODER, query_pre_attn_scalar=8)
-    t5_gemma = T5GemmaEncoder(T5GemmaConfig(encoder=config, decoder=config).encoder)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    pipe = with_language_model(PRXPipeline, filled(transformer), scheduler, t5_gemma, tokenizer=gemma_tokenizer())
+    config = transformers.T5GemmaModuleConfig(**DECODER, query_pre_attn_scalar=8)
+    t5_gemma = transformers.T5GemmaEncoder(transformers.T5GemmaConfig(encoder=config, decoder=config).encoder)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = with_language_model(
+        diffusers.PRXPipeline, filled(transformer), scheduler, t5_gemma, tokenizer=gemma_tokenizer()
+    )
     pipe.text_preprocessor = PlainText()
     return pipe
 
 
-def hidream() -> HiDreamImagePipeline:
-    transformer = HiDreamImageTransformer2DModel(
+def hidream() -> diffusers.HiDreamImagePipeline:
+    transformer = diffusers.HiDreamImageTransformer2DModel(
         **HEADS,
         patch_size=2,
         in_channels=4,
@@ -236,17 +207,17 @@ def hidream() -> HiDreamImagePipeline:
     )
     llama_tokens = numbered(["<unk>", "<s>", "</s>", "▁", *LETTERS])
     pipe = with_language_model(
-        HiDreamImagePipeline,
+        diffusers.HiDreamImagePipeline,
         transformer,
-        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-        CLIPTextModelWithProjection(clip_config()),
+        diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        transformers.CLIPTextModelWithProjection(clip_config()),
         tokenizer=clip_tokenizer(),
-        text_encoder_2=CLIPTextModelWithProjection(clip_config()),
+        text_encoder_2=transformers.CLIPTextModelWithProjection(clip_config()),
         tokenizer_2=clip_tokenizer(),
         text_encoder_3=t5_encoder(),
         tokenizer_3=t5_tokenizer(),
-        text_encoder_4=LlamaForCausalLM(LlamaConfig(**DECODER, attn_implementation="eager")),
-        tokenizer_4=LlamaTokenizer(vocab=llama_tokens, merges=[], add_bos_token=True),
+        text_encoder_4=transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER, attn_implementation="eager")),
+        tokenizer_4=transformers.LlamaTokenizer(vocab=llama_tokens, merges=[], add_bos_token=True),
     )
     pipe.default_sample_size = 8  # every picture is scaled to this area
     return pipe

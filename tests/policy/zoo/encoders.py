@@ -5,23 +5,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import (
-    Gemma2Config,
-    Gemma2Model,
-    GemmaTokenizer,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Tokenizer,
-    Qwen3Config,
-    Qwen3Model,
-    Qwen3VLConfig,
-    Qwen3VLModel,
-    UMT5Config,
-    UMT5EncoderModel,
-)
 
 from tests.tiny_pipelines import autoencoder, t5_encoder, t5_tokenizer
 
@@ -83,29 +70,31 @@ def numbered(tokens: list[str]) -> dict[str, int]:
     return {token: i for i, token in enumerate(tokens)}
 
 
-def byte_tokenizer(**options: Any) -> Qwen2Tokenizer:
+def byte_tokenizer(**options: Any) -> transformers.Qwen2Tokenizer:
     """Qwen's: one token for each byte, and those of a chat."""
     vocabulary = numbered(["<|endoftext|>", *sorted(ByteLevel.alphabet())])
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], chat_template=CHAT_TEMPLATE, **options)
+    tokenizer = transformers.Qwen2Tokenizer(vocab=vocabulary, merges=[], chat_template=CHAT_TEMPLATE, **options)
     tokenizer.add_tokens(list(CHAT_TOKENS), special_tokens=True)
     return tokenizer
 
 
-def gemma_tokenizer() -> GemmaTokenizer:
+def gemma_tokenizer() -> transformers.GemmaTokenizer:
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *LETTERS]
-    return GemmaTokenizer(vocab=numbered(tokens), merges=[], add_bos_token=True)
+    return transformers.GemmaTokenizer(vocab=numbered(tokens), merges=[], add_bos_token=True)
 
 
-def umt5_encoder() -> UMT5EncoderModel:
-    return UMT5EncoderModel(UMT5Config(vocab_size=32, d_model=16, d_ff=32, d_kv=8, num_layers=1, num_heads=2))
+def umt5_encoder() -> transformers.UMT5EncoderModel:
+    return transformers.UMT5EncoderModel(
+        transformers.UMT5Config(vocab_size=32, d_model=16, d_ff=32, d_kv=8, num_layers=1, num_heads=2)
+    )
 
 
-def gemma2() -> Gemma2Model:
-    return Gemma2Model(Gemma2Config(**DECODER, query_pre_attn_scalar=8))
+def gemma2() -> transformers.Gemma2Model:
+    return transformers.Gemma2Model(transformers.Gemma2Config(**DECODER, query_pre_attn_scalar=8))
 
 
-def qwen3() -> Qwen3Model:
-    return Qwen3Model(Qwen3Config(**DECODER))
+def qwen3() -> transformers.Qwen3Model:
+    return transformers.Qwen3Model(transformers.Qwen3Config(**DECODER))
 
 
 def _multimodal(layers: int, mrope_section: list[int]) -> dict[str, Any]:
@@ -113,8 +102,8 @@ def _multimodal(layers: int, mrope_section: list[int]) -> dict[str, Any]:
     return {**DECODER, "num_hidden_layers": layers, "rope_parameters": rope}
 
 
-def qwen25_vl(layers: int = 2) -> Qwen2_5_VLForConditionalGeneration:
-    config = Qwen2_5_VLConfig(
+def qwen25_vl(layers: int = 2) -> transformers.Qwen2_5_VLForConditionalGeneration:
+    config = transformers.Qwen2_5_VLConfig(
         text_config=_multimodal(layers, [1, 1, 2]),
         vision_config=VISION,
         vision_start_token_id=259,
@@ -122,12 +111,14 @@ def qwen25_vl(layers: int = 2) -> Qwen2_5_VLForConditionalGeneration:
         image_token_id=261,
         video_token_id=262,
     )
-    return Qwen2_5_VLForConditionalGeneration(config)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
-def qwen3_vl(layers: int = 2) -> Qwen3VLModel:
+def qwen3_vl(layers: int = 2) -> transformers.Qwen3VLModel:
     vision = {**VISION, "num_position_embeddings": 4, "deepstack_visual_indexes": [0]}
-    return Qwen3VLModel(Qwen3VLConfig(text_config=_multimodal(layers, [2, 1, 1]), vision_config=vision))
+    return transformers.Qwen3VLModel(
+        transformers.Qwen3VLConfig(text_config=_multimodal(layers, [2, 1, 1]), vision_config=vision)
+    )
 
 
 def filled(module: Module) -> Module:

@@ -1,40 +1,9 @@
 """Diffusion transformers that read their prompt with a language model: Lumina 2, HunyuanImage, Krea 2 and more."""
 
-from diffusers import (
-    AdaptiveProjectedMixGuidance,
-    AutoencoderKLHunyuanImage,
-    AutoencoderKLWan,
-    BriaFiboPipeline,
-    ErnieImagePipeline,
-    ErnieImageTransformer2DModel,
-    FlowMatchEulerDiscreteScheduler,
-    HunyuanImagePipeline,
-    HunyuanImageTransformer2DModel,
-    Ideogram4Pipeline,
-    Ideogram4Transformer2DModel,
-    Kandinsky5T2IPipeline,
-    Kandinsky5Transformer3DModel,
-    Krea2Pipeline,
-    Krea2Transformer2DModel,
-    LongCatImagePipeline,
-    LongCatImageTransformer2DModel,
-    Lumina2Pipeline,
-    Lumina2Transformer2DModel,
-    OvisImagePipeline,
-    OvisImageTransformer2DModel,
-)
+import diffusers
+import transformers
 from diffusers.models.transformers.transformer_bria_fibo import BriaFiboTransformer2DModel
 from diffusers.pipelines.ideogram4.pipeline_ideogram4 import QWEN3_VL_ACTIVATION_LAYERS
-from transformers import (
-    ByT5Tokenizer,
-    CLIPTextModel,
-    Ministral3Config,
-    Ministral3Model,
-    SmolLM3Config,
-    SmolLM3ForCausalLM,
-    T5Config,
-    T5EncoderModel,
-)
 
 from tests.tiny_pipelines import autoencoder, clip_config, clip_tokenizer
 
@@ -58,8 +27,8 @@ from .encoders import (
 from .family import Family
 
 
-def lumina2() -> Lumina2Pipeline:
-    transformer = Lumina2Transformer2DModel(
+def lumina2() -> diffusers.Lumina2Pipeline:
+    transformer = diffusers.Lumina2Transformer2DModel(
         sample_size=4,
         in_channels=4,
         hidden_size=16,
@@ -72,12 +41,14 @@ def lumina2() -> Lumina2Pipeline:
         axes_lens=(64, 8, 8),
         cap_feat_dim=16,
     )
-    scheduler, parts = FlowMatchEulerDiscreteScheduler(shift=6.0), {"tokenizer": gemma_tokenizer()}
-    return with_language_model(Lumina2Pipeline, transformer, scheduler, gemma2(), vae=autoencoder_8x(4), **parts)
+    scheduler, parts = diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0), {"tokenizer": gemma_tokenizer()}
+    return with_language_model(
+        diffusers.Lumina2Pipeline, transformer, scheduler, gemma2(), vae=autoencoder_8x(4), **parts
+    )
 
 
-def hunyuan_image() -> HunyuanImagePipeline:
-    transformer = HunyuanImageTransformer2DModel(
+def hunyuan_image() -> diffusers.HunyuanImagePipeline:
+    transformer = diffusers.HunyuanImageTransformer2DModel(
         in_channels=4,
         out_channels=4,
         **HEADS,
@@ -89,7 +60,7 @@ def hunyuan_image() -> HunyuanImagePipeline:
         text_embed_2_dim=16,
         rope_axes_dim=(4, 4),
     )
-    vae = AutoencoderKLHunyuanImage(
+    vae = diffusers.AutoencoderKLHunyuanImage(
         in_channels=3,
         out_channels=3,
         latent_channels=4,
@@ -99,26 +70,26 @@ def hunyuan_image() -> HunyuanImagePipeline:
         sample_size=16,
         scaling_factor=0.75,
     )
-    byt5 = T5Config(vocab_size=264, d_model=16, d_ff=32, d_kv=8, num_layers=1, num_heads=2)
+    byt5 = transformers.T5Config(vocab_size=264, d_model=16, d_ff=32, d_kv=8, num_layers=1, num_heads=2)
     pipe = with_language_model(
-        HunyuanImagePipeline,
+        diffusers.HunyuanImagePipeline,
         transformer,
-        FlowMatchEulerDiscreteScheduler(shift=5.0),
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
         qwen25_vl(layers=3),  # the pipeline reads the last hidden state but two
         vae=vae,
-        text_encoder_2=T5EncoderModel(byt5),
-        tokenizer_2=ByT5Tokenizer(extra_ids=0),
+        text_encoder_2=transformers.T5EncoderModel(byt5),
+        tokenizer_2=transformers.ByT5Tokenizer(extra_ids=0),
         # Its momentum makes a step's guidance depend on the steps before.
-        guider=AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=0),
-        ocr_guider=AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=2),
+        guider=diffusers.AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=0),
+        ocr_guider=diffusers.AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=2),
     )
     pipe.tokenizer_max_length = 200  # the system prompt and some more: the vocabulary is of single bytes
     pipe.tokenizer_2_max_length = 16
     return pipe
 
 
-def kandinsky5() -> Kandinsky5T2IPipeline:
-    transformer = Kandinsky5Transformer3DModel(
+def kandinsky5() -> diffusers.Kandinsky5T2IPipeline:
+    transformer = diffusers.Kandinsky5Transformer3DModel(
         in_text_dim=16,
         in_text_dim2=16,
         time_dim=16,
@@ -131,26 +102,26 @@ def kandinsky5() -> Kandinsky5T2IPipeline:
     clip = clip_config()
     clip.max_position_embeddings = 77
     pipe = with_language_model(
-        Kandinsky5T2IPipeline,
+        diffusers.Kandinsky5T2IPipeline,
         filled(transformer),
-        FlowMatchEulerDiscreteScheduler(shift=5.0),
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
         qwen25_vl(),
         vae=autoencoder_8x(4),
-        text_encoder_2=CLIPTextModel(clip),
+        text_encoder_2=transformers.CLIPTextModel(clip),
         tokenizer_2=clip_tokenizer(),
     )
     pipe.resolutions = [(32, 32)]
     return pipe
 
 
-def ovis_image() -> OvisImagePipeline:
-    transformer = OvisImageTransformer2DModel(**FLUX, out_channels=16, axes_dims_rope=(4, 4, 8))
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
-    return with_language_model(OvisImagePipeline, transformer, scheduler, qwen3())
+def ovis_image() -> diffusers.OvisImagePipeline:
+    transformer = diffusers.OvisImageTransformer2DModel(**FLUX, out_channels=16, axes_dims_rope=(4, 4, 8))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    return with_language_model(diffusers.OvisImagePipeline, transformer, scheduler, qwen3())
 
 
-def krea2() -> Krea2Pipeline:
-    transformer = Krea2Transformer2DModel(
+def krea2() -> diffusers.Krea2Pipeline:
+    transformer = diffusers.Krea2Transformer2DModel(
         in_channels=16,
         num_layers=1,
         **HEADS,
@@ -166,13 +137,13 @@ def krea2() -> Krea2Pipeline:
         num_refiner_text_blocks=1,
         axes_dims_rope=(4, 2, 2),
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     parts = {"vae": autoencoder_qwen(), "text_encoder_select_layers": (1, 2)}
-    return with_language_model(Krea2Pipeline, transformer, scheduler, qwen3_vl(), **parts)
+    return with_language_model(diffusers.Krea2Pipeline, transformer, scheduler, qwen3_vl(), **parts)
 
 
-def ernie_image() -> ErnieImagePipeline:
-    transformer = ErnieImageTransformer2DModel(
+def ernie_image() -> diffusers.ErnieImagePipeline:
+    transformer = diffusers.ErnieImageTransformer2DModel(
         hidden_size=16,
         num_attention_heads=2,
         num_layers=2,
@@ -182,23 +153,25 @@ def ernie_image() -> ErnieImagePipeline:
         text_in_dim=16,
         rope_axes_dim=(4, 2, 2),
     )
-    ministral = Ministral3Model(Ministral3Config(**DECODER))
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=4.0)
-    return with_language_model(ErnieImagePipeline, filled(transformer), scheduler, ministral, vae=autoencoder_flux2())
+    ministral = transformers.Ministral3Model(transformers.Ministral3Config(**DECODER))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=4.0)
+    return with_language_model(
+        diffusers.ErnieImagePipeline, filled(transformer), scheduler, ministral, vae=autoencoder_flux2()
+    )
 
 
-def longcat_image() -> LongCatImagePipeline:
-    transformer = LongCatImageTransformer2DModel(
+def longcat_image() -> diffusers.LongCatImagePipeline:
+    transformer = diffusers.LongCatImageTransformer2DModel(
         **{**FLUX, "in_channels": 64}, pooled_projection_dim=16, axes_dims_rope=[4, 4, 8]
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     parts = {"vae": autoencoder(16), "text_processor": None}  # which would rewrite prompts
-    pipe = with_language_model(LongCatImagePipeline, transformer, scheduler, qwen25_vl(), **parts)
+    pipe = with_language_model(diffusers.LongCatImagePipeline, transformer, scheduler, qwen25_vl(), **parts)
     pipe.tokenizer_max_length = 32
     return pipe
 
 
-def bria_fibo() -> BriaFiboPipeline:
+def bria_fibo() -> diffusers.BriaFiboPipeline:
     transformer = BriaFiboTransformer2DModel(
         in_channels=4,
         num_layers=1,
@@ -208,7 +181,7 @@ def bria_fibo() -> BriaFiboPipeline:
         axes_dims_rope=[4, 2, 2],
         text_encoder_dim=16,
     )
-    vae = AutoencoderKLWan(
+    vae = diffusers.AutoencoderKLWan(
         base_dim=4,
         z_dim=4,
         dim_mult=[1, 1, 1, 1],
@@ -221,14 +194,17 @@ def bria_fibo() -> BriaFiboPipeline:
         latents_std=[1.0] * 4,
     )
     # The pipeline reads an empty prompt as token 128000.
-    language_model = SmolLM3Config(**{**DECODER, "vocab_size": 128001, "tie_word_embeddings": True})
-    scheduler, smol = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), SmolLM3ForCausalLM(language_model)
-    return with_language_model(BriaFiboPipeline, transformer, scheduler, smol, vae=vae)
+    language_model = transformers.SmolLM3Config(**{**DECODER, "vocab_size": 128001, "tie_word_embeddings": True})
+    scheduler, smol = (
+        diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        transformers.SmolLM3ForCausalLM(language_model),
+    )
+    return with_language_model(diffusers.BriaFiboPipeline, transformer, scheduler, smol, vae=vae)
 
 
-def ideogram4() -> Ideogram4Pipeline:
+def ideogram4() -> diffusers.Ideogram4Pipeline:
     transformer, unconditional = (
-        Ideogram4Transformer2DModel(
+        diffusers.Ideogram4Transformer2DModel(
             **HEADS,
             in_channels=16,
             num_layers=1,
@@ -241,7 +217,9 @@ def ideogram4() -> Ideogram4Pipeline:
     )
     qwen = qwen3_vl(layers=max(QWEN3_VL_ACTIVATION_LAYERS) + 1)
     parts = {"vae": autoencoder_flux2(), "unconditional_transformer": unconditional}  # which stays as it is
-    return with_language_model(Ideogram4Pipeline, transformer, FlowMatchEulerDiscreteScheduler(), qwen, **parts)
+    return with_language_model(
+        diffusers.Ideogram4Pipeline, transformer, diffusers.FlowMatchEulerDiscreteScheduler(), qwen, **parts
+    )
 
 
 # Where the tokens of a system prompt count, there are about 200: the vocabulary is of single bytes.

@@ -1,19 +1,7 @@
 """Stable Diffusion 3, FLUX and Chroma: multimodal transformers under flow matching."""
 
+import diffusers
 import torch
-from diffusers import (
-    ChromaPipeline,
-    ChromaTransformer2DModel,
-    FlowMatchEulerDiscreteScheduler,
-    Flux2KleinPipeline,
-    Flux2Pipeline,
-    Flux2Transformer2DModel,
-    FluxImg2ImgPipeline,
-    FluxKontextPipeline,
-    SD3Transformer2DModel,
-    StableDiffusion3Img2ImgPipeline,
-    StableDiffusion3Pipeline,
-)
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM
 
 from tests.tiny_pipelines import flux_pipeline, sd3_pipeline, t5_encoder, t5_tokenizer
@@ -36,8 +24,8 @@ SHORT = {**SMALL, "max_sequence_length": 8}
 FLUX_2 = {**SMALL, "max_sequence_length": 64, "guidance_scale": 4.0, "text_encoder_out_layers": (1, 2)}
 
 
-def stable_diffusion_35() -> StableDiffusion3Pipeline:
-    transformer = SD3Transformer2DModel(
+def stable_diffusion_35() -> diffusers.StableDiffusion3Pipeline:
+    transformer = diffusers.SD3Transformer2DModel(
         **HEADS,
         sample_size=8,
         patch_size=2,
@@ -52,23 +40,23 @@ def stable_diffusion_35() -> StableDiffusion3Pipeline:
         qk_norm="rms_norm",
     )
     t5 = {"text_encoder_3": t5_encoder(d_model=32), "tokenizer_3": t5_tokenizer()}
-    return StableDiffusion3Pipeline(**{**sd3_pipeline().components, "transformer": transformer, **t5})
+    return diffusers.StableDiffusion3Pipeline(**{**sd3_pipeline().components, "transformer": transformer, **t5})
 
 
-def flux_2(kind: type, text_encoder: torch.nn.Module) -> Flux2Pipeline | Flux2KleinPipeline:
+def flux_2(kind: type, text_encoder: torch.nn.Module) -> diffusers.Flux2Pipeline | diffusers.Flux2KleinPipeline:
     """Which reads two of the text encoder's layers."""
-    transformer = Flux2Transformer2DModel(
+    transformer = diffusers.Flux2Transformer2DModel(
         **{**FLUX, "joint_attention_dim": 2 * 16},
         patch_size=1,
         timestep_guidance_channels=16,
         axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=kind is Flux2Pipeline,
+        guidance_embeds=kind is diffusers.Flux2Pipeline,
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
     return with_language_model(kind, transformer, scheduler, text_encoder, vae=autoencoder_flux2())
 
 
-def flux_2_dev() -> Flux2Pipeline:
+def flux_2_dev() -> diffusers.Flux2Pipeline:
     vision = {
         "model_type": "pixtral",
         "hidden_size": 16,
@@ -79,13 +67,13 @@ def flux_2_dev() -> Flux2Pipeline:
         "patch_size": 14,
     }
     config = Mistral3Config(text_config={"model_type": "mistral", **DECODER}, vision_config=vision)
-    pipe = flux_2(Flux2Pipeline, Mistral3ForConditionalGeneration(config))
+    pipe = flux_2(diffusers.Flux2Pipeline, Mistral3ForConditionalGeneration(config))
     pipe.system_message = "Draw."  # the prompt is behind it, and has to be within max_sequence_length
     return pipe
 
 
-def chroma() -> ChromaPipeline:
-    transformer = ChromaTransformer2DModel(
+def chroma() -> diffusers.ChromaPipeline:
+    transformer = diffusers.ChromaTransformer2DModel(
         **FLUX,
         patch_size=1,
         axes_dims_rope=(4, 4, 8),
@@ -93,7 +81,7 @@ def chroma() -> ChromaPipeline:
         approximator_hidden_dim=16,
         approximator_layers=1,
     )
-    return with_t5(ChromaPipeline, transformer, FlowMatchEulerDiscreteScheduler(shift=3.0))
+    return with_t5(diffusers.ChromaPipeline, transformer, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
 
 
 FAMILIES = {
@@ -106,7 +94,7 @@ FAMILIES = {
     ),
     "sd3-img2img": Family(
         "Stable Diffusion 3 image-to-image",
-        lambda: StableDiffusion3Img2ImgPipeline(**sd3_pipeline().components),
+        lambda: diffusers.StableDiffusion3Img2ImgPipeline(**sd3_pipeline().components),
         {**SHORT, "guidance_scale": 4.5, "strength": 0.7},
         "image-to-image",
         a_picture_each,
@@ -119,14 +107,14 @@ FAMILIES = {
     ),
     "flux-img2img": Family(
         "FLUX.1 image-to-image",
-        lambda: FluxImg2ImgPipeline(**flux_pipeline().components),
+        lambda: diffusers.FluxImg2ImgPipeline(**flux_pipeline().components),
         {**SHORT, "guidance_scale": 3.5, "strength": 0.7},
         "image-to-image",
         a_picture_each,
     ),
     "kontext": Family(
         "FLUX.1 Kontext",
-        lambda: FluxKontextPipeline(**flux_pipeline().components),
+        lambda: diffusers.FluxKontextPipeline(**flux_pipeline().components),
         {**SHORT, "guidance_scale": 2.5, "max_area": 16 * 16, "_auto_resize": False},
         "image editing",
         a_picture_each,
@@ -136,7 +124,7 @@ FAMILIES = {
         "FLUX.2 (with an image)", flux_2_dev, FLUX_2, "image editing", lambda count: {"image": pictures(1, size=64)}
     ),
     "flux2-klein": Family(
-        "FLUX.2 klein", lambda: flux_2(Flux2KleinPipeline, Qwen3ForCausalLM(Qwen3Config(**DECODER))), FLUX_2
+        "FLUX.2 klein", lambda: flux_2(diffusers.Flux2KleinPipeline, Qwen3ForCausalLM(Qwen3Config(**DECODER))), FLUX_2
     ),
     "chroma": Family("Chroma", chroma, {**SHORT, "guidance_scale": 3.0, "negative_prompt": ["blurry", "dark"]}),
 }

@@ -2,15 +2,7 @@
 
 from typing import Any
 
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    QwenImageEditPipeline,
-    QwenImageEditPlusPipeline,
-    QwenImagePipeline,
-    QwenImageTransformer2DModel,
-    ZImagePipeline,
-    ZImageTransformer2DModel,
-)
+import diffusers
 from transformers import Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -39,8 +31,8 @@ class ImageProcessorOnly(Qwen2VLProcessor):
         return type(argument)
 
 
-def qwen_image(kind: type = QwenImagePipeline, halvings: int = 1, **parts: Any) -> Any:
-    transformer = QwenImageTransformer2DModel(
+def qwen_image(kind: type = diffusers.QwenImagePipeline, halvings: int = 1, **parts: Any) -> Any:
+    transformer = diffusers.QwenImageTransformer2DModel(
         patch_size=2,
         in_channels=16,
         out_channels=4,
@@ -50,20 +42,20 @@ def qwen_image(kind: type = QwenImagePipeline, halvings: int = 1, **parts: Any) 
         joint_attention_dim=16,
         axes_dims_rope=(4, 4, 8),
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, shift_terminal=0.02
     )
     return with_language_model(kind, transformer, scheduler, qwen25_vl(), vae=autoencoder_qwen(halvings), **parts)
 
 
-def qwen_image_edit(kind: type = QwenImageEditPipeline) -> Any:
+def qwen_image_edit(kind: type = diffusers.QwenImageEditPipeline) -> Any:
     images = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56})
     processor = ImageProcessorOnly(image_processor=images, tokenizer=byte_tokenizer(), video_processor=None)
     return qwen_image(kind, HALVINGS, processor=processor)
 
 
-def z_image() -> ZImagePipeline:
-    transformer = ZImageTransformer2DModel(
+def z_image() -> diffusers.ZImagePipeline:
+    transformer = diffusers.ZImageTransformer2DModel(
         in_channels=4,
         dim=32,
         n_layers=2,
@@ -74,7 +66,9 @@ def z_image() -> ZImagePipeline:
         axes_dims=[8, 4, 4],
         axes_lens=[256, 32, 32],
     )
-    return with_language_model(ZImagePipeline, transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), qwen3())
+    return with_language_model(
+        diffusers.ZImagePipeline, transformer, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), qwen3()
+    )
 
 
 FAMILIES = {
@@ -84,7 +78,7 @@ FAMILIES = {
     ),
     "qwen-image-edit-plus": Family(
         "Qwen-Image-Edit-Plus",
-        lambda: qwen_image_edit(QwenImageEditPlusPipeline),
+        lambda: qwen_image_edit(diffusers.QwenImageEditPlusPipeline),
         {**EDIT_SIZE, "true_cfg_scale": 3.0, "negative_prompt": "blurry"},
         "image editing",
         lambda count: {"image": pictures(2)},  # of one sample

@@ -2,20 +2,7 @@
 
 from typing import Any
 
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    PNDMScheduler,
-    StableDiffusionInpaintPipeline,
-    StableDiffusionInstructPix2PixPipeline,
-    StableDiffusionPAGPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLInstructPix2PixPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+import diffusers
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from tests.tiny_pipelines import autoencoder, clip_config, clip_tokenizer
@@ -27,7 +14,7 @@ from .family import Family
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def unet(**changes: Any) -> UNet2DConditionModel:
+def unet(**changes: Any) -> diffusers.UNet2DConditionModel:
     config: dict[str, Any] = {
         "block_out_channels": (4, 8),
         "layers_per_block": 1,
@@ -40,7 +27,7 @@ def unet(**changes: Any) -> UNet2DConditionModel:
         "attention_head_dim": 2,
         "norm_num_groups": 2,
     }
-    return UNet2DConditionModel(**{**config, **changes})
+    return diffusers.UNet2DConditionModel(**{**config, **changes})
 
 
 def one_encoder() -> dict[str, Any]:
@@ -61,11 +48,11 @@ def two_encoders() -> dict[str, Any]:
         "tokenizer": clip_tokenizer(),
         "text_encoder_2": CLIPTextModelWithProjection(clip_config()),
         "tokenizer_2": clip_tokenizer(),
-        "scheduler": EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1),
+        "scheduler": diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1),
     }
 
 
-def xl_unet(**changes: Any) -> UNet2DConditionModel:
+def xl_unet(**changes: Any) -> diffusers.UNet2DConditionModel:
     return unet(
         cross_attention_dim=32,  # of both encoders
         transformer_layers_per_block=(1, 2),
@@ -77,42 +64,44 @@ def xl_unet(**changes: Any) -> UNet2DConditionModel:
     )
 
 
-def stable_diffusion() -> StableDiffusionPipeline:
-    scheduler = PNDMScheduler(**BETAS, set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1)
-    return StableDiffusionPipeline(unet=unet(), scheduler=scheduler, **one_encoder())
+def stable_diffusion() -> diffusers.StableDiffusionPipeline:
+    scheduler = diffusers.PNDMScheduler(**BETAS, set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1)
+    return diffusers.StableDiffusionPipeline(unet=unet(), scheduler=scheduler, **one_encoder())
 
 
-def stable_diffusion_pag() -> StableDiffusionPAGPipeline:
-    scheduler = DPMSolverMultistepScheduler(**BETAS, steps_offset=1)
-    return StableDiffusionPAGPipeline(unet=unet(), scheduler=scheduler, **one_encoder(), pag_applied_layers="mid")
+def stable_diffusion_pag() -> diffusers.StableDiffusionPAGPipeline:
+    scheduler = diffusers.DPMSolverMultistepScheduler(**BETAS, steps_offset=1)
+    return diffusers.StableDiffusionPAGPipeline(
+        unet=unet(), scheduler=scheduler, **one_encoder(), pag_applied_layers="mid"
+    )
 
 
-def stable_diffusion_inpainting() -> StableDiffusionInpaintPipeline:
-    scheduler = DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+def stable_diffusion_inpainting() -> diffusers.StableDiffusionInpaintPipeline:
+    scheduler = diffusers.DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     denoiser = unet(in_channels=9)  # with the picture's latents and the mask
-    return StableDiffusionInpaintPipeline(unet=denoiser, scheduler=scheduler, **one_encoder())
+    return diffusers.StableDiffusionInpaintPipeline(unet=denoiser, scheduler=scheduler, **one_encoder())
 
 
-def stable_diffusion_2() -> StableDiffusionPipeline:
-    scheduler = DDIMScheduler(
+def stable_diffusion_2() -> diffusers.StableDiffusionPipeline:
+    scheduler = diffusers.DDIMScheduler(
         **BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction"
     )
     denoiser = unet(use_linear_projection=True)
-    return StableDiffusionPipeline(unet=denoiser, scheduler=scheduler, **one_encoder())
+    return diffusers.StableDiffusionPipeline(unet=denoiser, scheduler=scheduler, **one_encoder())
 
 
-def stable_diffusion_xl() -> StableDiffusionXLPipeline:
-    return StableDiffusionXLPipeline(unet=xl_unet(), **two_encoders())
+def stable_diffusion_xl() -> diffusers.StableDiffusionXLPipeline:
+    return diffusers.StableDiffusionXLPipeline(unet=xl_unet(), **two_encoders())
 
 
-def instruct_pix2pix() -> StableDiffusionInstructPix2PixPipeline:
-    scheduler = EulerAncestralDiscreteScheduler(**BETAS)
+def instruct_pix2pix() -> diffusers.StableDiffusionInstructPix2PixPipeline:
+    scheduler = diffusers.EulerAncestralDiscreteScheduler(**BETAS)
     denoiser = unet(in_channels=8)
-    return StableDiffusionInstructPix2PixPipeline(unet=denoiser, scheduler=scheduler, **one_encoder())
+    return diffusers.StableDiffusionInstructPix2PixPipeline(unet=denoiser, scheduler=scheduler, **one_encoder())
 
 
-def instruct_pix2pix_xl() -> StableDiffusionXLInstructPix2PixPipeline:
-    return StableDiffusionXLInstructPix2PixPipeline(unet=xl_unet(in_channels=8), **two_encoders())
+def instruct_pix2pix_xl() -> diffusers.StableDiffusionXLInstructPix2PixPipeline:
+    return diffusers.StableDiffusionXLInstructPix2PixPipeline(unet=xl_unet(in_channels=8), **two_encoders())
 
 
 FAMILIES = {

@@ -1,22 +1,13 @@
 """Video models as text-to-image models: Wan with one frame, LTX with one."""
 
-from diffusers import (
-    AutoencoderKLLTXVideo,
-    AutoencoderKLWan,
-    FlowMatchEulerDiscreteScheduler,
-    LTXPipeline,
-    LTXVideoTransformer3DModel,
-    UniPCMultistepScheduler,
-    WanPipeline,
-    WanTransformer3DModel,
-)
+import diffusers
 
 from .encoders import HEADS, MEDIUM, umt5_encoder, with_t5
 from .family import Family
 
 
-def wan_transformer() -> WanTransformer3DModel:
-    return WanTransformer3DModel(
+def wan_transformer() -> diffusers.WanTransformer3DModel:
+    return diffusers.WanTransformer3DModel(
         **HEADS,
         in_channels=4,
         out_channels=4,
@@ -28,8 +19,8 @@ def wan_transformer() -> WanTransformer3DModel:
     )
 
 
-def wan(experts: int = 1) -> WanPipeline:
-    vae = AutoencoderKLWan(
+def wan(experts: int = 1) -> diffusers.WanPipeline:
+    vae = diffusers.AutoencoderKLWan(
         base_dim=4,
         z_dim=4,
         dim_mult=[1, 1, 1, 1],
@@ -37,13 +28,15 @@ def wan(experts: int = 1) -> WanPipeline:
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     )
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
     second = {"transformer_2": wan_transformer(), "boundary_ratio": 0.875} if experts == 2 else {}
-    return with_t5(WanPipeline, wan_transformer(), scheduler, text_encoder=umt5_encoder(), vae=vae, **second)
+    return with_t5(diffusers.WanPipeline, wan_transformer(), scheduler, text_encoder=umt5_encoder(), vae=vae, **second)
 
 
-def ltx() -> LTXPipeline:
-    transformer = LTXVideoTransformer3DModel(
+def ltx() -> diffusers.LTXPipeline:
+    transformer = diffusers.LTXVideoTransformer3DModel(
         **HEADS,
         in_channels=8,
         out_channels=8,
@@ -51,7 +44,7 @@ def ltx() -> LTXPipeline:
         num_layers=2,
         caption_channels=16,
     )
-    vae = AutoencoderKLLTXVideo(
+    vae = diffusers.AutoencoderKLLTXVideo(
         latent_channels=8,
         block_out_channels=(8, 8),
         down_block_types=("LTXVideoDownBlock3D",) * 2,
@@ -65,10 +58,10 @@ def ltx() -> LTXPipeline:
         upsample_residual=(False, False),
         upsample_factor=(1, 1),
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024, shift_terminal=0.1
     )
-    return with_t5(LTXPipeline, transformer, scheduler, vae=vae)
+    return with_t5(diffusers.LTXPipeline, transformer, scheduler, vae=vae)
 
 
 ONE_FRAME = {**MEDIUM, "num_frames": 1, "max_sequence_length": 16}
