@@ -94,7 +94,7 @@ class RatioReport:
         return max(self.deviations.items(), key=lambda item: float("inf") if item[1] != item[1] else item[1])
 
     def problem(self, epsilon: float) -> str | None:
-        """What is wrong, if the ratio is off by more than a tenth of the clip range `epsilon`, or than 1e-5."""
+        """The problem, if the ratio is off by more than a tenth of the clip range `epsilon`, or than 1e-5."""
         step, deviation = self.worst
         if deviation <= min(1e-5, epsilon / 10):
             return None

@@ -24,7 +24,7 @@ class Step:
 
 @dataclass
 class FrozenOutput:
-    """What a frozen component returned while sampling, so that it need not run during a replay."""
+    """The result of a frozen component while sampling, so that it need not run during a replay."""
 
     name: str  # "encode_prompt", "vae.encode", "text_encoder.forward", ...
     result: Any

@@ -52,7 +52,7 @@ def stochastic_scheduler(
             products = torch.cat([torch.ones(1, dtype=torch.float64), scheduler.alphas_cumprod.double()])
             config["trained_betas"] = (1 - products[1:] / products[:-1]).tolist()
             converted = DDIMSDEScheduler(**_known(config, DDIMScheduler), eta=eta)
-        # What DDPM's configuration has, some pipelines ask for; a variance that is predicted too is not used.
+        # Some pipelines ask for this entry of DDPM's configuration; a variance that is predicted too is not used.
         converted.register_to_config(variance_type="fixed_small")
         return converted
     raise ValueError(

@@ -53,7 +53,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What [`verify`] says of one picture."""
+    """The verdict of [`verify`] on one picture."""
 
     category: str  # GenEval category of the prompt, one of `world.CATEGORIES`
     # How far each is met, in [0, 1], such as {"circle": 1.0, "circle is red": 0.0, "nothing else": 1.0}.

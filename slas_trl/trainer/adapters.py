@@ -3,7 +3,7 @@
 import hashlib
 import math
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -37,7 +37,7 @@ def add_adapter(denoiser: Any, config: PeftConfig) -> None:
         raise ValueError(f"lora_dropout ({config.lora_dropout}) would make the ratio random; set it to 0.")
     if not _is_plain(config):
         raise ValueError("peft_config has bias or modules_to_save, which diffusers' files of adapters cannot hold.")
-    if not hasattr(denoiser, "add_adapter"):
+    if not isinstance(cast(object, denoiser), PeftAdapterMixin):
         raise ValueError(f"A {type(denoiser).__name__} takes no adapter; leave peft_config out to train all of it.")
     if not config.target_modules and not config.target_parameters:
         config.target_modules = ["to_q", "to_k", "to_v", "to_out.0"]  # peft has defaults for language models alone

@@ -70,7 +70,7 @@ class BaseTrainer(Trainer, ABC):
         self._writing: Path | None = None  # where the checkpoint under way is written
         super().__init__(model=trained.module, **kwargs)
 
-    # What the subclass defines
+    # Defined by the subclass
 
     @abstractmethod
     def batches(self, indices: list[int], rollout_index: int) -> list[Batch]:
@@ -93,7 +93,7 @@ class BaseTrainer(Trainer, ABC):
 
     @property
     def resume_signature(self) -> dict[str, Any]:
-        """What must be equal when a run is resumed: settings, the adapter's shape and the prompts."""
+        """Settings that must be equal when a run is resumed, the adapter's shape and the prompts."""
         config = self.trained.adapter_config
         adapter = config and [config.r, config.lora_alpha, sorted(cast(Any, config.target_modules)), config.use_rslora]
         prompts = hashlib.sha256("\n".join(self.train_dataset["prompt"]).encode()).hexdigest()
@@ -102,7 +102,7 @@ class BaseTrainer(Trainer, ABC):
 
     @property
     def resume_settings(self) -> dict[str, Any]:
-        """What may differ when a run is resumed; differences are logged."""
+        """Settings that may differ when a run is resumed; differences are logged."""
         return self.args.settings
 
     # Micro-steps
@@ -343,5 +343,5 @@ class BaseTrainer(Trainer, ABC):
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What an older checkpoint does not know, it had the default of."""
+    """An older checkpoint had the default of a setting that it does not know."""
     return ", ".join(f"{name} {then[name]} -> {now[name]}" for name in now if then.get(name, now[name]) != now[name])

@@ -38,7 +38,7 @@ SETTINGS = (
 
 
 def gather_facts(trainer: "SLASTrainer") -> RunFacts:
-    """What is known of the run by now."""
+    """The facts of the run that are known by now."""
     args, pipe, trained, data = trainer.args, trainer.pipe, trainer.trained, trainer.train_dataset
     publisher, folder, denoiser = trainer.publisher, args.run_dir, trained.denoisers[trained.names[0]]
     scorer = trainer.eval_scorer
@@ -143,7 +143,7 @@ def _evaluation(trainer: "SLASTrainer") -> Evaluation | None:
 
 
 def _reading(folder: Path) -> str | None:
-    """What the calibration panel says of the rewards."""
+    """The calibration panel's sentence on the rewards."""
     try:
         logged = run_files.read_steps(folder / run_files.METRICS)
         return read_rewards(*reward_curves(read_rollouts(folder / run_files.ROLLOUTS), logged)).text

@@ -159,7 +159,7 @@ def try_writing(folder: Path) -> None:
 
 
 def lost(what: str, output_dir: Path, error: Exception) -> OSError:
-    """What to raise where a full disk has ended a run: what could not be written, and what is left."""
+    """The error of a run that a full disk has ended: what could not be written, and what is left."""
     last = last_whole_checkpoint(output_dir)
     left = f"the last whole one is {str(last)!r}; resume from there" if last else "there is no earlier one"
     return OSError(f"{what} could not be written ({error}). Of the checkpoints, {left} after making room.")

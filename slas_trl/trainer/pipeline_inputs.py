@@ -39,7 +39,7 @@ def _as_picture(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one call of the pipeline is made of, B images."""
+    """The inputs of one call of the pipeline, B images."""
 
     rows: list[dict[str, Any]]  # of the data set, one for each image, its pictures decoded
     call: dict[str, Any]  # arguments of the call
@@ -150,7 +150,7 @@ class PipelineInputs:
     def batches(
         self, dataset: Dataset, indices: Sequence[int], generators: Sequence[torch.Generator], size: int
     ) -> Iterator[Batch]:
-        """Of successive calls of at most `size` images. A row is read once, if equal indices are neighbors."""
+        """Inputs of successive calls of at most `size` images. A row is read once, if equal indices are neighbors."""
         rows: dict[int, dict[str, Any]] = {}
         for chunk in self.chunks(dataset, indices, size):
             rows = {i: rows.get(i) or self.row(dataset, i) for i in dict.fromkeys(indices[chunk])}
@@ -175,7 +175,7 @@ class PipelineInputs:
 
 def as_pictures(images: Any, problems: Sequence[str | None], prompts: str | Sequence[str]) -> list[Any]:
     """
-    What a pipeline returned, as one `PIL.Image.Image` for each sample; a video of one frame is an image, one of more
+    The output of a pipeline as one `PIL.Image.Image` for each sample; a video of one frame is an image, one of more
     frames a list of them. One with a problem is `None`, and named in a warning: it has no score.
     """
     for problem in dict.fromkeys(filter(None, problems)):

@@ -129,7 +129,7 @@ class Publisher(TrainerCallback):
         return cast(int, state.best_global_step) if is_best else state.global_step
 
     def facts(self) -> RunFacts:
-        """What is known of the run by now."""
+        """The facts of the run that are known by now."""
         return gather_facts(self.trainer)
 
     def write(self, folder: Path) -> None:

@@ -109,7 +109,7 @@ class TrainedModel:
         if is_sharded and accelerator.mixed_precision != "no":
             _autocast_sharded(accelerator, self.module)
 
-    # What the policy is made of
+    # The parts of the policy
 
     @property
     def adapter_config(self) -> LoraConfig | None:
