@@ -52,15 +52,10 @@ def reward_moment(x: Tensor, gamma: float) -> float:
 
 def kl_budget(kl_threshold: float, learning_rate: float, lambda_max: float, g_max: float) -> float:
     """
-    B of Eq. 83, 2ζ / (τ² λ_max G): what the moment may be so that the KL of an update is at most ζ.
-
-    Args:
-        kl_threshold (`float`): ζ > 0, in nats per element.
-        learning_rate (`float`): τ >= 0, of plain ascent, or the effective one ‖Δθ‖ / ‖g̃‖.
-        lambda_max (`float`): Largest eigenvalue of the Fisher matrix, >= 0.
-        g_max (`float`): Bound on E‖∇log π‖², >= 0.
-
-    Returns a `float`, infinite if one of the last three is 0. Raises `ValueError` for values out of range.
+    B of Eq. 83, 2ζ / (τ² λ_max G): the largest moment with which the KL of an update is at most ζ > 0, in nats per
+    element. τ >= 0 is the learning rate of plain ascent, or the effective one ‖Δθ‖ / ‖g̃‖, λ_max >= 0 the largest
+    eigenvalue of the Fisher matrix, and G >= 0 a bound on E‖∇log π‖². Infinite if one of these three is 0. Raises
+    `ValueError` for values out of range.
     """
     check_number("kl_threshold", kl_threshold, "(0, inf]")
     for name, value in (("learning_rate", learning_rate), ("lambda_max", lambda_max), ("g_max", g_max)):
@@ -144,13 +139,8 @@ def gamma_bound_sub_gaussian(budget: float, norm: float, constant: float = SUB_G
     The left side is convex in u, and below log B between the roots of the two branches of W. For c < 1/e it falls at
     first, and γ has a lower bound, too, where B is small.
 
-    Args:
-        budget (`float`): B > 0.
-        norm (`float`): K >= 0, the ψ₂ norm of x; see [`sub_gaussian_norm`].
-        constant (`float`, *optional*, defaults to `sqrt(1/2)`):
-            C > 0 of Eq. 96, (E|x|^k)^(1/k) ≤ C K √k. The default holds for all x and all k >= 2.
-
-    Returns a [`GammaRange`]. Raises `ValueError` for values out of range.
+    `budget` is B > 0, `norm` K >= 0 that of [`sub_gaussian_norm`], and `constant` C > 0 of Eq. 96, (E|x|^k)^(1/k) ≤
+    C K √k; by default √½, which holds for all x and all k >= 2. Raises `ValueError` for values out of range.
     """
     check_number("budget", budget, "(0, inf]")
     check_number("norm", norm, "[0, inf]")
@@ -240,6 +230,7 @@ def _normalized(vector: Vector, inner: Callable[[Vector, Vector], float]) -> Vec
     return [part / norm if norm > 0 else part for part in vector]
 
 
+@dataclass(eq=False)
 class FisherProduct:
     """
     v → H v with the Fisher matrix H = E[Jᵀ J / σ²] of Gaussian steps, J being the Jacobian of the step's mean by the
@@ -250,28 +241,14 @@ class FisherProduct:
     (fused attention has no second backward pass), and Jᵀ one backward pass. The two points are where the mean has
     moved by `shift` standard deviations (RMS), as far as the curvature is known. The weights are put back to the last
     bit.
-
-    Args:
-        policies (`list[Callable]`): Each returns one step's policy at the present weights, a [`GaussianStep`].
-        parameters (`list[torch.Tensor]`): What is trained.
-        curvature (`float`): A guess of vᵀHv > 0; after each product, it is that of the vector.
-        gradients (`Callable`, *optional*): The gradient of a scalar by the parameters.
-        inner (`Callable`, *optional*): Inner product of two vectors.
-        shift (`float`, *optional*, defaults to `0.003`): See above.
     """
 
-    def __init__(
-        self,
-        policies: Sequence[Callable[[], GaussianStep]],
-        parameters: Sequence[Tensor],
-        curvature: float,
-        *,
-        gradients: Callable[[Tensor], Vector] | None = None,
-        inner: Callable[[Vector, Vector], float] = inner_product,
-        shift: float = 0.003,
-    ):
-        self.policies, self.parameters, self.curvature = policies, parameters, curvature
-        self.gradients, self.inner, self.shift = gradients or self._gradients, inner, shift
+    policies: Sequence[Callable[[], GaussianStep]]  # each returns one step's policy at the present weights
+    parameters: Sequence[Tensor]  # what is trained
+    curvature: float  # a guess of vᵀHv > 0; after each product, it is that of the vector
+    gradients: Callable[[Tensor], Vector] | None = None  # of a scalar by the parameters; by default torch's
+    inner: Callable[[Vector, Vector], float] = inner_product
+    shift: float = 0.003
 
     def _gradients(self, scalar: Tensor) -> Vector:
         return list(torch.autograd.grad(scalar, list(self.parameters), allow_unused=True, materialize_grads=True))
@@ -279,11 +256,11 @@ class FisherProduct:
     def __call__(self, vector: Vector) -> Vector:
         distance = self.shift / math.sqrt(self.curvature)
         ahead, behind = (self._means(vector, step) for step in (distance, -distance))
-        total = [torch.zeros_like(part) for part in vector]
+        total, gradients = [torch.zeros_like(part) for part in vector], self.gradients or self._gradients
         for policy, plus, minus in zip(self.policies, ahead, behind, strict=True):
             here = policy()
             push = (plus - minus) / (2 * distance * here.std**2 * here.mean.numel() * len(self.policies))  # J v / σ²
-            for part, gradient in zip(total, self.gradients((here.mean * push).sum()), strict=True):
+            for part, gradient in zip(total, gradients((here.mean * push).sum()), strict=True):
                 part += gradient
         curvature = self.inner(vector, total)
         if 0 < curvature < math.inf:

@@ -60,8 +60,7 @@ class PipelineReplayer:
         scheduler ([`~slas_trl.schedulers.StochasticScheduler`], *optional*):
             The step policy. By default `pipe.scheduler`, converted unless it is one of ours.
 
-    Raises:
-        `ValueError`: when the pipeline cannot be a policy (no denoiser, a cache or dropout is active, ...).
+    Raises `ValueError` when the pipeline cannot be a policy (no denoiser, a cache or dropout is active, ...).
 
     Example:
 

@@ -93,7 +93,7 @@ class BaseTrainer(Trainer, ABC):
 
     @property
     def resume_signature(self) -> dict[str, Any]:
-        """Settings that must be equal when a run is resumed, the adapter's shape and the prompts."""
+        """Equal in both runs where one is resumed: settings, the adapter's shape and the prompts."""
         config = self.trained.adapter_config
         adapter = config and [config.r, config.lora_alpha, sorted(cast(Any, config.target_modules)), config.use_rslora]
         prompts = hashlib.sha256("\n".join(self.train_dataset["prompt"]).encode()).hexdigest()

@@ -56,13 +56,6 @@ class TrainedModel:
 
     `peft_config` is a new adapter; without it, the adapter that the pipeline carries is trained on, or else all
     weights. Raises `ValueError` or `TypeError` when this pipeline cannot be trained so.
-
-    Attributes:
-        names (`list[str]`): components of the denoisers, such as `["transformer", "transformer_2"]`.
-        module (`torch.nn.Module`): the one denoiser, or [`JoinedDenoisers`].
-        has_adapter (`bool`): whether an adapter is trained.
-        continued (`str`, *optional*): a hash of the adapter that training goes on with.
-        average ([`MovingAverage`], *optional*): of the trained weights.
     """
 
     def __init__(self, pipe: DiffusionPipeline, args: SLASConfig, peft_config: PeftConfig | None = None):
@@ -72,9 +65,10 @@ class TrainedModel:
                 component.requires_grad_(False)
                 component.eval()
         denoisers = self.denoisers = denoisers_of(pipe)
-        self.names = list(denoisers)
+        self.names = list(denoisers)  # such as ["transformer", "transformer_2"]
         set_seed(args.seed)  # before the adapter's random weights
         self.has_adapter = peft_config is not None or any(map(carries_adapter, denoisers.values()))
+        # A hash of the adapter that training goes on with.
         self.continued = None if peft_config or not self.has_adapter else continue_adapter(pipe, self.names)
         self._keeps_reference = self.continued is not None and bool(args.beta) and args.kl_reference == "initial"
         self._frozen_copies: dict[str, nn.Module] | None = None
