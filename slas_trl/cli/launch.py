@@ -30,7 +30,7 @@ SHUTDOWN_GRACE_SECONDS = 3600  # interrupted processes finish their update, and 
 
 
 def call_script(module: str, argv: list[str]) -> int:
-    """Import a script and call its `main`, and return the exit status, which is 0 where that returns none."""
+    """Import a script, call its `main`, and return the exit status."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character that the terminal lacks is no reason to end a run
             stream.reconfigure(errors="replace")
@@ -78,9 +78,9 @@ def find_config(name: str) -> Path:
 
 def launch(module: str, options: dict[str, str], argv: Sequence[str]) -> int:
     """
-    Run a script in the processes that `options` of [`split_options`] ask for, one for each accelerator by default.
-    Returns the exit status, that of the process which failed first, after its message on stderr. Raises `ValueError`
-    for options that do not go together, and `KeyboardInterrupt` after Ctrl-C, once all processes ended.
+    Run a script in the processes that `options` ask for, one for each accelerator by default. Returns the exit status,
+    that of the process which failed first, after its message. Raises `ValueError` for options that do not go together,
+    and `KeyboardInterrupt` after Ctrl-C, once all processes ended.
     """
     import torch
 

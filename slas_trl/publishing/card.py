@@ -20,13 +20,9 @@ HUB = "https://huggingface.co"
 
 def render(facts: RunFacts, place: Place | None = None) -> str:
     """The card as Markdown, with its metadata in YAML; its code loads from `place`, by default `facts.place`."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=as_text,  # what is inserted reads as it was written, unless a filter made Markdown of it
-    )
+    # What is inserted reads as it was written, unless a filter made Markdown of it.
+    style: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), finalize=as_text, **style)
     environment.filters |= {
         "code": as_code,
         "paragraph": as_paragraph,
@@ -52,7 +48,6 @@ def render(facts: RunFacts, place: Place | None = None) -> str:
 
 
 def write_card(folder: Path, facts: RunFacts) -> None:
-    """The card for `facts.place`, and its facts beside it."""
     facts.write(folder)
     (folder / CARD).write_text(render(facts), encoding="utf-8")
 
@@ -149,7 +144,7 @@ def _setting(value: Any) -> str:
 
 def _listed(parts: list[Markdown]) -> Markdown:
     """Markdown as `a, b and c`."""
-    return Markdown(" and ".join([*([", ".join(parts[:-1])] if parts[:-1] else []), *parts[-1:]]))
+    return Markdown(" and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]])))
 
 
 def _row(cells: list[str]) -> Markdown:

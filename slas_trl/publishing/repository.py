@@ -42,7 +42,7 @@ class PushError(OSError):
 
 @dataclass
 class Push:
-    """One commit. The branch `revision` is made if it is not there, and so is the repository, as a `private` one."""
+    """One commit. Repository, a `private` one, and branch are made if they are not there."""
 
     repo_id: str  # "user/name", or "name" for a repository of the token's owner
     files: Files  # without the card
@@ -66,9 +66,9 @@ class Push:
 
 def publish(facts: RunFacts, push: Push) -> CommitInfo:
     """
-    Push files with their card, in one commit, so that weights, card and checkpoint are always of the same update. No
-    commit is made if nothing is new. `push.repo_id` and `facts.place` have the repository's whole name afterwards.
-    Raises [`PushError`] when nothing was pushed, which says why, and how to push it later.
+    Push files with their card, in one commit, so that weights, card and checkpoint are always of the same update.
+    `push.repo_id` and `facts.place` have the repository's whole name afterwards. Raises [`PushError`], which says why
+    nothing was pushed, and how to push it later.
     """
     try:
         push.repo_id = create_repository(push.repo_id, push.private, push.token)
@@ -91,10 +91,7 @@ def publish(facts: RunFacts, push: Push) -> CommitInfo:
 
 
 def create_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> str:
-    """
-    Make the repository, if it is not there, and return its whole id. Raises `ValueError` where it is to be a private
-    one, and is there as a public one.
-    """
+    """Make the repository, if need be, and return its whole id. Raises `ValueError` if it should not be public."""
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and api.model_info(repo_id).private is False:
@@ -144,10 +141,7 @@ def reason(error: BaseException) -> str:
 
 
 def result_files(folder: Path, facts: RunFacts, pictures_in: Path) -> Files:
-    """
-    What lies at a repository's root, without the card: the weights in `folder`, and the pictures that the card shows.
-    Raises `FileNotFoundError` when the weights are not there.
-    """
+    """The weights in `folder`, and the pictures that the card shows. Raises `FileNotFoundError` without weights."""
     names = list(facts.denoisers)
     if facts.adapter:
         expected = [adapter_file(name, names) for name in names]
@@ -177,10 +171,7 @@ def checkpoint_files(checkpoint: Path, strategy: str) -> Files:
 
 
 def keep(files: Mapping[str, Path | bytes], folder: Path) -> Files:
-    """
-    The same files under `folder`, as hard links where there are such: what is uploaded must not change, nor be removed
-    with its checkpoint, meanwhile.
-    """
+    """Links or copies under `folder`: what is uploaded must not change, or be removed with its checkpoint."""
     kept = dict(files)
     for name, file in files.items():
         if isinstance(file, Path):

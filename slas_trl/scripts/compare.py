@@ -32,28 +32,23 @@ OURS = {
 
 
 class Arm(NamedTuple):
-    """A kind of advantages."""
-
     name: str  # of its folder
     label: str  # in tables and pictures
     options: tuple[str, ...]  # of `slas-trl train`
 
 
 def arms_of(kinds: Sequence[str], gammas: Sequence[float]) -> list[Arm]:
-    """
-    The arms of `--arms` and `--gammas`: "slas" is one for each γ. Raises `ValueError` for an unknown or double one.
-    """
+    """The arms of `--arms` and `--gammas`. Raises `ValueError` for an unknown or double one."""
     fixed = ("--gamma", "0", "--gamma_schedule", "constant")
     known = {
         "grpo": [Arm("grpo", "group std", ("--scale_rewards", "group", *fixed))],
         "linear": [Arm("linear", "batch std, γ 0", ("--scale_rewards", "batch", *fixed))],
-        "slas": [
-            Arm(f"slas-{g:g}", f"batch std, γ {g:g}", ("--scale_rewards", "batch", "--gamma", f"{g:g}"))
-            for g in gammas
-        ],
+        "slas": [],
     }
     for gamma in gammas:
         check_number("--gammas", gamma, "(0, 100)")  # γ = 0 is the arm linear
+        options = ("--scale_rewards", "batch", "--gamma", f"{gamma:g}")
+        known["slas"].append(Arm(f"slas-{gamma:g}", f"batch std, γ {gamma:g}", options))
     arms = [arm for kind in kinds for arm in known.get(kind, [])]
     if not arms or not all(map(known.get, kinds)) or len({*arms}) < len(arms):
         raise ValueError(
@@ -117,8 +112,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "config": settings,
     }
     root = Path(args.output_dir or settings.get("output_dir") or OUTPUT_DIR)
-    seeds = [(config.seed if args.seed is None else args.seed) + i for i in range(args.seeds)]
-    jobs = {root / BASE: {"arm": BASE, "seed": seeds[0], "options": options, **shared}}
+    first = config.seed if args.seed is None else args.seed
+    seeds = [*range(first, first + args.seeds)]
+    jobs = {root / BASE: {"arm": BASE, "seed": first, "options": options, **shared}}
     for seed in seeds:
         for arm in arms:
             spec = {"arm": arm.name, "seed": seed, "options": [*options, *arm.options], **shared}
@@ -165,8 +161,8 @@ def _run_all(folders: list[Path], processes: int, gpus: list[str], root: Path) -
                 if process.returncode:
                     lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
                     raise ValueError(
-                        f"{folder} failed: {lines[-1] if lines else 'it said nothing.'} All of its output is in "
-                        f"{folder / LOG}. The other runs are kept; give the same command again once this is mended."
+                        f"{folder} failed: {lines[-1] if lines else 'it said nothing.'} See {folder / LOG}. "
+                        "The other runs are kept; give the same command again once this is mended."
                     )
                 done, seconds = len(folders) - len(waiting) - len(running), time.perf_counter() - start
                 print(f"[{done}/{len(folders)}] {folder.relative_to(root)}: {seconds:.0f} s", flush=True)
@@ -194,9 +190,8 @@ def _start(folder: Path, gpus: list[str], place: int) -> subprocess.Popen:
 
 def _gpus() -> list[str]:
     """Names of those that may be used."""
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
-    return [str(i) for i in range(torch.cuda.device_count())]
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
+    return [*filter(None, names.split(","))]
 
 
 def _numbers(text: str) -> list[float]:

@@ -45,7 +45,7 @@ NOISE, KL_NOISE, KL_STEPS = 100, 101, 102
 class ArmEvaluation(TrainerCallback):
     """
     Scores the policy on the evaluation prompts every so many updates, and at the end, always with the same noise. The
-    KL is to the denoisers in `base`, or to the model without its adapter; `spec` is what the folder's `arm.json` says.
+    KL is to the denoisers in `base`, or to the model without its adapter.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class ArmEvaluation(TrainerCallback):
 
 
 def run_arm(folder: Path) -> None:
-    """Do what the folder's `arm.json` says, and write `result.json` into it."""
+    """Do what `arm.json` says, and write `result.json`."""
     spec: Mapping[str, Any] = json.loads((folder / SPEC).read_text(encoding="utf-8"))
     own = ["--seed", str(spec["seed"]), "--output_dir", str(folder)]
     own += ["--eval_strategy", "no", "--logging_first_step", "true", "--disable_tqdm", "true"]
@@ -147,7 +147,7 @@ def run_arm(folder: Path) -> None:
 
 
 def _verdict(score: str) -> Callable[..., list[float]]:
-    """A score of the verifier of the shapes world as a reward, by its name."""
+    """A score of the verifier of the shapes world as a reward."""
 
     def reward(prompts, images, **columns):
         return [float(getattr(verdict, score)) for verdict in verify(prompts, images)]

@@ -50,7 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)  # ends the line of a progress bar
         if os.environ.get("SLAS_TRL_DEBUG") == "1":
             traceback.print_exception(error)
-        # With the kind of an error that is nobody's input.
         message = str(error) if isinstance(error, BAD_INPUT) else f"{type(error).__name__}: {error}"
         print(f"\nTraining cannot start:\n{_wrapped(message, '- ', '  ')}")
         return 1
@@ -61,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def examine(
     pipe: DiffusionPipeline, script: SLASScriptArguments, lora: LoraArguments, config: SLASConfig, folder: str
 ) -> None:
-    """Make one update and print what it was like. What the trainer writes goes to `folder`; it raises the problem."""
+    """Make one update and print what it was like. Raises the first problem; `folder` is for the trainer's files."""
     resume = config.resume_from_checkpoint
     checkpoint = checkpoints.find(config.run_dir, True if resume in ("true", "True") else resume)
     config.output_dir, config.push_to_hub, config.report_to, config.log_completions = folder, False, [], False
@@ -161,11 +160,9 @@ def print_rewards(trainer: SLASTrainer, log: dict[str, float], evaluation: dict[
 def print_time(trainer: SLASTrainer, log: dict[str, float], sampling: float) -> None:
     config, device = trainer.args, trainer.accelerator.device
     updates = config.micro_steps_per_rollout / config.micro_steps_per_update
-    print_row(
-        "time",
-        f"{log['step_time']:.2g} s for the first update, of which {sampling:.2g} s to sample "
-        f"{config.generation_batch_size} images; a rollout serves {updates:g} update(s)",
-    )
+    sampled = f"of which {sampling:.2g} s to sample {config.generation_batch_size} images"
+    first = f"{log['step_time']:.2g} s for the first update, {sampled}"
+    print_row("time", f"{first}; a rollout serves {updates:g} update(s)")
     if device.type == "cuda":
         print_row("peak memory", f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}")
 

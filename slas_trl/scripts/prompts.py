@@ -60,9 +60,8 @@ def make_parser(prog: str = "slas-trl prompts") -> argparse.ArgumentParser:
         "--adapter, --dataset_name, --reward_funcs, --reward_weights, --num_generations, --seed ... Without "
         "--model_name_or_path: the embedded pipeline.",
     )
-    score.add_argument(
-        "--output", required=True, help="file of prompts and scores to write, or to go on with (.jsonl)"
-    )
+    what = "file of prompts and scores to write, or to go on with (.jsonl)"
+    score.add_argument("--output", required=True, help=what)
     return parser
 
 
@@ -134,8 +133,7 @@ def _scored_before(output: Path, settings: dict[str, Any]) -> dict[int, dict[str
     then = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
     if changed := {k: (then.get(k), settings.get(k)) for k in then | settings if then.get(k) != settings.get(k)}:
         raise ValueError(
-            f"{output} holds something else, or scores that were made with other settings (then, now): {changed}. "
-            "Name another --output, or delete it."
+            f"{output} holds something else, or scores of other settings (then, now): {changed}. Name another file."
         )
     lines = read_lines(output)
     write_lines(output, lines)  # without half a line, which a killed run has left
@@ -168,14 +166,11 @@ def _score_rows(trainer: SLASTrainer, rows: Sequence[int], rollout_index: int) -
         scores = scoring.gather().rewards  # (N, K)
     total = compute_advantages(scores, copies, args).rewards
     groups = zip(rows, total.view(-1, copies), scores.view(len(rows), copies, -1), strict=True)
-    return [
-        {
-            "row": row,
-            **_statistics(of_sum),
-            "rewards": dict(zip(trainer.scorer.names, map(_statistics, of_each.T), strict=True)),
-        }
-        for row, of_sum, of_each in groups
-    ]
+    scored = []
+    for row, of_sum, of_each in groups:
+        rewards = dict(zip(trainer.scorer.names, map(_statistics, of_each.T), strict=True))
+        scored.append({"row": row, **_statistics(of_sum), "rewards": rewards})
+    return scored
 
 
 def _statistics(scores: torch.Tensor) -> dict[str, float | None]:

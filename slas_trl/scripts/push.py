@@ -37,9 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     weights, facts = find_result(run_dir)
     edited = edited_card(weights, facts)
     if edited is not None:
-        print(
-            "README.md was edited, and is pushed as it is: see what its code loads, and from where.", file=sys.stderr
-        )
+        said = "README.md was edited, and is pushed as it is: see what its code loads, and from where."
+        print(said, file=sys.stderr)
     if args.base_model is not None:
         facts.base = replace(facts.base, hub_id=args.base_model, name=None, embedded=False, license=None)
     files = repository.result_files(weights, facts, weights)
@@ -47,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         files |= repository.checkpoint_files(checkpoint, args.hub_strategy)
     old = repository.OLD_PICTURES + ("" if args.hub_strategy == "end" else f"|{repository.OLD_CHECKPOINT}")
     message = args.commit_message or f"Model after {facts.step} updates"
-    place = {"revision": args.revision, "private": args.private}
-    push = repository.Push(args.repo, files, message, run_dir, args.hub_strategy, **place, replaces=old, card=edited)
+    place = args.hub_strategy, args.revision, args.private
+    push = repository.Push(args.repo, files, message, run_dir, *place, replaces=old, card=edited)
     done = repository.publish(facts, push)
     print("\n".join(sorted(files)))
     print(f"Pushed: {done.commit_url}")
@@ -66,7 +65,7 @@ def find_result(run_dir: Path) -> tuple[Path, RunFacts]:
 
 
 def chosen_checkpoints(run_dir: Path, strategy: str) -> list[Path]:
-    """Those that `strategy` asks for. Raises `ValueError` if there is none, or one of them is not whole."""
+    """Raises `ValueError` if there is none, or one of them is not whole."""
     if strategy == "end":
         return []
     is_checkpoint = (run_dir / STATE).is_file()

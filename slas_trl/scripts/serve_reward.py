@@ -74,7 +74,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def warm_up(reward: RewardFunc) -> None:
-    """Load the model. Raises `ImportError` and `FileNotFoundError` when a package or a checkpoint is missing."""
+    """Load the model, by a picture. Raises what a missing package or checkpoint raises."""
     try:
         call_reward(reward, ["a gray picture"], [Image.new("RGB", (256, 256), (128, 128, 128))], {})
     except (ImportError, FileNotFoundError):

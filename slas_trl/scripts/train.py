@@ -99,10 +99,7 @@ def eval_prompts(script: SLASScriptArguments, config: SLASConfig) -> Dataset | N
     if config.eval_strategy != "no":
         return held_out_prompts(script, config, f"eval_strategy={IntervalStrategy(config.eval_strategy).value}")
     if script.eval_reward_funcs:
-        raise ValueError(
-            "eval_reward_funcs are scored in evaluation, and there is none: set eval_strategy, for example "
-            "--eval_strategy steps --eval_steps 10."
-        )
+        raise ValueError("eval_reward_funcs need an evaluation: set --eval_strategy steps --eval_steps 10, say.")
     return None if script.eval_dataset_name is None else held_out_prompts(script, config, "")
 
 
