@@ -56,12 +56,15 @@ def test_every_part_of_it_is_drawn(tmp_path):
     assert (pixels(tmp_path / "without.png") != picture).any()  # evaluations were drawn
 
 
-@pytest.mark.parametrize("changes", [{}, {"group_std": [0.0] * 14}, {"group_std": [None] * 14}], ids=str)
-@pytest.mark.parametrize("rollouts", [1, 9])
+NO_ADVANTAGE = {"group_abs_advantage": [0.0] * 14, "reward": None}
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "changes"),
+    [(1, {}), (9, {"group_std": [0.0] * 14, **NO_ADVANTAGE}), (1, {"group_std": [None] * 14, **NO_ADVANTAGE})],
+)
 def test_short_runs_and_those_in_which_no_group_differs(tmp_path, rollouts, changes):
     path = write(tmp_path, run(up, rollouts, taste=down))
-    if changes:
-        changes = changes | {"group_abs_advantage": [0.0] * 14, "reward": None}
     write_lines(path, [line | changes for line in read_lines(path)])
     assert plot_calibration(path).verdict == "too short"
     assert pixels(tmp_path / "calibration.png").min() < 50
