@@ -177,7 +177,7 @@ def _report(command: str, failures: "Mapping[int, ProcessFailure]") -> int:
 
 
 def _work(module: str, argv: list[str]) -> int:
-    """Run the script as one of several processes, and leave its error for the launcher. Returns the exit status."""
+    """Run the script as one of several processes, and leave its error for the launcher."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
     try:

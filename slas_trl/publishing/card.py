@@ -19,7 +19,7 @@ HUB = "https://huggingface.co"
 
 
 def render(facts: RunFacts, place: Place | None = None) -> str:
-    """The card as Markdown, with its metadata in YAML; its code loads from `place`, by default `facts.place`."""
+    """The card as Markdown, with its metadata in YAML; its code loads from `place`."""
     # What is inserted reads as it was written, unless a filter made Markdown of it.
     style: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=FileSystemLoader(TEMPLATES), finalize=as_text, **style)
@@ -34,14 +34,10 @@ def render(facts: RunFacts, place: Place | None = None) -> str:
     }
     text = environment.get_template("model_card.md").render(
         facts=facts,
-        base=facts.base,
         hub=Markdown(HUB),
         quick_start=Markdown(quick_start(facts, place or facts.place)),
-        scores=facts.evaluation,
         license_link=Markdown(_license_link(facts.base) or ""),
         settings={name: value for name, value, _ in facts.settings},
-        trained=[reward for reward in facts.rewards if reward.weight],
-        held_out=[reward for reward in facts.rewards if not reward.weight],
         prompts=max([m.prompts or 0 for m in facts.evaluation.metrics], default=0) if facts.evaluation else 0,
     )
     return f"---\n{_metadata(facts).to_yaml()}\n---\n\n{text}"
@@ -67,9 +63,8 @@ def _metadata(facts: RunFacts) -> ModelCardData:
     results = _eval_results(facts, task)
     widget = []
     for sample in facts.samples:
-        widget += [{"text": shown(sample.prompt), "output": {"url": shown(sample.after)}}]
-        if sample.before:
-            widget += [{"text": f"Before training: {shown(sample.prompt)}", "output": {"url": shown(sample.before)}}]
+        for picture, head in ((sample.after, ""), (sample.before, "Before training: ")):
+            widget += [{"text": head + shown(sample.prompt), "output": {"url": shown(picture)}}] if picture else []
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag=task,

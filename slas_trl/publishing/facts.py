@@ -132,8 +132,8 @@ class RunFacts:
     @property
     def pictures(self) -> list[str]:
         """Paths of all pictures that the card shows."""
-        paths = [*(path for sample in self.samples for path in sample.paths), self.sheet, self.curves]
-        return list(dict.fromkeys(path for path in [*paths, self.calibration] if path))
+        paths = [path for sample in self.samples for path in sample.paths]
+        return list(dict.fromkeys(filter(None, [*paths, self.sheet, self.curves, self.calibration])))
 
     def keep_pictures(self, files: Container[str]) -> None:
         """Leave out those that are not among `files`."""

@@ -57,7 +57,6 @@ class Push:
 
     @property
     def command(self) -> str:
-        """The command line that pushes the same later."""
         words = ["slas-trl", "push", str(self.run_dir), self.repo_id]
         words += ["--private"] if self.private else []
         words += ["--revision", self.revision] if self.revision else []
@@ -143,13 +142,10 @@ def reason(error: BaseException) -> str:
 def result_files(folder: Path, facts: RunFacts, pictures_in: Path) -> Files:
     """The weights in `folder`, and the pictures that the card shows. Raises `FileNotFoundError` without weights."""
     names = list(facts.denoisers)
-    if facts.adapter:
-        expected = [adapter_file(name, names) for name in names]
-        paths = [folder / name for name in expected]
-    else:
-        expected = [f"{name}/config.json" for name in names]
-        kinds = ("*.safetensors", "config.json", "*.index.json")
-        paths = [path for name in names for kind in kinds for path in (folder / name).glob(kind)]
+    expected = [adapter_file(name, names) if facts.adapter else f"{name}/config.json" for name in names]
+    kinds = ("*.safetensors", "config.json", "*.index.json")
+    whole = [path for name in names for kind in kinds for path in (folder / name).glob(kind)]
+    paths = [folder / name for name in expected] if facts.adapter else whole
     for name in expected:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"There are no trained weights in {str(folder)!r}: {name} is not there.")

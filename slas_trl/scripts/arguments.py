@@ -142,15 +142,11 @@ def parse(
     Raises:
         `ValueError`, `FileNotFoundError`: for unknown fields, values that do not fit, and no such YAML file.
     """
-    parser = _TrlParser(
-        list(DATACLASSES),
-        prog=prog,
-        description="Fine-tune a text-to-image pipeline. Without --model_name_or_path: the embedded one.",
-        epilog="--config FILE reads any of these from a YAML file; the command line overrides it. Several processes: "
-        + " ".join(f"--{name}" for name in LAUNCH_OPTIONS)
-        + ", as in `accelerate launch`.",
-        allow_abbrev=False,
-    )
+    description = "Fine-tune a text-to-image pipeline. Without --model_name_or_path: the embedded one."
+    epilog = "--config FILE reads any of these from a YAML file; the command line overrides it. Several processes: "
+    epilog += " ".join(f"--{name}" for name in LAUNCH_OPTIONS) + ", as in `accelerate launch`."
+    texts = {"prog": prog, "description": description, "epilog": epilog}
+    parser = _TrlParser(list(DATACLASSES), allow_abbrev=False, **texts)
     rest, values = take_config(argv) if settings is None else (list(argv), dict(settings))
     flags = flags_of(rest)
     refuse_removed(flags)

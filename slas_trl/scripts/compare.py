@@ -58,14 +58,11 @@ def arms_of(kinds: Sequence[str], gammas: Sequence[float]) -> list[Arm]:
     return arms
 
 
-def make_parser(prog: str = "slas-trl compare") -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        allow_abbrev=False,
-        description=__doc__,
-        epilog="All options of `slas-trl train` are taken too, --config among them, and hold for every arm. Arms that "
-        "are finished are not run again: after an interruption, give the same command.",
-    )
+def make_parser() -> argparse.ArgumentParser:
+    epilog = "All options of `slas-trl train` are taken too, --config among them, and hold for every arm. Arms that "
+    epilog += "are finished are not run again: after an interruption, give the same command."
+    texts = {"prog": "slas-trl compare", "description": __doc__, "epilog": epilog}
+    parser = argparse.ArgumentParser(allow_abbrev=False, **texts)
     kinds = "grpo (std of the group), linear (std of the batch), slas (shaped as well, by each of --gammas)"
     parser.add_argument("--arms", default="grpo,linear,slas", help=f"kinds of advantages: {kinds}")
     parser.add_argument("--gammas", type=_numbers, default="0.25,0.5,1", help="γ of the slas arms (0.25,0.5,1)")
@@ -79,8 +76,7 @@ def make_parser(prog: str = "slas-trl compare") -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    argv = list(sys.argv[1:] if argv is None else argv)
+def main(argv: Sequence[str]) -> None:
     args, options = make_parser().parse_known_args(argv)
     for name in ("seeds", "processes", "eval_every", "eval_prompts", "eval_images_per_prompt"):
         check_number(f"--{name}", 1 if (number := getattr(args, name)) is None else number, "[1, inf)")
@@ -105,12 +101,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = held_out_prompts(script, config, "slas-trl compare")
     if args.eval_prompts is not None and args.eval_prompts > len(prompts):
         raise ValueError(f"--eval_prompts is {args.eval_prompts}, but there are {len(prompts)} held-out prompts.")
-    shared = {
-        "eval_every": args.eval_every or max(1, config.max_steps // 8),
-        "eval_prompts": args.eval_prompts or len(prompts),
-        "eval_images_per_prompt": args.eval_images_per_prompt,
-        "config": settings,
-    }
+    every, number = args.eval_every or max(1, config.max_steps // 8), args.eval_prompts or len(prompts)
+    shared: dict[str, Any] = {"eval_every": every, "eval_prompts": number}
+    shared |= {"eval_images_per_prompt": args.eval_images_per_prompt, "config": settings}
     root = Path(args.output_dir or settings.get("output_dir") or OUTPUT_DIR)
     first = config.seed if args.seed is None else args.seed
     seeds = [*range(first, first + args.seeds)]
@@ -177,15 +170,11 @@ def _start(folder: Path, gpus: list[str], place: int) -> subprocess.Popen:
     """A process that interrupts itself when its stdin is closed, be it that this one was killed."""
     # Several GPUs are shared out; runs on the same one share its memory.
     environ = {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus else {}
+    command = [sys.executable, "-m", "slas_trl.scripts.compare_arm", str(folder)]
     with (folder / LOG).open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "slas_trl.scripts.compare_arm", str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=os.environ | environ,
-            start_new_session=True,  # Ctrl-C reaches it through this process alone
-        )
+        streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": log, "stderr": subprocess.STDOUT}
+        # Ctrl-C reaches it through this process alone.
+        return subprocess.Popen(command, env=os.environ | environ, start_new_session=True, **streams)
 
 
 def _gpus() -> list[str]:

@@ -1,10 +1,7 @@
 """
-What `slas-trl compare` makes of finished arms: tables, curves and sample sheets.
-
-    score of an arm         V, (seeds, prompts): mean over the images of a prompt
-    mean and interval       of V, for other seeds and other prompts, see `statistics.mean_over_seeds_and_prompts`
-    paired difference       the same of V_arm - V_other: seeds, prompts and noise are the same in both
-    matched KL              V at the update where each run is as far from the base as the run that went least far
+What `slas-trl compare` makes of finished arms: tables, curves and sample sheets. A paired difference is of the scores
+`(seeds, prompts)` of two arms, whose noise is the same; matched KL is where each run is as far from the base as the
+one that went least far.
 """
 
 import json
@@ -96,7 +93,7 @@ class Report:
         self.weights: dict[str, float] = {name: w for name, w in base["reward_weights"].items() if w}
         self.trained_as = " + ".join(name if w == 1 else f"{w:g} × {name}" for name, w in self.weights.items())
         names = list(base["evaluations"]["0"]["scores"])
-        # Left out because another measure is the same: the only trained reward, and rewards that the verifier is.
+        # Another measure is the same.
         hidden = {"shapes_verifier", "shapes_verifier_strict"} if SCORES[0] in names else set()
         hidden |= self.weights.keys() if [*self.weights.values()] == [1.0] else set()
         shown = [i for i, name in enumerate(names) if name not in hidden]
@@ -122,7 +119,7 @@ class Report:
         return _estimates({f"{label[a]} − {label[b]}": scores[label[a]] - scores[label[b]] for a, b in pairs})
 
     def numbers(self, command: str) -> dict[str, Any]:
-        """All of it, for JSON: tables by row and measure, of mean and interval, and curves by arm."""
+        """For JSON: tables by row and measure, of mean and interval, and curves by arm."""
         arms = {run.label: arm for arm, run in self.runs.items()}
         numbers = {"command": command, "seeds": len(self.first.kl), "prompts": self.base["prompts"]}
         numbers |= {"matched_kl": self.target, "curves": {}}
@@ -197,7 +194,6 @@ class Report:
 
 
 def _estimates(scores: Mapping[str, np.ndarray]) -> Table:
-    """Of scores `(M, S, P)` by row."""
     return {row: [estimate(values) for values in each] for row, each in scores.items()}
 
 

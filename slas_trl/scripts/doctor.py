@@ -10,7 +10,6 @@ import textwrap
 import time
 import traceback
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -35,10 +34,9 @@ WIDTH, LABEL = 96, 18
 EVALUATED = 2  # prompts of an evaluation, which scores the held-out rewards
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Returns 0 if training could start, and 1 if not."""
-    script, lora, config = parse(sys.argv[1:] if argv is None else argv, prog="slas-trl doctor", one_process=True)
-    sys.path.append(str(Path.cwd()))  # as for `slas-trl train`
+    script, lora, config = parse(argv, prog="slas-trl doctor", one_process=True)
     pipe = script.load_pipeline(config)
     print_row("pipeline", f"{type(pipe).__name__}, {script.model_name_or_path or 'the embedded one'}")
     for name, denoiser in denoisers_of(pipe).items():
@@ -74,48 +72,42 @@ def examine(
     config.save_strategy, config.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
     config.load_best_model_at_end = config.eval_on_start = False
     print(f"slas-trl doctor: one update, of {config.generation_batch_size} images ...", file=sys.stderr)
-    sampling = Sampling(trainer.replayer, config.num_trained_timesteps)
+    sampling = Sampling(trainer.replayer)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     log = next(line for line in reversed(trainer.state.log_history) if "loss" in line)
-    for label, text in sampling.rows.items():
-        print_row(label, text)
+    print_rollout(cast(Rollout, sampling.first), config.num_trained_timesteps)
     print_update(config, log)
-    evaluation = {}
-    if isinstance(data := trainer.eval_dataset, Dataset):
-        evaluation = trainer.evaluate(data.select(range(min(EVALUATED, len(data)))))
-    print_rewards(trainer, log, evaluation)
+    data = trainer.eval_dataset
+    few = data.select(range(min(EVALUATED, len(data)))) if isinstance(data, Dataset) else None
+    print_rewards(trainer, log, {} if few is None else trainer.evaluate(few))
     print_time(trainer, log, sampling.seconds)
 
 
 class Sampling:
-    """Takes the place of a replayer's `sample`, to describe the first call in `rows`, and to add up the `seconds`."""
+    """Takes the place of a replayer's `sample`, to keep the `first` rollout, and to add up the `seconds`."""
 
-    def __init__(self, replayer: PipelineReplayer, trained: int):
-        self.rows: dict[str, str] = {}
+    def __init__(self, replayer: PipelineReplayer):
+        self.first: Rollout | None = None
         self.seconds = 0.0
-        self._trained = trained
         self._sample, replayer.sample = replayer.sample, self  # type: ignore[method-assign]
 
     def __call__(self, **call: Any) -> Rollout:
         start = time.perf_counter()
         rollout = self._sample(**call)
         self.seconds += time.perf_counter() - start
-        self.rows = self.rows or rollout_rows(rollout, self._trained)
+        self.first = self.first or rollout
         return rollout
 
 
-def rollout_rows(rollout: Rollout, trained: int) -> dict[str, str]:
-    """Sizes, calls of the denoiser and steps, by label."""
+def print_rollout(rollout: Rollout, trained: int) -> None:
+    """Sizes, calls of the denoiser and steps."""
     width, height = still(rollout.images[0]).size
     latents = " x ".join(map(str, rollout.steps[0].sample.shape[1:]))
+    print_row("images", f"{width} x {height} pixels, from latents of {latents}")
     calls = sorted({len(step.outputs) for step in rollout.steps})
-    noise = ", ".join(f"{step.std:.3g}" for step in rollout.steps)
-    return {
-        "images": f"{width} x {height} pixels, from latents of {latents}",
-        "denoiser calls": " or ".join(f"{number} per step" for number in calls),
-        "steps": f"{len(rollout.steps)}, of which {len(rollout.trainable_steps)} stochastic and {trained} trained; "
-        f"std of each: {noise}",
-    }
+    print_row("denoiser calls", " or ".join(f"{number} per step" for number in calls))
+    steps = f"{len(rollout.steps)}, of which {len(rollout.trainable_steps)} stochastic and {trained} trained"
+    print_row("steps", f"{steps}; std of each: {', '.join(f'{step.std:.3g}' for step in rollout.steps)}")
 
 
 def print_trained(trainer: SLASTrainer, is_adapter: bool) -> None:
@@ -130,22 +122,18 @@ def print_trained(trainer: SLASTrainer, is_adapter: bool) -> None:
 
 
 def print_update(config: SLASConfig, log: dict[str, float]) -> None:
-    """Ratio, KL and advantages, as the trainer logged them."""
     allowed = min(1e-5, config.epsilon / 10)
     print_row("max |ratio - 1|", f"{log['ratio/max_deviation']:.3g} before the update (allowed: {allowed:g})")
     for key, label in (("kl", "KL to reference"), ("trust_region/kl", "KL of update")):
         if key in log:
             print_row(label, f"{log[key]:.3g} nats per element of a latent")
-    print_row(
-        "advantages",
-        f"gamma {log['gamma']:g}, |A| up to {log['advantages/abs_max']:.3g}; effective share "
-        f"{log['advantages/effective_share']:.3f}; groups without a difference {log['frac_reward_zero_std']:.0%}",
-    )
+    largest = f"gamma {log['gamma']:g}, |A| up to {log['advantages/abs_max']:.3g}"
+    shares = f"{log['advantages/effective_share']:.3f}; groups without a difference {log['frac_reward_zero_std']:.0%}"
+    print_row("advantages", f"{largest}; effective share {shares}")
     print_row("reward", f"mean {log['reward']:.4g}, std within a group {log['reward_std']:.3g}")
 
 
 def print_rewards(trainer: SLASTrainer, log: dict[str, float], evaluation: dict[str, float]) -> None:
-    """Each reward on the images of the rollout, and the held-out ones on those of a few evaluation prompts."""
     rows = [("reward", "mean", "std", "no score", "seconds", "weight")]
     for name, weight in trainer.weight_of.items():
         is_held_out = name not in trainer.scorer.names

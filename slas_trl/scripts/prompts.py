@@ -9,7 +9,6 @@ import json
 import math
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from .arguments import SLASScriptArguments, parse
 from .train import make_trainer, train_prompts
 
 
-# Settings that the scores depend on, beside the prompts, the model and the rewards.
+# What the scores depend on, beside the prompts, the model and the rewards.
 DECISIVE = (
     *("seed", "num_generations", "per_device_train_batch_size", "num_inference_steps", "guidance_scale"),
     *("height", "width", "eta", "noise_schedule", "noise_level", "sde_window_size", "sde_window_start"),
@@ -46,8 +45,8 @@ FILTERING = (
 )
 
 
-def make_parser(prog: str = "slas-trl prompts") -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False, description=__doc__)
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="slas-trl prompts", allow_abbrev=False, description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     score = commands.add_parser(
         "score",
@@ -65,8 +64,8 @@ def make_parser(prog: str = "slas-trl prompts") -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser, argv = make_parser(), list(sys.argv[1:] if argv is None else argv)
+def main(argv: Sequence[str]) -> None:
+    parser = make_parser()
     if argv[:1] == ["filter"]:
         raise ValueError(FILTERING)
     args, rest = parser.parse_known_args(argv)
@@ -112,7 +111,6 @@ def score(output: Path, argv: Sequence[str]) -> None:
 
 
 def _settings(script: SLASScriptArguments, config: SLASConfig, data: Dataset) -> dict[str, Any]:
-    """What the scores depend on."""
     given = {
         "dataset_name": script.dataset_name or config.prompt_dataset,
         "prompts": hashlib.sha256("\n".join(data["prompt"]).encode()).hexdigest(),

@@ -14,24 +14,21 @@ from ..run_files import FACTS, STATE
 from ..trainer.checkpoints import checkpoints_in, find, last_whole_checkpoint, read_state
 
 
-def make_parser(prog: str = "slas-trl push") -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False, description=__doc__)
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="slas-trl push", allow_abbrev=False, description=__doc__)
     parser.add_argument("run_dir", metavar="RUN_DIR", help="a run's output_dir, or one of its checkpoints")
     parser.add_argument("repo", metavar="REPO", help="user/name, or a name of your own; made if it is not there")
     parser.add_argument("--private", action="store_true", default=None, help="make the repository a private one")
     parser.add_argument("--revision", help="branch, made if it is not there (default: the main one)")
-    parser.add_argument(
-        "--hub_strategy",
-        choices=["end", *repository.CHECKPOINT_STRATEGIES],
-        default="end",
-        help="also push the last checkpoint, or all of them, for a training to go on from (default: end, none)",
-    )
+    also = "also push the last checkpoint, or all of them, for a training to go on from (default: end, none)"
+    strategies = ["end", *repository.CHECKPOINT_STRATEGIES]
+    parser.add_argument("--hub_strategy", choices=strategies, default="end", help=also)
     parser.add_argument("--base_model", help="Hub id of what was trained, where the run had it from a folder")
     parser.add_argument("--commit_message", help="of the commit")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     args = make_parser().parse_args(argv)
     run_dir = Path(args.run_dir)
     weights, facts = find_result(run_dir)

@@ -74,10 +74,10 @@ class RunReport:
         ends = {name: (comparison[row]["before"].mean, comparison[row]["after"]) for name, row in named.items()}
         metrics = [Metric(name, now.mean, now.half_width, now.prompts, was) for name, (was, now) in ends.items()]
         prompts, images, trainer = len(self.rows), self.images_per_prompt, self.trainer
+        drawn = f"{self.origin} prompt{'s' * (prompts != 1)}{' of shapes' * self.is_shapes}, {images} picture"
         how = (
-            f"on {prompts} {self.origin} prompt{'s' * (prompts != 1)}{' of shapes' * self.is_shapes}, {images} "
-            f"picture{'s' * (images != 1)} each, drawn by the pipeline's own sampler with the same seeds before and "
-            "after; ± is the half width of a 95% interval."
+            f"on {prompts} {drawn}{'s' * (images != 1)} each, drawn by the pipeline's own sampler with the same seeds "
+            "before and after; ± is the half width of a 95% interval."
         )
         trainer.publisher.evaluation = Evaluation(f"{in_card} {how}", rows, metrics, self.origin)
         trainer.publisher.show()
@@ -89,9 +89,8 @@ class RunReport:
 def _compare_shapes(before: ShapesReport, after: ShapesReport) -> dict[str, dict[str, Estimate]]:
     """The graded score of each category, and of all the strict one, too."""
     reports = {"before": before, "after": after, "change": paired_difference(before, after)}
-    estimates = {when: report.estimates for when, report in reports.items()}
-    rows = {category: (category, "graded") for category in estimates["change"]} | {ALL_OR_NOTHING: (OVERALL, "strict")}
+    rows = {name: (name, "graded") for name in reports["change"].estimates} | {ALL_OR_NOTHING: (OVERALL, "strict")}
     return {
-        name: {when: each[category][score] for when, each in estimates.items()}
+        name: {when: report.estimates[category][score] for when, report in reports.items()}
         for name, (category, score) in rows.items()
     }

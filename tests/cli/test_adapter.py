@@ -26,19 +26,12 @@ from tests.tiny_pipelines import sd_pipeline
 from tests.trainer.tiny_trainers import publish
 
 
-SETTINGS = {
-    "adapter": "published",
-    "reward_funcs": ["adapter_rewards:darkness"],
-    "beta": 0.1,
-    "learning_rate": 1e-2,
-    "report_images_per_prompt": 1,
-    "log_completions": False,
-}
+SETTINGS = {"adapter": "published", "reward_funcs": ["adapter_rewards:darkness"], "beta": 0.1, "learning_rate": 1e-2}
+SETTINGS |= {"report_images_per_prompt": 1, "log_completions": False}
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """And an adapter that was trained on the model."""
     folder = make_home(tmp_path_factory.mktemp("home"), "adapter_rewards", **SETTINGS)
     publish(sd_pipeline(), ["unet"], folder / "published")
     return folder

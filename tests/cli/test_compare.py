@@ -135,7 +135,8 @@ def test_after_an_interruption_the_same_command_goes_on(tmp_path, capsys):
     line = ["compare", "--arms", "linear", "--seeds", "1", *SMALL, "--max_steps", "6", "--output_dir", str(tmp_path)]
     command = [sys.executable, "-m", "slas_trl.cli.main", *line]
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    evaluations = tmp_path / "linear" / "seed-42" / "evaluations.json"
+    folder = tmp_path / "linear" / "seed-42"
+    evaluations = folder / "evaluations.json"
     deadline = time.monotonic() + 200
     while not (evaluations.exists() and "2" in read(evaluations)):
         assert time.monotonic() < deadline and process.poll() is None
@@ -147,11 +148,10 @@ def test_after_an_interruption_the_same_command_goes_on(tmp_path, capsys):
     assert len(interrupted) < 6
     assert main(line) == 0
     assert "1 of 2 runs to do" in capsys.readouterr().out
-    resumed = read(tmp_path / "linear" / "seed-42" / "result.json")
+    resumed = read(folder / "result.json")
     assert sorted(resumed["evaluations"], key=int) == list("123456")
     assert resumed["evaluations"]["2"] == interrupted["2"]
-    assert resumed["first_rollout"]  # of the run before the interruption
-    assert list((tmp_path / "linear" / "seed-42").glob("checkpoint-*"))  # that it went on from
+    assert resumed["first_rollout"] and list(folder.glob("checkpoint-*"))  # of the run before the interruption
 
 
 def test_arms():

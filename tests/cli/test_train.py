@@ -20,7 +20,7 @@ from slas_trl.cli.main import main
 from slas_trl.run_files import ADAPTER
 from slas_trl.scripts.arguments import SHAPES_SETTINGS, parse
 from slas_trl.shapes.world import CATEGORIES
-from tests.cli.tiny_run import PROMPTS, REWARDS, make_home
+from tests.cli.tiny_run import PROMPTS, REWARDS, SMALL, make_home
 
 
 MORE_REWARDS = """
@@ -32,15 +32,9 @@ def never(prompts, images, **columns):
 def greenness(prompts, images, **columns):
     return [image.convert("RGB").resize((1, 1)).getpixel((0, 0))[1] / 255 for image in images]
 """
-SETTINGS = {
-    "reward_funcs": ["tiny_rewards:darkness", "tiny_rewards:redness"],
-    "reward_weights": [1.0, 0.0],
-    "use_peft": True,
-    "lora_r": 4,
-    "lora_alpha": 16,  # another than r: the scale has to survive saving
-    "learning_rate": "1e-2",
-    "report_images_per_prompt": 2,
-}
+SETTINGS = {"reward_funcs": ["tiny_rewards:darkness", "tiny_rewards:redness"], "reward_weights": [1.0, 0.0]}
+# Another lora_alpha than lora_r: the scale has to survive saving.
+SETTINGS |= {"use_peft": True, "lora_r": 4, "lora_alpha": 16, "learning_rate": "1e-2", "report_images_per_prompt": 2}
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +51,7 @@ def at_home(home: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture(scope="module")
 def finished(home: Path) -> str:
     """What `slas-trl train --config run.yaml` printed."""
-    printed = io.StringIO()
-    with contextlib.chdir(home), contextlib.redirect_stdout(printed):
+    with contextlib.chdir(home), contextlib.redirect_stdout(io.StringIO()) as printed:
         assert main(["train", "--config", "run.yaml"]) == 0
     return printed.getvalue()
 
@@ -231,18 +224,16 @@ def test_a_file_may_set_the_environment(tmp_path, monkeypatch):
 
 
 def test_the_embedded_pipeline_is_the_default(tmp_path, capsys, monkeypatch):
-    argv = ["train", "--output_dir", str(tmp_path / "shapes"), "--max_steps", "1", "--num_generations", "4"]
-    argv += ["--per_device_train_batch_size", "16", "--steps_per_generation", "1", "--num_inference_steps", "4"]
+    argv = ["train", *SMALL, "--output_dir", str(tmp_path / "shapes"), "--max_steps", "1"]
     assert main([*argv, "--report_prompts", "12", "--report_images_per_prompt", "1"]) == 0
     printed = capsys.readouterr().out
     assert all(f"\n| {name} " in printed for name in (*CATEGORIES, "overall")) and "12 held-out prompts" in printed
-    run = tmp_path / "shapes"
-    scores = json.loads((run / "evaluation.json").read_text())
+    monkeypatch.chdir(tmp_path / "shapes")  # which is not below the folder that it was started in
+    scores = json.loads(Path("evaluation.json").read_text())
     assert 0 <= scores["before"]["estimates"]["overall"]["graded"]["mean"] <= 1
-    record = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
-    assert {"rewards/shapes_verifier/mean", "rewards/shapes_clip/mean"} <= set(record)
+    record = json.loads(Path("metrics.jsonl").read_text().splitlines()[0])
     assert record["reward"] == pytest.approx(record["rewards/shapes_verifier/mean"])  # the other has weight 0
-    monkeypatch.chdir(run)  # which is not below the folder that it was started in
+    assert "rewards/shapes_clip/mean" in record
     assert run_code(Path("README.md"))["image"].size == (32, 32)
     [result] = ModelCard.load("README.md").data.eval_results[:1]
     assert result.metric_value == scores["after"]["estimates"]["overall"]["graded"]["mean"]
