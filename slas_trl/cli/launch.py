@@ -1,7 +1,6 @@
 """
-A script in this process, or in several by accelerate's own launcher, whose options are split off the script's.
-
-    python -m slas_trl.cli.launch MODULE [ARGUMENT ...]     # what each of several processes runs
+A script in this process, or in several by accelerate's own launcher, whose options are split off the script's. Each of
+several processes runs `python -m slas_trl.cli.launch MODULE [ARGUMENT ...]`.
 """
 
 import argparse

@@ -115,8 +115,8 @@ class Reading:
 
 def reward_curves(rollouts: Sequence[Record], metrics: Sequence[Record]) -> tuple[Curve, list[Curve], list[Curve]]:
     """
-    Curves of the trained reward (the weighted sum); of the held-out ones, which have weight 0, on the `rollouts` and
-    in evaluation, from the `metrics` of a run; and of the trained one in evaluation.
+    Curves of the trained reward (the weighted sum); of the held-out ones (weight 0) on the `rollouts` and, from the
+    `metrics`, in evaluation; and of the trained one in evaluation.
     """
     names = [name for name, weight in rollouts[-1]["weights"].items() if not weight]
     held_out = [_curve(name, rollouts, f"rewards/{name}/mean", f"rewards/{name}/std") for name in names]
@@ -170,8 +170,7 @@ def _curve(name: str, lines: Sequence[Record], key: str, std_key: str, samples_k
     steps, values, stds = (np.array([line[k] for line in lines], dtype=np.float64) for k in ("step", key, std_key))
     unit = float(np.median(stds[: max(1, count // BLOCKS)])) if count else 1.0
     unit = unit or float(stds.max()) or 1.0
-    # An evaluation is a part by itself: all draw the same prompts from the same noise, so the error of a mean over
-    # some of them is not smaller.
+    # An evaluation is a part by itself: all are of the same prompts and noise, so a mean of several is no better.
     parts = np.linspace(0, max(0, count - 1), min(BLOCKS, max(1, count))).round().astype(int)[:, None]
     parts = list(parts) if in_evaluation else np.array_split(np.arange(count), len(parts))
     changes = (values - values[parts[0]].mean()) / unit if count else values
@@ -181,8 +180,7 @@ def _curve(name: str, lines: Sequence[Record], key: str, std_key: str, samples_k
     if in_evaluation:
         errors, freedom = np.array([stds[i] / unit / math.sqrt(lines[i][samples_key]) for [i] in parts]), 1e9  # known
     else:
-        # Prompts differ from rollout to rollout. A trend within a part counts as scatter too, so this errs towards
-        # "no clear change".
+        # A trend within a part counts as scatter, too: this errs towards "no clear change".
         squares = sum(np.square(changes[part] - mean).sum() for part, mean in zip(parts, means, strict=True))
         freedom = count - BLOCKS
         errors = np.sqrt(squares / freedom / np.array([len(part) for part in parts]))

@@ -1,8 +1,4 @@
-"""
-One arm of `slas-trl compare`, in a process of its own: trains with one seed, and evaluates along the way.
-
-    python -m slas_trl.scripts.compare_arm FOLDER       # which has an arm.json
-"""
+"""One arm of `slas-trl compare`: `python -m slas_trl.scripts.compare_arm FOLDER`, which has an `arm.json`."""
 
 import copy
 import json

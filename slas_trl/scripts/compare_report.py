@@ -50,7 +50,7 @@ class Runs:
 def write_report(root: Path, labels: Mapping[str, str], seeds: list[int], command: str) -> str:
     """
     Write `comparison.md`, `.json`, `.png` and `samples.png` into `root`, where the results of the base and of all arms
-    are, and return the text of the first. Of the arms in `labels`, the others are compared with the first. Raises
+    are, and return the text of the first. The first arm in `labels` is the one that others are compared with. Raises
     `ValueError` when arms of one seed did not start from the same rollout.
     """
     base = _read(root / BASE)
@@ -93,7 +93,7 @@ class Report:
         self.weights: dict[str, float] = {name: w for name, w in base["reward_weights"].items() if w}
         self.trained_as = " + ".join(name if w == 1 else f"{w:g} × {name}" for name, w in self.weights.items())
         names = list(base["evaluations"]["0"]["scores"])
-        # Another measure is the same.
+        # Left out, since another measure is the same.
         hidden = {"shapes_verifier", "shapes_verifier_strict"} if SCORES[0] in names else set()
         hidden |= self.weights.keys() if [*self.weights.values()] == [1.0] else set()
         shown = [i for i, name in enumerate(names) if name not in hidden]

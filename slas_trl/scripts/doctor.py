@@ -1,7 +1,4 @@
-"""
-`slas-trl doctor`: would this training start, and what would it be like? Takes the options of `slas-trl train`, makes
-the first update of that training, and prints what was measured, or the first problem. Nothing is kept of it.
-"""
+"""`slas-trl doctor` makes the first update of a training, and prints what was measured, or the first problem."""
 
 import os
 import sys

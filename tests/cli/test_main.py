@@ -56,8 +56,7 @@ def test_debug_shows_the_traceback(monkeypatch):
 
 
 def test_a_terminal_that_lacks_a_character_ends_no_run(monkeypatch):
-    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     monkeypatch.setattr("slas_trl.scripts.env.main", lambda argv: print("±"))
     assert main(["env"]) == 0
 

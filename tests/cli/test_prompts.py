@@ -93,6 +93,7 @@ def test_the_scores_are_those_of_the_first_rollout_of_a_training():
 
 
 def test_filtering_is_a_line_of_datasets(scored, capsys):
+    assert main(["prompts"]) == 0 and "score" in capsys.readouterr().out
     assert main(["prompts", "filter", "--scores", "scores.jsonl"]) == 2 and "load_dataset(" in capsys.readouterr().err
     data = datasets.load_dataset("json", data_files="scores.jsonl", split="train")
     assert isinstance(data, Dataset)
@@ -160,8 +161,3 @@ def test_the_embedded_pipeline_is_the_default(tmp_path):
     line = json.loads((tmp_path / "s.jsonl").read_text().splitlines()[1])
     assert set(line["rewards"]) == {"shapes_verifier", "shapes_clip"}
     assert line["mean"] == pytest.approx(line["rewards"]["shapes_verifier"]["mean"])
-
-
-def test_without_a_command_it_prints_its_help(capsys):
-    assert main(["prompts"]) == 0
-    assert "score" in capsys.readouterr().out

@@ -37,10 +37,8 @@ def test_half_of_the_prompts_are_unresolved_and_gaps_differ_between_prompts(pict
 
 def test_a_success_is_right_and_large(pictures):
     prompts, images = pictures
-    scores = np.array(regimes.rare_success(prompts, images))
-    area = np.array(regimes.shapes_coloured_area(prompts, images))
-    assert 0 < scores.sum() < len(scores)
-    assert ((scores == 1) == (area > regimes.LARGE)).all()
+    scores, area = (np.array(f(prompts, images)) for f in (regimes.rare_success, regimes.shapes_coloured_area))
+    assert 0 < scores.sum() < len(scores) and ((scores == 1) == (area > regimes.LARGE)).all()
     assert sum(regimes.rare_success([prompts[-1]] * 8, images[:8])) == 0  # pictures of another prompt
 
 
@@ -53,7 +51,6 @@ def test_alignment_by_hand():
     reward = truth + np.array([[0, 0, 0], [-0.01, 0, 0.01]])
     assert regimes.alignment(reward, truth, scale_rewards="group", gamma=0.0)[0] == pytest.approx(np.sqrt(0.5))
     assert regimes.alignment(reward, truth, scale_rewards="batch", gamma=0.0)[0] > 0.9999
-    mean, low, high = regimes.alignment(
-        np.random.default_rng(0).normal(size=(50, 8)), np.random.default_rng(1).normal(size=(50, 8)), gamma=0.0
-    )
+    noise = (np.random.default_rng(seed).normal(size=(50, 8)) for seed in (0, 1))
+    mean, low, high = regimes.alignment(*noise, gamma=0.0)
     assert low < mean < high and low < 0 < high

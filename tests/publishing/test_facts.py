@@ -14,12 +14,13 @@ def test_are_read_as_they_were_written(tmp_path):
     assert repr(read_facts(tmp_path)) == repr(facts(hostile=True))  # NaN equals nothing
 
 
-@pytest.mark.parametrize("text", [None, "{", '{"name": "x"}', "[]"])
-def test_that_are_missing_or_damaged(tmp_path, text):
-    if text is not None:
-        (tmp_path / "model_card.json").write_text(text)
-    with pytest.raises(FileNotFoundError if text is None else ValueError, match="model_card.json"):
+def test_that_are_missing_or_damaged(tmp_path):
+    with pytest.raises(FileNotFoundError, match="model_card.json"):
         read_facts(tmp_path)
+    for text in ("{", '{"name": "x"}', "[]"):
+        (tmp_path / "model_card.json").write_text(text)
+        with pytest.raises(ValueError, match="model_card.json"):
+            read_facts(tmp_path)
 
 
 def test_pictures_that_are_not_pushed_are_not_shown():
