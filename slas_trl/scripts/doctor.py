@@ -69,10 +69,11 @@ def examine(
     config.save_strategy, config.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
     config.load_best_model_at_end = config.eval_on_start = False
     print(f"slas-trl doctor: one update, of {config.generation_batch_size} images ...", file=sys.stderr)
-    sampling = Sampling(trainer.replayer)
+    sampling = Sampling(trainer.replayer, config.num_trained_timesteps)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     log = next(line for line in reversed(trainer.state.log_history) if "loss" in line)
-    print_rollout(cast(Rollout, sampling.first), config.num_trained_timesteps)
+    for label, text in sampling.rows.items():
+        print_row(label, text)
     print_update(config, log)
     data = trainer.eval_dataset
     few = data.select(range(min(EVALUATED, len(data)))) if isinstance(data, Dataset) else None
@@ -81,30 +82,34 @@ def examine(
 
 
 class Sampling:
-    """Takes the place of a replayer's `sample`, to keep the `first` rollout, and to add up the `seconds`."""
+    """Takes the place of a replayer's `sample`, to describe the first call in `rows`, and to add up the `seconds`."""
 
-    def __init__(self, replayer: PipelineReplayer):
-        self.first: Rollout | None = None
+    def __init__(self, replayer: PipelineReplayer, trained: int):
+        self.rows: dict[str, str] = {}
         self.seconds = 0.0
+        self._trained = trained
         self._sample, replayer.sample = replayer.sample, self  # type: ignore[method-assign]
 
     def __call__(self, **call: Any) -> Rollout:
         start = time.perf_counter()
         rollout = self._sample(**call)
         self.seconds += time.perf_counter() - start
-        self.first = self.first or rollout
+        self.rows = self.rows or rollout_rows(rollout, self._trained)
         return rollout
 
 
-def print_rollout(rollout: Rollout, trained: int) -> None:
-    """Sizes, calls of the denoiser and steps."""
+def rollout_rows(rollout: Rollout, trained: int) -> dict[str, str]:
+    """Sizes, calls of the denoiser and steps, by label."""
     width, height = still(rollout.images[0]).size
     latents = " x ".join(map(str, rollout.steps[0].sample.shape[1:]))
-    print_row("images", f"{width} x {height} pixels, from latents of {latents}")
     calls = sorted({len(step.outputs) for step in rollout.steps})
-    print_row("denoiser calls", " or ".join(f"{number} per step" for number in calls))
-    steps = f"{len(rollout.steps)}, of which {len(rollout.trainable_steps)} stochastic and {trained} trained"
-    print_row("steps", f"{steps}; std of each: {', '.join(f'{step.std:.3g}' for step in rollout.steps)}")
+    noise = ", ".join(f"{step.std:.3g}" for step in rollout.steps)
+    return {
+        "images": f"{width} x {height} pixels, from latents of {latents}",
+        "denoiser calls": " or ".join(f"{number} per step" for number in calls),
+        "steps": f"{len(rollout.steps)}, of which {len(rollout.trainable_steps)} stochastic and {trained} trained; "
+        f"std of each: {noise}",
+    }
 
 
 def print_trained(trainer: SLASTrainer, is_adapter: bool) -> None:
