@@ -1,7 +1,6 @@
 """
-A script in this process, or in several by accelerate's own launcher, whose options are split off the script's.
-
-    python -m slas_trl.cli.launch MODULE [ARGUMENT ...]     # what each of several processes runs
+A script in this process, or in several by accelerate's own launcher, whose options are split off the script's. Each of
+several processes runs `python -m slas_trl.cli.launch MODULE [ARGUMENT ...]`.
 """
 
 import argparse
@@ -30,7 +29,7 @@ SHUTDOWN_GRACE_SECONDS = 3600  # interrupted processes finish their update, and 
 
 
 def call_script(module: str, argv: list[str]) -> int:
-    """Import a script and call its `main`, and return the exit status, which is 0 where that returns none."""
+    """Import a script, call its `main`, and return the exit status."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character that the terminal lacks is no reason to end a run
             stream.reconfigure(errors="replace")
@@ -78,9 +77,9 @@ def find_config(name: str) -> Path:
 
 def launch(module: str, options: dict[str, str], argv: Sequence[str]) -> int:
     """
-    Run a script in the processes that `options` of [`split_options`] ask for, one for each accelerator by default.
-    Returns the exit status, that of the process which failed first, after its message on stderr. Raises `ValueError`
-    for options that do not go together, and `KeyboardInterrupt` after Ctrl-C, once all processes ended.
+    Run a script in the processes that `options` ask for, one for each accelerator by default. Returns the exit status,
+    that of the process which failed first, after its message. Raises `ValueError` for options that do not go together,
+    and `KeyboardInterrupt` after Ctrl-C, once all processes ended.
     """
     import torch
 
@@ -177,7 +176,7 @@ def _report(command: str, failures: "Mapping[int, ProcessFailure]") -> int:
 
 
 def _work(module: str, argv: list[str]) -> int:
-    """Run the script as one of several processes, and leave its error for the launcher. Returns the exit status."""
+    """Run the script as one of several processes, and leave its error for the launcher."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
     try:

@@ -1,8 +1,4 @@
-"""
-The command `slas-trl`: finds the script of a subcommand, runs it, and turns failure into a message and an exit status.
-
-Nothing heavy is imported here: `slas-trl --help` answers at once, and each script imports what it needs when it runs.
-"""
+"""The command `slas-trl`. Nothing heavy is imported here: `slas-trl --help` answers at once."""
 
 import argparse
 import os
@@ -74,7 +70,7 @@ def _end(number: int, frame: object) -> None:
 
 
 def run_script(command: str, argv: list[str]) -> int:
-    """Run `slas_trl.scripts.<command>`, and return its exit status, or that of the error it raised."""
+    """Run `slas_trl.scripts.<command>`, and return its exit status, or that of its error, which is printed."""
     module = f"slas_trl.scripts.{command.replace('-', '_')}"
     try:
         options, rest = split_options(argv) if command == "train" else ({}, argv)

@@ -19,14 +19,10 @@ HUB = "https://huggingface.co"
 
 
 def render(facts: RunFacts, place: Place | None = None) -> str:
-    """The card as Markdown, with its metadata in YAML; its code loads from `place`, by default `facts.place`."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=as_text,  # what is inserted reads as it was written, unless a filter made Markdown of it
-    )
+    """The card as Markdown, with its metadata in YAML; its code loads from `place`."""
+    # What is inserted reads as it was written, unless a filter made Markdown of it.
+    style: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), finalize=as_text, **style)
     environment.filters |= {
         "code": as_code,
         "paragraph": as_paragraph,
@@ -38,21 +34,16 @@ def render(facts: RunFacts, place: Place | None = None) -> str:
     }
     text = environment.get_template("model_card.md").render(
         facts=facts,
-        base=facts.base,
         hub=Markdown(HUB),
         quick_start=Markdown(quick_start(facts, place or facts.place)),
-        scores=facts.evaluation,
         license_link=Markdown(_license_link(facts.base) or ""),
         settings={name: value for name, value, _ in facts.settings},
-        trained=[reward for reward in facts.rewards if reward.weight],
-        held_out=[reward for reward in facts.rewards if not reward.weight],
         prompts=max([m.prompts or 0 for m in facts.evaluation.metrics], default=0) if facts.evaluation else 0,
     )
     return f"---\n{_metadata(facts).to_yaml()}\n---\n\n{text}"
 
 
 def write_card(folder: Path, facts: RunFacts) -> None:
-    """The card for `facts.place`, and its facts beside it."""
     facts.write(folder)
     (folder / CARD).write_text(render(facts), encoding="utf-8")
 
@@ -72,9 +63,8 @@ def _metadata(facts: RunFacts) -> ModelCardData:
     results = _eval_results(facts, task)
     widget = []
     for sample in facts.samples:
-        widget += [{"text": shown(sample.prompt), "output": {"url": shown(sample.after)}}]
-        if sample.before:
-            widget += [{"text": f"Before training: {shown(sample.prompt)}", "output": {"url": shown(sample.before)}}]
+        for picture, head in ((sample.after, ""), (sample.before, "Before training: ")):
+            widget += [{"text": head + shown(sample.prompt), "output": {"url": shown(picture)}}] if picture else []
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag=task,
@@ -149,7 +139,7 @@ def _setting(value: Any) -> str:
 
 def _listed(parts: list[Markdown]) -> Markdown:
     """Markdown as `a, b and c`."""
-    return Markdown(" and ".join([*([", ".join(parts[:-1])] if parts[:-1] else []), *parts[-1:]]))
+    return Markdown(" and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]])))
 
 
 def _row(cells: list[str]) -> Markdown:

@@ -1,7 +1,4 @@
-"""
-Text that somebody else wrote, in Markdown and Python, reads as it was written, and does nothing else: a card is shown
-on a website that allows HTML in Markdown.
-"""
+"""Text that somebody else wrote, in Markdown and Python, reads as it was written, and does nothing else."""
 
 import re
 from typing import Any

@@ -1,7 +1,4 @@
-"""
-The facts of a run, in `model_card.json` beside every set of weights: the card is rendered from them. No path, host or
-token of this machine is among what a card for a repository says.
-"""
+"""The facts of a run, in `model_card.json` beside every set of weights: the card is rendered from them."""
 
 import json
 import re
@@ -41,7 +38,7 @@ class Base:
 
 @dataclass
 class RewardOnCard:
-    """A reward; its weight is 0 if it was held out. `None` is not known."""
+    """A reward; its weight is 0 if it was held out."""
 
     name: str
     weight: float
@@ -51,20 +48,16 @@ class RewardOnCard:
 
 @dataclass
 class Sample:
-    """
-    A prompt and its pictures, by their paths in the run's folder; the seed is that of both. `inputs` are the pictures
-    that were edited, by argument of the pipeline's call: a path, or a list of them.
-    """
+    """A prompt and its pictures, by their paths in the run's folder; the seed is that of both."""
 
     prompt: str
     after: str
     before: str | None = None
     seed: int = 0
-    inputs: dict[str, str | list[str]] = field(default_factory=dict)
+    inputs: dict[str, str | list[str]] = field(default_factory=dict)  # pictures to edit, by argument of the call
 
     @property
     def paths(self) -> list[str]:
-        """All pictures."""
         inputs = [path for value in self.inputs.values() for path in ([value] if isinstance(value, str) else value)]
         return [*inputs, *filter(None, [self.before]), self.after]
 
@@ -82,8 +75,6 @@ class Metric:
 
 @dataclass
 class Evaluation:
-    """Scores, as they were measured."""
-
     how: str  # one or two sentences: which prompts, how many pictures, which sampler, what ± is
     rows: list[list[str]]  # the table, its head first
     metrics: list[Metric] = field(default_factory=list)  # the same as numbers, for the metadata
@@ -141,8 +132,8 @@ class RunFacts:
     @property
     def pictures(self) -> list[str]:
         """Paths of all pictures that the card shows."""
-        paths = [*(path for sample in self.samples for path in sample.paths), self.sheet, self.curves]
-        return list(dict.fromkeys(path for path in [*paths, self.calibration] if path))
+        paths = [path for sample in self.samples for path in sample.paths]
+        return list(dict.fromkeys(filter(None, [*paths, self.sheet, self.curves, self.calibration])))
 
     def keep_pictures(self, files: Container[str]) -> None:
         """Leave out those that are not among `files`."""
@@ -156,10 +147,7 @@ class RunFacts:
 
 
 def read_facts(folder: Path) -> RunFacts:
-    """
-    The facts of the weights in `folder`. Raises `FileNotFoundError` if there are none, and `ValueError` if they are of
-    another version of the package.
-    """
+    """The facts of the weights in `folder`. Raises `FileNotFoundError` or `ValueError` if they cannot be read."""
     file = folder / run_files.FACTS
     if not file.is_file():
         raise FileNotFoundError(f"{str(folder)!r} has no {run_files.FACTS}, which a run writes beside its weights.")
@@ -193,7 +181,7 @@ def base_of(pipe: Any, dtype: str, init_kwargs: Mapping[str, Any], embedded: Pat
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether this can be the name of a repository: `"user/name"`, or `"name"`."""
+    """Whether this can be the name of a repository."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -218,9 +206,9 @@ def output_of(pipe: Any) -> str:
 
 def plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that can be written down: texts, numbers, and lists of them."""
-    simple = (str, int, float, bool, type(None))
     listed = {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
     items = {name: value if isinstance(value, list) else [value] for name, value in listed.items()}
+    simple = str | int | float | bool | None
     return {name: listed[name] for name in listed if all(isinstance(item, simple) for item in items[name])}
 
 

@@ -42,7 +42,7 @@ class PushError(OSError):
 
 @dataclass
 class Push:
-    """One commit. The branch `revision` is made if it is not there, and so is the repository, as a `private` one."""
+    """One commit. Repository, a `private` one, and branch are made if they are not there."""
 
     repo_id: str  # "user/name", or "name" for a repository of the token's owner
     files: Files  # without the card
@@ -57,7 +57,6 @@ class Push:
 
     @property
     def command(self) -> str:
-        """The command line that pushes the same later."""
         words = ["slas-trl", "push", str(self.run_dir), self.repo_id]
         words += ["--private"] if self.private else []
         words += ["--revision", self.revision] if self.revision else []
@@ -66,9 +65,9 @@ class Push:
 
 def publish(facts: RunFacts, push: Push) -> CommitInfo:
     """
-    Push files with their card, in one commit, so that weights, card and checkpoint are always of the same update. No
-    commit is made if nothing is new. `push.repo_id` and `facts.place` have the repository's whole name afterwards.
-    Raises [`PushError`] when nothing was pushed, which says why, and how to push it later.
+    Push files with their card, in one commit, so that weights, card and checkpoint are always of the same update.
+    `push.repo_id` and `facts.place` have the repository's whole name afterwards. Raises [`PushError`], which says why
+    nothing was pushed, and how to push it later.
     """
     try:
         push.repo_id = create_repository(push.repo_id, push.private, push.token)
@@ -91,10 +90,7 @@ def publish(facts: RunFacts, push: Push) -> CommitInfo:
 
 
 def create_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> str:
-    """
-    Make the repository, if it is not there, and return its whole id. Raises `ValueError` where it is to be a private
-    one, and is there as a public one.
-    """
+    """Make the repository, if need be, and return its whole id. Raises `ValueError` if it should not be public."""
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and api.model_info(repo_id).private is False:
@@ -144,18 +140,12 @@ def reason(error: BaseException) -> str:
 
 
 def result_files(folder: Path, facts: RunFacts, pictures_in: Path) -> Files:
-    """
-    What lies at a repository's root, without the card: the weights in `folder`, and the pictures that the card shows.
-    Raises `FileNotFoundError` when the weights are not there.
-    """
+    """The weights in `folder`, and the pictures that the card shows. Raises `FileNotFoundError` without weights."""
     names = list(facts.denoisers)
-    if facts.adapter:
-        expected = [adapter_file(name, names) for name in names]
-        paths = [folder / name for name in expected]
-    else:
-        expected = [f"{name}/config.json" for name in names]
-        kinds = ("*.safetensors", "config.json", "*.index.json")
-        paths = [path for name in names for kind in kinds for path in (folder / name).glob(kind)]
+    expected = [adapter_file(name, names) if facts.adapter else f"{name}/config.json" for name in names]
+    kinds = ("*.safetensors", "config.json", "*.index.json")
+    whole = [path for name in names for kind in kinds for path in (folder / name).glob(kind)]
+    paths = [folder / name for name in expected] if facts.adapter else whole
     for name in expected:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"There are no trained weights in {str(folder)!r}: {name} is not there.")
@@ -177,10 +167,7 @@ def checkpoint_files(checkpoint: Path, strategy: str) -> Files:
 
 
 def keep(files: Mapping[str, Path | bytes], folder: Path) -> Files:
-    """
-    The same files under `folder`, as hard links where there are such: what is uploaded must not change, nor be removed
-    with its checkpoint, meanwhile.
-    """
+    """Links or copies under `folder`: what is uploaded must not change, or be removed with its checkpoint."""
     kept = dict(files)
     for name, file in files.items():
         if isinstance(file, Path):

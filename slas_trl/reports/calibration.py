@@ -2,8 +2,7 @@
 Are the advantages calibrated, and is the reward being hacked? The lines of a run's `calibration.jsonl` as numbers.
 
 Divided by its own std, a group whose images hardly differ pushes as hard as one with real differences (Section 4 of
-the paper): [`share_by_std`] shows who pushes. Whether the model learns what is wanted, only a reward that is not
-trained on can tell: [`reward_curves`] and [`read_rewards`].
+the paper). Whether the model learns what is wanted, only a reward that is not trained on can tell.
 """
 
 import math
@@ -40,12 +39,12 @@ def share_by_std(
     stds: Sequence[Sequence[float | None]], advantages: Sequence[Sequence[float]], edges: Sequence[float]
 ) -> np.ndarray:
     """
-    Share of Σ|A| that groups get between quantiles of their std, relative to the mean std of their rollout. A group
-    without any difference is left out. Groups of equal std share alike, and one across an edge counts on both sides in
-    proportion, so 10 deciles of 12 groups are well defined.
+    Share of Σ|A| that groups get between quantiles of their std, relative to the mean std of their rollout. Groups of
+    equal std share alike, and one across an edge counts on both sides in proportion.
 
     Args:
-        stds (`Sequence[Sequence[float | None]]`): By rollout, std of each group; `None` or NaN is no score.
+        stds (`Sequence[Sequence[float | None]]`):
+            By rollout, std of each group. Groups without a difference (0) or a score (`None`, NaN) are left out.
         advantages (`Sequence[Sequence[float]]`): The same groups' Σ|A|.
         edges (`Sequence[float]`): Quantiles in [0, 1], rising; `np.linspace(0, 1, 11)` for deciles.
 
@@ -78,7 +77,7 @@ def narrow_share(std: Sequence[float | None], advantages: Sequence[float]) -> fl
 class Curve:
     """
     A reward over training, as changes from the start in std between images then; and means over at most five parts of
-    the run, or none if there are too few rollouts, or evaluations, to compare.
+    the run, or none if there is too little to compare.
     """
 
     name: str
@@ -116,34 +115,31 @@ class Reading:
 
 def reward_curves(rollouts: Sequence[Record], metrics: Sequence[Record]) -> tuple[Curve, list[Curve], list[Curve]]:
     """
-    Curves of the trained reward (the weighted sum); of the held-out ones, which have weight 0, on the `rollouts` and
-    in evaluation, from the `metrics` of a run; and of the trained one in evaluation.
+    Curves of the trained reward (the weighted sum); of the held-out ones (weight 0) on the `rollouts` and, from the
+    `metrics`, in evaluation; and of the trained one in evaluation.
     """
     names = [name for name, weight in rollouts[-1]["weights"].items() if not weight]
     held_out = [_curve(name, rollouts, f"rewards/{name}/mean", f"rewards/{name}/std") for name in names]
     evaluated = []
-    # "eval", or "eval_hard" for a data set that is called "hard".
     counted = (key for line in metrics for key in line if re.fullmatch("eval_(.*_)?samples", key))
-    for samples in dict.fromkeys(counted):
+    for samples in dict.fromkeys(counted):  # "eval_samples", or "eval_hard_samples" for a data set called "hard"
         prefix = samples.removesuffix("_samples")
         where = "in evaluation" + (f" on {prefix.removeprefix('eval_')}" if prefix != "eval" else "")
         for name in names:
             key = f"{prefix}_rewards/{name}"
             held_out.append(_curve(f"{name} {where}", metrics, f"{key}/mean", f"{key}/std", samples))
-        keys = f"{prefix}_reward", f"{prefix}_reward_std", samples
-        evaluated.append(_curve(f"trained reward {where}", metrics, *keys))
+        name, key = f"trained reward {where}", f"{prefix}_reward"
+        evaluated.append(_curve(name, metrics, key, f"{key}_std", samples))
     held_out, evaluated = ([curve for curve in curves if len(curve.steps)] for curves in (held_out, evaluated))
     return _curve("trained reward", rollouts, "reward", "reward_std_of_images"), held_out, evaluated
 
 
 def read_rewards(trained: Curve, held_out: Sequence[Curve], evaluated: Sequence[Curve]) -> Reading:
     """
-    Whether training brings what is wanted, as far as these rewards can tell: "hacking" is a trained reward that rises
-    while a held-out one falls, "healthy" is both rising. None of it is proof.
-
+    "hacking" is a trained reward that rises while a held-out one falls, "healthy" is both rising. None of it is proof.
     The means of the last fifth of the run and of its first are compared by a t-test, 5% of which is divided among all
     comparisons (Bonferroni). A held-out reward falls too if it is below any other earlier fifth: hacking often begins
-    with a gain. Changes below a tenth of the initial std between images count as none.
+    with a gain.
     """
     if not trained.spans:
         few = "1 rollout is" if len(trained.steps) == 1 else f"{len(trained.steps)} rollouts are"
@@ -161,8 +157,8 @@ def read_rewards(trained: Curve, held_out: Sequence[Curve], evaluated: Sequence[
         but = f"; {_listed(rest)}" if rest else ""
         return Reading("healthy", f"Healthy: {gain} and held-out {_listed(rising)}{but}.")
     if gain.direction == "rises" and not others and not shrunk:
-        text = f"Unclear: {gain}, but there is no held-out reward, so it may be hacking. Add another reward to "
-        return Reading("unclear", text + "reward_funcs, and 0 for it to reward_weights.")
+        advice = "Add another reward to reward_funcs, and 0 for it to reward_weights."
+        return Reading("unclear", f"Unclear: {gain}, but there is no held-out reward, so it may be hacking. {advice}")
     facts = [_listed(shrunk)] * bool(shrunk) + [f"held-out {_listed(others)}"] * bool(others)
     return Reading("unclear", "; ".join([f"Unclear: {gain}", *facts]) + f". {LOOK}")
 
@@ -174,8 +170,7 @@ def _curve(name: str, lines: Sequence[Record], key: str, std_key: str, samples_k
     steps, values, stds = (np.array([line[k] for line in lines], dtype=np.float64) for k in ("step", key, std_key))
     unit = float(np.median(stds[: max(1, count // BLOCKS)])) if count else 1.0
     unit = unit or float(stds.max()) or 1.0
-    # An evaluation is a part by itself: all draw the same prompts from the same noise, so the error of a mean over
-    # some of them is not smaller.
+    # An evaluation is a part by itself: all are of the same prompts and noise, so a mean of several is no better.
     parts = np.linspace(0, max(0, count - 1), min(BLOCKS, max(1, count))).round().astype(int)[:, None]
     parts = list(parts) if in_evaluation else np.array_split(np.arange(count), len(parts))
     changes = (values - values[parts[0]].mean()) / unit if count else values
@@ -185,8 +180,7 @@ def _curve(name: str, lines: Sequence[Record], key: str, std_key: str, samples_k
     if in_evaluation:
         errors, freedom = np.array([stds[i] / unit / math.sqrt(lines[i][samples_key]) for [i] in parts]), 1e9  # known
     else:
-        # Prompts differ from rollout to rollout. A trend within a part counts as scatter too, so this errs towards
-        # "no clear change".
+        # A trend within a part counts as scatter, too: this errs towards "no clear change".
         squares = sum(np.square(changes[part] - mean).sum() for part, mean in zip(parts, means, strict=True))
         freedom = count - BLOCKS
         errors = np.sqrt(squares / freedom / np.array([len(part) for part in parts]))

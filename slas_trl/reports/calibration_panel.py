@@ -17,7 +17,6 @@ from .calibration import NARROW_SHARE, Curve, Reading, Record, read_rewards, rea
 
 # Text on the fourth picture, and the paper behind it.
 COLORS = {"hacking": ("#8b1a1a", "#fbe9e7"), "healthy": ("#1b5e20", "#e8f5e9")}
-PLAIN = ("#333333", "#f0f0f0")
 LETTERS = 88  # on a line over a picture
 LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 9}
 
@@ -26,14 +25,8 @@ def plot_calibration(
     calibration_path: str | Path, metrics_path: str | Path | None = None, output_path: str | Path | None = None
 ) -> Reading:
     """
-    Draw a run's calibration panel, while the run goes on or after it was killed.
-
-    1. Share of Σ|A| by decile of the groups' reward std. With group std all deciles get about 10%: differences that
-       may be noise are treated like signal (Section 4 of the paper). With batch std narrow groups get little, and
-       with γ > 0 still less.
-    2. Share of groups without any difference, of images cut by `advantage_clip`, and effective share, over steps.
-    3. Reward std within the groups, in the first and in the second half of the run.
-    4. Trained and held-out rewards over training, in initial std between images, and what they say.
+    Draw a run's calibration panel, while the run goes on or after it was killed: who pushes, what counts of a rollout,
+    how much the rewards of one prompt differ, and whether the gain is real. Each picture says how to read it.
 
     Args:
         calibration_path (`str` or `Path`): A run's `calibration.jsonl`.
@@ -57,19 +50,18 @@ def plot_calibration(
     title = f"Calibration: scale_rewards={rollouts[-1]['scale_rewards']}, γ = {gamma}   "
     title += f"({len(rollouts)} rollouts, {groups} groups)"
     figure.suptitle(title, x=0.06, y=0.975, ha="left", fontsize=14, fontweight="bold")
-    deciles, shares, widths, rewards = figure.subplots(2, 2).flatten()
-    _draw_deciles(deciles, rollouts)
-    _draw_shares(shares, rollouts)
-    _draw_widths(widths, rollouts)
-    _draw_rewards(rewards, *curves, reading)
+    *axes, last = figure.subplots(2, 2).flatten()
+    for draw, where in zip((_draw_deciles, _draw_shares, _draw_widths), axes, strict=True):
+        draw(where, rollouts)
+    _draw_rewards(last, *curves, reading)
     figure.savefig(output_path or calibration_path.with_name(CALIBRATION))
     return reading
 
 
 def _frame(axes: Axes, title: str, how_to_read: str, x: str, y: str) -> None:
     axes.set_title(title, loc="left", fontweight="bold", pad=44)
-    above: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top"}
-    axes.annotate(textwrap.fill(how_to_read, LETTERS), (0, 1), (0, 40), **above, fontsize=9, color="#444444")
+    text, place = textwrap.fill(how_to_read, LETTERS), ("axes fraction", "offset points")
+    axes.annotate(text, (0, 1), (0, 40), *place, va="top", fontsize=9, color="#444444")
     axes.set(xlabel=x, ylabel=y, axisbelow=True)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -86,8 +78,7 @@ def _empty(axes: Axes, why: str) -> None:
 
 def _draw_deciles(axes: Axes, rollouts: Sequence[Record]) -> None:
     title = "Who pushes? Share of Σ|A| by reward std of the group"
-    stds = [record["group_std"] for record in rollouts]
-    pushes = [record["group_abs_advantage"] for record in rollouts]
+    stds, pushes = ([record[key] for record in rollouts] for key in ("group_std", "group_abs_advantage"))
     edges = np.linspace(0, 1, 11).tolist()
     shares = share_by_std(stds, pushes, edges)
     if np.isnan(shares).any():
@@ -156,8 +147,8 @@ def _draw_widths(axes: Axes, rollouts: Sequence[Record]) -> None:
     for half, stds, color in zip(halves, widths, ("C0", "C1"), strict=False):
         if len(stds):
             label = f"steps {half[0]['step']} to {half[-1]['step']}, median {np.median(stds):.3g}"
-            bars: dict[str, Any] = {"weights": np.full(len(stds), 1 / len(stds)), "histtype": "stepfilled"}
-            axes.hist(stds.clip(max=end), bins, **bars, fc=(color, 0.25), ec=color, lw=2, label=label)
+            weights, style = np.full(len(stds), 1 / len(stds)), {"ec": color, "fc": (color, 0.25), "lw": 2}
+            axes.hist(stds.clip(max=end), bins, weights=weights, histtype="stepfilled", label=label, **style)
     axes.set(xlim=(0, end), ylim=(0, 1.25 * axes.get_ylim()[1]))
     zero = (everything == 0).mean()
     axes.legend(loc="upper right", title=f"{zero:.1%} of all groups are at 0", ncols=2, **LEGEND)
@@ -188,7 +179,7 @@ def _draw_rewards(
     axes.set_ylim(low - below * (high - low), high + above * (high - low))
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper left", ncols=2, **LEGEND)
-    color, paper = COLORS.get(reading.verdict, PLAIN)
+    color, paper = COLORS.get(reading.verdict, ("#333333", "#f0f0f0"))
     box = {"facecolor": paper, "edgecolor": color, "boxstyle": "round,pad=0.5"}
     place = {"transform": axes.transAxes, "ha": "center", "va": "bottom"}
     axes.text(0.5, 0.03, text, **place, fontsize=9.5, color=color, bbox=box)

@@ -17,12 +17,8 @@ History = Sequence[Mapping[str, float]]  # logged numbers, a record for each ste
 
 def plot_training(metrics_path: str | Path, output_path: str | Path) -> None:
     """
-    Draw reward, KL, clip fraction and advantage spread against steps. A metric that was not logged leaves its panel
-    empty, with a word that says so.
-
-    Args:
-        metrics_path (`str` or `Path`): A run's `metrics.jsonl`.
-        output_path (`str` or `Path`): The picture to write; its ending names the format. Its folder has to exist.
+    Draw reward, KL, clip fraction and advantage spread of a run's `metrics.jsonl` against steps, into a picture whose
+    ending names its format. A metric that was not logged leaves its panel empty, with a word that says so.
     """
     history = read_steps(metrics_path)
     figure = Figure(figsize=(10, 7), dpi=120, layout="constrained")
@@ -32,11 +28,11 @@ def plot_training(metrics_path: str | Path, output_path: str | Path) -> None:
         label = "± std within a group"
         reward.fill_between(steps, means - stds, means + stds, color="C0", alpha=0.15, lw=0, label=label)
     _draw(reward, history, "Reward", "reward", {"reward": "training", "eval_reward": "evaluation"})
-    kl_unit = "KL per latent element (nats)"
-    _draw(kl, history, "KL to the reference model", kl_unit, {"kl": "KL"}, "not logged: beta is 0")
+    unit, empty = "KL per latent element (nats)", "not logged: beta is 0"
+    _draw(kl, history, "KL to the reference model", unit, {"kl": "KL"}, empty)
     _draw(clip, history, "Clip fraction", "share of clipped ratios", {"clip_ratio/region_mean": "clip fraction"})
-    spread_labels = {"advantages/std": "std", "advantages/effective_share": "effective share of the samples"}
-    _draw(spread, history, "Advantage spread", "advantage", spread_labels)
+    labels = {"advantages/std": "std", "advantages/effective_share": "effective share of the samples"}
+    _draw(spread, history, "Advantage spread", "advantage", labels)
     for axes in (kl, clip):  # never negative: a curve that stays at 0 should lie on the floor
         if axes.lines:
             axes.set_ylim(bottom=0)

@@ -32,15 +32,9 @@ def sample_grid(
     font_size: int = FONT_SIZE,
 ) -> Image.Image:
     """
-    One sheet of pictures, in RGB, with their captions under them, cut after 6 lines.
-
-    Args:
-        images (`Sequence[PIL.Image.Image]`):
-            At least one. Those under 160 pixels are enlarged by a whole factor without smoothing, so that every pixel
-            can be seen; those with a side of more than `largest` pixels are reduced.
-        captions (`Sequence[str]`): One per image.
-        columns (`int`, *optional*): By default as many as make the sheet about square, but at most 6.
-        largest, font_size (`int`, *optional*, default to 320 and 13): In pixels.
+    One sheet of pictures, in RGB, with their captions under them, cut after 6 lines; by default about square, with at
+    most 6 `columns`. Pictures under 160 pixels are enlarged by a whole factor without smoothing, so that every pixel
+    can be seen; those with a side of more than `largest` pixels are reduced.
     """
     if not images or len(images) != len(captions):
         raise ValueError(f"expected images and one caption for each, got {len(images)} and {len(captions)}.")
@@ -80,9 +74,7 @@ def save_samples(
     are JPEG of at most 768 pixels (inputs: 1,024), so that a card has a megabyte or two.
 
     Args:
-        run_dir (`str` or `Path`): The run's folder.
-        prompts (`Sequence[str]`): P prompts.
-        after (`Sequence[PIL.Image.Image]`): P pictures; the i-th was drawn with seed i.
+        after (`Sequence[PIL.Image.Image]`): A picture of each of P `prompts`; the i-th was drawn with seed i.
         before (`Sequence[PIL.Image.Image]`, *optional*): The same prompts and seeds before training.
         inputs (`Sequence[Mapping]`, *optional*): By argument of the call, the picture to edit, or a list of them.
 
@@ -91,15 +83,12 @@ def save_samples(
     """
     folder = Path(run_dir) / SAMPLES
     folder.mkdir(parents=True, exist_ok=True)
-    drawn: dict[str, Sequence[Image.Image]] = (
-        {"after": after} if before is None else {"before": before, "after": after}
-    )
+    drawn: dict[str, Sequence[Image.Image]] = ({} if before is None else {"before": before}) | {"after": after}
     samples = []
     for n, i in enumerate(evenly_spaced(len(prompts), GALLERY), start=1):
         sized = {when: _readable_size(images[i], GALLERY_SIDE) for when, images in drawn.items()}
         paths = {when: _save(image, folder, f"{n}_{when}") for when, image in sized.items()}
         samples.append(Sample(prompts[i], **paths, seed=i))  # type: ignore[arg-type]
-
     edited = [[item for v in given.values() for item in (v if isinstance(v, list) else [v])] for given in inputs]
     if edited and all(edited):
         drawn = {"edited": [pictures[0] for pictures in edited], **drawn}

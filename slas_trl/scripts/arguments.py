@@ -3,7 +3,7 @@
 import difflib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from peft import LoraConfig
 from trl import TrlParser
 
 from .. import rewards
-from ..advantages import check_number
+from ..advantages import check_number, option
 from ..cli.launch import OPTIONS as LAUNCH_OPTIONS
 from ..cli.launch import Parser, read_yaml
 from ..loading import EMBEDDED, load_with_adapter
@@ -36,34 +36,24 @@ REPLACES = {
 
 @dataclass
 class SLASScriptArguments:
-    """What `slas-trl train` trains, on what, and for which reward: see the help of each field."""
+    """What `slas-trl train` trains, on what, and for which reward."""
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Folder, file or Hub id of a pipeline. None, or 'shapes', is the embedded one."},
+    model_name_or_path: str | None = option(
+        None, "Folder, file or Hub id of a pipeline. None, or 'shapes', is the embedded one."
     )
-    adapter: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id (also user/adapter@branch) of a LoRA adapter to go on from."}
+    adapter: str | None = option(None, "Folder or Hub id (also user/adapter@branch) of a LoRA adapter to go on from.")
+    reward_funcs: list[str] | None = option(
+        None, "Names in slas_trl.rewards, package.module:function or file.py:function."
     )
-    reward_funcs: list[str] | None = field(
-        default=None, metadata={"help": "Names in slas_trl.rewards, package.module:function or file.py:function."}
+    eval_reward_funcs: list[str] | None = option(None, "Held-out rewards: scored in evaluation, never trained on.")
+    dataset_name: str | None = option(None, "Prompts: a file (txt, jsonl, csv, tsv, parquet), 'shapes', or a Hub id.")
+    dataset_train_split: str = option("train", "Split to train on.")
+    dataset_test_split: str = option("test", "Split to evaluate on, where there is one.")
+    eval_dataset_name: str | None = option(None, "Prompts to evaluate on, where they are not a split of dataset_name.")
+    report_prompts: int | None = option(
+        None, "Prompts of the report (the embedded pipeline's held-out ones, or 16). 0 leaves it out."
     )
-    eval_reward_funcs: list[str] | None = field(
-        default=None, metadata={"help": "Held-out rewards: scored in evaluation, never trained on."}
-    )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Prompts: a file (txt, jsonl, csv, tsv, parquet), 'shapes', or a Hub id."}
-    )
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on, where there is one."})
-    eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Prompts to evaluate on, where they are not a split of dataset_name."}
-    )
-    report_prompts: int | None = field(
-        default=None,
-        metadata={"help": "Prompts of the report (the embedded pipeline's held-out ones, or 16). 0 leaves it out."},
-    )
-    report_images_per_prompt: int = field(default=4, metadata={"help": "Pictures of each prompt of the report."})
+    report_images_per_prompt: int = option(4, "Pictures of each prompt of the report.")
 
     def __post_init__(self):
         if self.model_name_or_path == EMBEDDED:
@@ -79,19 +69,16 @@ class SLASScriptArguments:
     def named_rewards(self) -> list[str]:
         """`reward_funcs`. Raises `ValueError` without any."""
         if not self.reward_funcs:
-            raise ValueError(
-                "--reward_funcs is missing: name one or more of slas_trl.rewards, or package.module:function."
-            )
+            raise ValueError("--reward_funcs is missing: name one of slas_trl.rewards, or package.module:function.")
         return self.reward_funcs
 
     def load_pipeline(self, config: SLASConfig) -> DiffusionPipeline:
-        """The pipeline, with the adapter to go on from. Raises `ValueError` if they are not there or do not fit."""
+        """The pipeline, with the adapter to go on from."""
         kwargs = cast(dict, config.model_init_kwargs)
         return load_with_adapter(self.model_name_or_path, self.adapter, kwargs, config.hub_token)
 
 
 def _check_reward(name: Any) -> None:
-    """Before all else that may be wrong: without the reward, the rest of a configuration is of no use."""
     if not isinstance(name, str):
         raise ValueError(
             f"a reward must be a name, but YAML read {masked(repr(name))}: leave out the space after the colon, as in "
@@ -109,14 +96,12 @@ def _check_reward(name: Any) -> None:
 class LoraArguments:
     """The LoRA adapter, by the names of [`~trl.ModelConfig`]."""
 
-    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter rather than all weights."})
-    lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
-    lora_alpha: int = field(default=32, metadata={"help": "LoRA scale, divided by the rank."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Has to be 0: it would change the policy."})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Layers to adapt. None is the attention projections."}
-    )
-    use_rslora: bool = field(default=False, metadata={"help": "Divide lora_alpha by the root of the rank."})
+    use_peft: bool = option(False, "Train a LoRA adapter rather than all weights.")
+    lora_r: int = option(16, "LoRA rank.")
+    lora_alpha: int = option(32, "LoRA scale, divided by the rank.")
+    lora_dropout: float = option(0.0, "Has to be 0: it would change the policy.")
+    lora_target_modules: list[str] | None = option(None, "Layers to adapt. None is the attention projections.")
+    use_rslora: bool = option(False, "Divide lora_alpha by the root of the rank.")
 
     def __post_init__(self):
         check_number("lora_r", self.lora_r, "[1, inf)")
@@ -136,7 +121,7 @@ DATACLASSES = (SLASScriptArguments, LoraArguments, SLASConfig)
 
 
 class _TrlParser(Parser, TrlParser):
-    """Raises what argparse would print under two screenfuls of usage before it leaves the process."""
+    """Raises what argparse would print under two screenfuls of usage."""
 
 
 def parse(
@@ -149,8 +134,7 @@ def parse(
     Settings from the command line, over those of the YAML file after `--config`, over the defaults.
 
     Args:
-        argv (`Sequence[str]`): Command line without the program's name.
-        prog (`str`, *optional*, defaults to `"slas-trl train"`): The program's name.
+        argv (`Sequence[str]`): Command line without the program's name, which is `prog`.
         one_process (`bool`, *optional*, defaults to `False`):
             Whether the command is for one process, which reads a file for several as one of them does.
         settings (`Mapping[str, Any]`, *optional*): In place of a YAML file, see [`take_config`].
@@ -158,15 +142,11 @@ def parse(
     Raises:
         `ValueError`, `FileNotFoundError`: for unknown fields, values that do not fit, and no such YAML file.
     """
-    parser = _TrlParser(
-        list(DATACLASSES),
-        prog=prog,
-        description="Fine-tune a text-to-image pipeline. Without --model_name_or_path: the embedded one.",
-        epilog="--config FILE reads any of these from a YAML file; the command line overrides it. Several processes: "
-        + " ".join(f"--{name}" for name in LAUNCH_OPTIONS)
-        + ", as in `accelerate launch`.",
-        allow_abbrev=False,
-    )
+    description = "Fine-tune a text-to-image pipeline. Without --model_name_or_path: the embedded one."
+    epilog = "--config FILE reads any of these from a YAML file; the command line overrides it. Several processes: "
+    epilog += " ".join(f"--{name}" for name in LAUNCH_OPTIONS) + ", as in `accelerate launch`."
+    texts = {"prog": prog, "description": description, "epilog": epilog}
+    parser = _TrlParser(list(DATACLASSES), allow_abbrev=False, **texts)
     rest, values = take_config(argv) if settings is None else (list(argv), dict(settings))
     flags = flags_of(rest)
     refuse_removed(flags)

@@ -32,28 +32,23 @@ OURS = {
 
 
 class Arm(NamedTuple):
-    """A kind of advantages."""
-
     name: str  # of its folder
     label: str  # in tables and pictures
     options: tuple[str, ...]  # of `slas-trl train`
 
 
 def arms_of(kinds: Sequence[str], gammas: Sequence[float]) -> list[Arm]:
-    """
-    The arms of `--arms` and `--gammas`: "slas" is one for each γ. Raises `ValueError` for an unknown or double one.
-    """
+    """The arms of `--arms` and `--gammas`. Raises `ValueError` for an unknown or double one."""
     fixed = ("--gamma", "0", "--gamma_schedule", "constant")
     known = {
         "grpo": [Arm("grpo", "group std", ("--scale_rewards", "group", *fixed))],
         "linear": [Arm("linear", "batch std, γ 0", ("--scale_rewards", "batch", *fixed))],
-        "slas": [
-            Arm(f"slas-{g:g}", f"batch std, γ {g:g}", ("--scale_rewards", "batch", "--gamma", f"{g:g}"))
-            for g in gammas
-        ],
+        "slas": [],
     }
     for gamma in gammas:
         check_number("--gammas", gamma, "(0, 100)")  # γ = 0 is the arm linear
+        options = ("--scale_rewards", "batch", "--gamma", f"{gamma:g}")
+        known["slas"].append(Arm(f"slas-{gamma:g}", f"batch std, γ {gamma:g}", options))
     arms = [arm for kind in kinds for arm in known.get(kind, [])]
     if not arms or not all(map(known.get, kinds)) or len({*arms}) < len(arms):
         raise ValueError(
@@ -63,14 +58,11 @@ def arms_of(kinds: Sequence[str], gammas: Sequence[float]) -> list[Arm]:
     return arms
 
 
-def make_parser(prog: str = "slas-trl compare") -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        allow_abbrev=False,
-        description=__doc__,
-        epilog="All options of `slas-trl train` are taken too, --config among them, and hold for every arm. Arms that "
-        "are finished are not run again: after an interruption, give the same command.",
-    )
+def make_parser() -> argparse.ArgumentParser:
+    epilog = "All options of `slas-trl train` are taken too, --config among them, and hold for every arm. Arms that "
+    epilog += "are finished are not run again: after an interruption, give the same command."
+    texts = {"prog": "slas-trl compare", "description": __doc__, "epilog": epilog}
+    parser = argparse.ArgumentParser(allow_abbrev=False, **texts)
     kinds = "grpo (std of the group), linear (std of the batch), slas (shaped as well, by each of --gammas)"
     parser.add_argument("--arms", default="grpo,linear,slas", help=f"kinds of advantages: {kinds}")
     parser.add_argument("--gammas", type=_numbers, default="0.25,0.5,1", help="γ of the slas arms (0.25,0.5,1)")
@@ -84,8 +76,7 @@ def make_parser(prog: str = "slas-trl compare") -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    argv = list(sys.argv[1:] if argv is None else argv)
+def main(argv: Sequence[str]) -> None:
     args, options = make_parser().parse_known_args(argv)
     for name in ("seeds", "processes", "eval_every", "eval_prompts", "eval_images_per_prompt"):
         check_number(f"--{name}", 1 if (number := getattr(args, name)) is None else number, "[1, inf)")
@@ -110,15 +101,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = held_out_prompts(script, config, "slas-trl compare")
     if args.eval_prompts is not None and args.eval_prompts > len(prompts):
         raise ValueError(f"--eval_prompts is {args.eval_prompts}, but there are {len(prompts)} held-out prompts.")
-    shared = {
-        "eval_every": args.eval_every or max(1, config.max_steps // 8),
-        "eval_prompts": args.eval_prompts or len(prompts),
-        "eval_images_per_prompt": args.eval_images_per_prompt,
-        "config": settings,
-    }
+    every, number = args.eval_every or max(1, config.max_steps // 8), args.eval_prompts or len(prompts)
+    shared: dict[str, Any] = {"eval_every": every, "eval_prompts": number}
+    shared |= {"eval_images_per_prompt": args.eval_images_per_prompt, "config": settings}
     root = Path(args.output_dir or settings.get("output_dir") or OUTPUT_DIR)
-    seeds = [(config.seed if args.seed is None else args.seed) + i for i in range(args.seeds)]
-    jobs = {root / BASE: {"arm": BASE, "seed": seeds[0], "options": options, **shared}}
+    first = config.seed if args.seed is None else args.seed
+    seeds = [*range(first, first + args.seeds)]
+    jobs = {root / BASE: {"arm": BASE, "seed": first, "options": options, **shared}}
     for seed in seeds:
         for arm in arms:
             spec = {"arm": arm.name, "seed": seed, "options": [*options, *arm.options], **shared}
@@ -165,8 +154,8 @@ def _run_all(folders: list[Path], processes: int, gpus: list[str], root: Path) -
                 if process.returncode:
                     lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
                     raise ValueError(
-                        f"{folder} failed: {lines[-1] if lines else 'it said nothing.'} All of its output is in "
-                        f"{folder / LOG}. The other runs are kept; give the same command again once this is mended."
+                        f"{folder} failed: {lines[-1] if lines else 'it said nothing.'} See {folder / LOG}. "
+                        "The other runs are kept; give the same command again once this is mended."
                     )
                 done, seconds = len(folders) - len(waiting) - len(running), time.perf_counter() - start
                 print(f"[{done}/{len(folders)}] {folder.relative_to(root)}: {seconds:.0f} s", flush=True)
@@ -181,22 +170,17 @@ def _start(folder: Path, gpus: list[str], place: int) -> subprocess.Popen:
     """A process that interrupts itself when its stdin is closed, be it that this one was killed."""
     # Several GPUs are shared out; runs on the same one share its memory.
     environ = {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus else {}
+    command = [sys.executable, "-m", "slas_trl.scripts.compare_arm", str(folder)]
     with (folder / LOG).open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "slas_trl.scripts.compare_arm", str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=os.environ | environ,
-            start_new_session=True,  # Ctrl-C reaches it through this process alone
-        )
+        streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": log, "stderr": subprocess.STDOUT}
+        # Ctrl-C reaches it through this process alone.
+        return subprocess.Popen(command, env=os.environ | environ, start_new_session=True, **streams)
 
 
 def _gpus() -> list[str]:
     """Names of those that may be used."""
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
-    return [str(i) for i in range(torch.cuda.device_count())]
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
+    return [*filter(None, names.split(","))]
 
 
 def _numbers(text: str) -> list[float]:

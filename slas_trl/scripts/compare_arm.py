@@ -1,8 +1,4 @@
-"""
-One arm of `slas-trl compare`, in a process of its own: trains with one seed, and evaluates along the way.
-
-    python -m slas_trl.scripts.compare_arm FOLDER       # which has an arm.json
-"""
+"""One arm of `slas-trl compare`: `python -m slas_trl.scripts.compare_arm FOLDER`, which has an `arm.json`."""
 
 import copy
 import json
@@ -45,7 +41,7 @@ NOISE, KL_NOISE, KL_STEPS = 100, 101, 102
 class ArmEvaluation(TrainerCallback):
     """
     Scores the policy on the evaluation prompts every so many updates, and at the end, always with the same noise. The
-    KL is to the denoisers in `base`, or to the model without its adapter; `spec` is what the folder's `arm.json` says.
+    KL is to the denoisers in `base`, or to the model without its adapter.
     """
 
     def __init__(
@@ -72,9 +68,9 @@ class ArmEvaluation(TrainerCallback):
     def _scores(self) -> dict[str, list[float]]:
         """By measure, the mean of each prompt."""
         copies, weight_of = self.spec["eval_images_per_prompt"], self.trainer.weight_of
-        jobs = [(row, i) for row in range(len(self.data)) for i in range(copies)]
-        seeds = [sampling.seed_for(NOISE, *job) for job in jobs]
-        scored = self.trainer.evaluator.score(self.data, [row for row, _ in jobs], seeds, self.size)
+        rows = [row for row in range(len(self.data)) for _ in range(copies)]
+        seeds = [sampling.seed_for(NOISE, row, i % copies) for i, row in enumerate(rows)]
+        scored = self.trainer.evaluator.score(self.data, rows, seeds, self.size)
         rewards = scored.rewards.T.view(len(weight_of), -1, copies)  # (K, P, copies)
         weights = torch.tensor([*weight_of.values()], dtype=torch.float64).view(-1, 1, 1)
         trained = weights.flatten() != 0
@@ -104,7 +100,7 @@ class ArmEvaluation(TrainerCallback):
         return torch.cat(values).mean().item()
 
     def save_pictures(self) -> list[str]:
-        """Draw a few prompts by the policy as it is, into the folder `samples`; returns them."""
+        """Draw a few prompts, which are returned, into the folder `samples`."""
         rows = evenly_spaced(len(self.data), SHOWN)
         seeds = sampling.generators([(NOISE, row, 0) for row in rows])
         (self.folder / SAMPLES).mkdir(exist_ok=True)
@@ -114,7 +110,7 @@ class ArmEvaluation(TrainerCallback):
 
 
 def run_arm(folder: Path) -> None:
-    """Do what the folder's `arm.json` says, and write `result.json` into it."""
+    """Do what `arm.json` says, and write `result.json`."""
     spec: Mapping[str, Any] = json.loads((folder / SPEC).read_text(encoding="utf-8"))
     own = ["--seed", str(spec["seed"]), "--output_dir", str(folder)]
     own += ["--eval_strategy", "no", "--logging_first_step", "true", "--disable_tqdm", "true"]
@@ -135,19 +131,14 @@ def run_arm(folder: Path) -> None:
         trainer.add_callback(evaluation)
         trainer.train(resume_from_checkpoint=checkpoints.last_whole_checkpoint(folder) is not None)
         trainer.save_model()
-    result = {
-        **spec,
-        "evaluations": evaluation.done,
-        "first_rollout": _first_rewards(folder),
-        "reward_weights": trainer.weight_of,
-        "prompts": list(data["prompt"]),
-        "shown_prompts": evaluation.save_pictures(),
-    }
+    result = {**spec, "evaluations": evaluation.done, "first_rollout": _first_rewards(folder)}
+    result |= {"reward_weights": trainer.weight_of, "prompts": list(data["prompt"])}
+    result |= {"shown_prompts": evaluation.save_pictures()}
     write_text(folder / RESULT, json.dumps(result))
 
 
 def _verdict(score: str) -> Callable[..., list[float]]:
-    """A score of the verifier of the shapes world as a reward, by its name."""
+    """A score of the verifier of the shapes world as a reward."""
 
     def reward(prompts, images, **columns):
         return [float(getattr(verdict, score)) for verdict in verify(prompts, images)]

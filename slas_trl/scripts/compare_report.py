@@ -1,15 +1,12 @@
 """
-What `slas-trl compare` makes of finished arms: tables, curves and sample sheets.
-
-    score of an arm         V, (seeds, prompts): mean over the images of a prompt
-    mean and interval       of V, for other seeds and other prompts, see `statistics.mean_over_seeds_and_prompts`
-    paired difference       the same of V_arm - V_other: seeds, prompts and noise are the same in both
-    matched KL              V at the update where each run is as far from the base as the run that went least far
+What `slas-trl compare` makes of finished arms: tables, curves and sample sheets. A paired difference is of the scores
+`(seeds, prompts)` of two arms, whose noise is the same; matched KL is where each run is as far from the base as the
+one that went least far.
 """
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,10 +37,7 @@ class Runs:
     kl: np.ndarray  # (S, T)
 
     def at_kl(self, target: float) -> np.ndarray:
-        """
-        Scores `(M, S, P)` where each run first is `target` away from the base, interpolated between evaluations:
-        linearly in the distance, which is the root of the KL.
-        """
+        """Scores `(M, S, P)` where each run first is `target` away, interpolated in the root of the KL."""
         found = []
         for i, distance in enumerate(np.sqrt(np.maximum.accumulate(self.kl, axis=1))):
             after = max(1, int(np.searchsorted(distance, math.sqrt(target))))
@@ -55,24 +49,17 @@ class Runs:
 
 def write_report(root: Path, labels: Mapping[str, str], seeds: list[int], command: str) -> str:
     """
-    Write `comparison.md`, `.json`, `.png` and `samples.png` into `root`, and return the text of the first.
-
-    Args:
-        root (`Path`): with the results of the base and of every arm and seed.
-        labels (`Mapping[str, str]`): of the arms, by name; the first is what the others are compared with.
-        seeds (`list[int]`): of each arm.
-        command (`str`): that makes this comparison.
-
-    Raises:
-        `ValueError`: when arms of one seed did not start from the same rollout.
+    Write `comparison.md`, `.json`, `.png` and `samples.png` into `root`, where the results of the base and of all arms
+    are, and return the text of the first. The first arm in `labels` is the one that others are compared with. Raises
+    `ValueError` when arms of one seed did not start from the same rollout.
     """
     base = _read(root / BASE)
     results = {arm: [_read(root / arm / f"seed-{seed}") for seed in seeds] for arm in labels}
     for seed, of_arms in zip(seeds, zip(*results.values(), strict=True), strict=True):
         if len({json.dumps(result["first_rollout"]) for result in of_arms}) > 1:
             raise ValueError(
-                f"The arms of seed {seed} began with different rollouts, so they cannot be compared. Were they run on "
-                f"different devices or numbers of threads? Remove the folders seed-{seed} in {root} and start again."
+                f"The arms of seed {seed} began with different rollouts, maybe on different devices or numbers of "
+                f"threads, and cannot be compared. Remove the folders seed-{seed} in {root} and start again."
             )
     report = Report({arm: _runs(labels[arm], base, results[arm]) for arm in labels}, base)
     write_text(root / "comparison.json", json.dumps(report.numbers(command), indent=2) + "\n")
@@ -106,7 +93,7 @@ class Report:
         self.weights: dict[str, float] = {name: w for name, w in base["reward_weights"].items() if w}
         self.trained_as = " + ".join(name if w == 1 else f"{w:g} × {name}" for name, w in self.weights.items())
         names = list(base["evaluations"]["0"]["scores"])
-        # Left out because another measure is the same: the only trained reward, and rewards that the verifier is.
+        # Left out, since another measure is the same.
         hidden = {"shapes_verifier", "shapes_verifier_strict"} if SCORES[0] in names else set()
         hidden |= self.weights.keys() if [*self.weights.values()] == [1.0] else set()
         shown = [i for i, name in enumerate(names) if name not in hidden]
@@ -132,7 +119,7 @@ class Report:
         return _estimates({f"{label[a]} − {label[b]}": scores[label[a]] - scores[label[b]] for a, b in pairs})
 
     def numbers(self, command: str) -> dict[str, Any]:
-        """All of it, for JSON: tables by row and measure, of mean and interval, and curves by arm."""
+        """For JSON: tables by row and measure, of mean and interval, and curves by arm."""
         arms = {run.label: arm for arm, run in self.runs.items()}
         numbers = {"command": command, "seeds": len(self.first.kl), "prompts": self.base["prompts"]}
         numbers |= {"matched_kl": self.target, "curves": {}}
@@ -140,9 +127,8 @@ class Report:
             ends = {row: [[e.mean, e.low, e.high] for e in cells] for row, cells in table.items()}
             numbers[name] = {arms.get(row, row): dict(zip(self.measures, ends[row], strict=True)) for row in ends}
         for arm, run in self.runs.items():
-            means = np.nanmean(run.scores, axis=3).tolist()  # (M, S, T)
-            curves = {"updates": run.steps, "kl": run.kl.tolist(), **dict(zip(self.measures, means, strict=True))}
-            numbers["curves"][arm] = curves
+            means = zip(self.measures, np.nanmean(run.scores, axis=3).tolist(), strict=True)  # (M, S, T)
+            numbers["curves"][arm] = {"updates": run.steps, "kl": run.kl.tolist(), **dict(means)}
         return json.loads(json.dumps(numbers), parse_constant=lambda constant: None)  # JSON has no NaN
 
     def text(self, command: str) -> str:
@@ -189,14 +175,13 @@ class Report:
             _draw_band(axes[0, -1], run.steps, run.kl[:, :, None], style)
         kinds = {TRAINED: self.trained_as.replace(" + ", "\n+ "), **dict.fromkeys(SCORES, "by the verifier")}
         kinds |= dict.fromkeys(self.weights, "part of it")
-        for column, measure in enumerate(shown):
-            axes[0, column].set_title(f"{measure}\n({kinds.get(measure, 'held out')})", fontsize=10)
-            axes[1, column].set(xlabel="KL to the base (nats per element)")
+        for measure, above, below in zip(shown, *axes[:, :-1], strict=True):
+            above.set_title(f"{measure}\n({kinds.get(measure, 'held out')})", fontsize=10)
             # Distances grow with the root of the KL, and arms may differ by orders of magnitude.
-            axes[1, column].set_xscale("function", functions=(np.sqrt, np.square))
-            axes[1, column].xaxis.set_major_locator(MaxNLocator(4))
-            axes[1, column].set_xlim(left=0)
-            axes[1, column].axvline(self.target, color="grey", lw=0.8, ls=":")
+            below.set_xscale("function", functions=(np.sqrt, np.square))
+            below.xaxis.set_major_locator(MaxNLocator(4))
+            below.set(xlabel="KL to the base (nats per element)", xlim=(0, None))
+            below.axvline(self.target, color="grey", lw=0.8, ls=":")
         axes[0, -1].set_title("KL to the base", fontsize=10)
         axes[1, -1].set_axis_off()
         axes[1, -1].legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="upper left")
@@ -209,15 +194,13 @@ class Report:
 
 
 def _estimates(scores: Mapping[str, np.ndarray]) -> Table:
-    """Of scores `(M, S, P)` by row."""
     return {row: [estimate(values) for values in each] for row, each in scores.items()}
 
 
-def _draw_band(axis: Any, steps: list[int], values: np.ndarray, style: dict[str, str]) -> list[float]:
+def _draw_band(axis: Any, steps: list[int], values: np.ndarray, style: dict[str, str]) -> Sequence[float]:
     """Means and intervals of `(S, T, P)` over the updates; returns the means."""
     bands = [estimate(values[:, t]) for t in range(values.shape[1])]
-    means = [band.mean for band in bands]
+    means, low, high = zip(*((band.mean, band.low, band.high) for band in bands), strict=True)
     axis.plot(steps, means, **style)
-    ends = [band.low for band in bands], [band.high for band in bands]
-    axis.fill_between(steps, *ends, color=style["color"], alpha=0.12, lw=0)
+    axis.fill_between(steps, low, high, color=style["color"], alpha=0.12, lw=0)
     return means

@@ -1,7 +1,4 @@
-"""
-`slas-trl doctor`: would this training start, and what would it be like? Takes the options of `slas-trl train`, makes
-the first update of that training, and prints what was measured, or the first problem. Nothing is kept of it.
-"""
+"""`slas-trl doctor` makes the first update of a training, and prints what was measured, or the first problem."""
 
 import os
 import sys
@@ -10,7 +7,6 @@ import textwrap
 import time
 import traceback
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -35,10 +31,9 @@ WIDTH, LABEL = 96, 18
 EVALUATED = 2  # prompts of an evaluation, which scores the held-out rewards
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Returns 0 if training could start, and 1 if not."""
-    script, lora, config = parse(sys.argv[1:] if argv is None else argv, prog="slas-trl doctor", one_process=True)
-    sys.path.append(str(Path.cwd()))  # as for `slas-trl train`
+    script, lora, config = parse(argv, prog="slas-trl doctor", one_process=True)
     pipe = script.load_pipeline(config)
     print_row("pipeline", f"{type(pipe).__name__}, {script.model_name_or_path or 'the embedded one'}")
     for name, denoiser in denoisers_of(pipe).items():
@@ -50,7 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)  # ends the line of a progress bar
         if os.environ.get("SLAS_TRL_DEBUG") == "1":
             traceback.print_exception(error)
-        # With the kind of an error that is nobody's input.
         message = str(error) if isinstance(error, BAD_INPUT) else f"{type(error).__name__}: {error}"
         print(f"\nTraining cannot start:\n{_wrapped(message, '- ', '  ')}")
         return 1
@@ -61,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def examine(
     pipe: DiffusionPipeline, script: SLASScriptArguments, lora: LoraArguments, config: SLASConfig, folder: str
 ) -> None:
-    """Make one update and print what it was like. What the trainer writes goes to `folder`; it raises the problem."""
+    """Make one update and print what it was like. Raises the first problem; `folder` is for the trainer's files."""
     resume = config.resume_from_checkpoint
     checkpoint = checkpoints.find(config.run_dir, True if resume in ("true", "True") else resume)
     config.output_dir, config.push_to_hub, config.report_to, config.log_completions = folder, False, [], False
@@ -81,10 +75,9 @@ def examine(
     for label, text in sampling.rows.items():
         print_row(label, text)
     print_update(config, log)
-    evaluation = {}
-    if isinstance(data := trainer.eval_dataset, Dataset):
-        evaluation = trainer.evaluate(data.select(range(min(EVALUATED, len(data)))))
-    print_rewards(trainer, log, evaluation)
+    data = trainer.eval_dataset
+    few = data.select(range(min(EVALUATED, len(data)))) if isinstance(data, Dataset) else None
+    print_rewards(trainer, log, {} if few is None else trainer.evaluate(few))
     print_time(trainer, log, sampling.seconds)
 
 
@@ -131,22 +124,18 @@ def print_trained(trainer: SLASTrainer, is_adapter: bool) -> None:
 
 
 def print_update(config: SLASConfig, log: dict[str, float]) -> None:
-    """Ratio, KL and advantages, as the trainer logged them."""
     allowed = min(1e-5, config.epsilon / 10)
     print_row("max |ratio - 1|", f"{log['ratio/max_deviation']:.3g} before the update (allowed: {allowed:g})")
     for key, label in (("kl", "KL to reference"), ("trust_region/kl", "KL of update")):
         if key in log:
             print_row(label, f"{log[key]:.3g} nats per element of a latent")
-    print_row(
-        "advantages",
-        f"gamma {log['gamma']:g}, |A| up to {log['advantages/abs_max']:.3g}; effective share "
-        f"{log['advantages/effective_share']:.3f}; groups without a difference {log['frac_reward_zero_std']:.0%}",
-    )
+    largest = f"gamma {log['gamma']:g}, |A| up to {log['advantages/abs_max']:.3g}"
+    shares = f"{log['advantages/effective_share']:.3f}; groups without a difference {log['frac_reward_zero_std']:.0%}"
+    print_row("advantages", f"{largest}; effective share {shares}")
     print_row("reward", f"mean {log['reward']:.4g}, std within a group {log['reward_std']:.3g}")
 
 
 def print_rewards(trainer: SLASTrainer, log: dict[str, float], evaluation: dict[str, float]) -> None:
-    """Each reward on the images of the rollout, and the held-out ones on those of a few evaluation prompts."""
     rows = [("reward", "mean", "std", "no score", "seconds", "weight")]
     for name, weight in trainer.weight_of.items():
         is_held_out = name not in trainer.scorer.names
@@ -161,11 +150,9 @@ def print_rewards(trainer: SLASTrainer, log: dict[str, float], evaluation: dict[
 def print_time(trainer: SLASTrainer, log: dict[str, float], sampling: float) -> None:
     config, device = trainer.args, trainer.accelerator.device
     updates = config.micro_steps_per_rollout / config.micro_steps_per_update
-    print_row(
-        "time",
-        f"{log['step_time']:.2g} s for the first update, of which {sampling:.2g} s to sample "
-        f"{config.generation_batch_size} images; a rollout serves {updates:g} update(s)",
-    )
+    sampled = f"of which {sampling:.2g} s to sample {config.generation_batch_size} images"
+    first = f"{log['step_time']:.2g} s for the first update, {sampled}"
+    print_row("time", f"{first}; a rollout serves {updates:g} update(s)")
     if device.type == "cuda":
         print_row("peak memory", f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}")
 

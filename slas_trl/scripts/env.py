@@ -16,7 +16,7 @@ PACKAGES = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     argparse.ArgumentParser(prog="slas-trl env", description=__doc__).parse_args(argv)
     print("Copy and paste this into a bug report:\n")
     print(f"- slas-trl: {__version__}")

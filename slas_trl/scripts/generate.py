@@ -8,14 +8,12 @@ from typing import Any
 from PIL import Image
 
 
-def make_parser(prog: str = "slas-trl generate") -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False, description=__doc__)
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="slas-trl generate", allow_abbrev=False, description=__doc__)
     parser.add_argument("--prompt", required=True, help="what to draw")
     parser.add_argument("--output", required=True, help="picture to write; several pictures make one sheet")
-    parser.add_argument(
-        "--model_name_or_path",
-        help="folder, file or Hub id of a pipeline (default: that of the adapter's card, or the embedded one)",
-    )
+    model = "folder, file or Hub id of a pipeline (default: that of the adapter's card, or the embedded one)"
+    parser.add_argument("--model_name_or_path", help=model)
     parser.add_argument("--adapter", help="folder or Hub id of a LoRA adapter, such as a run's output_dir")
     dtypes = ["float32", "bfloat16", "float16"]
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="that of training (default: float32)")
@@ -26,7 +24,7 @@ def make_parser(prog: str = "slas-trl generate") -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     args = make_parser().parse_args(argv)
     output = Path(args.output)
     if not args.prompt.strip():

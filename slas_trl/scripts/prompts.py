@@ -9,7 +9,6 @@ import json
 import math
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from .arguments import SLASScriptArguments, parse
 from .train import make_trainer, train_prompts
 
 
-# Settings that the scores depend on, beside the prompts, the model and the rewards.
+# What the scores depend on, beside the prompts, the model and the rewards.
 DECISIVE = (
     *("seed", "num_generations", "per_device_train_batch_size", "num_inference_steps", "guidance_scale"),
     *("height", "width", "eta", "noise_schedule", "noise_level", "sde_window_size", "sde_window_start"),
@@ -46,8 +45,8 @@ FILTERING = (
 )
 
 
-def make_parser(prog: str = "slas-trl prompts") -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False, description=__doc__)
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="slas-trl prompts", allow_abbrev=False, description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     score = commands.add_parser(
         "score",
@@ -60,14 +59,13 @@ def make_parser(prog: str = "slas-trl prompts") -> argparse.ArgumentParser:
         "--adapter, --dataset_name, --reward_funcs, --reward_weights, --num_generations, --seed ... Without "
         "--model_name_or_path: the embedded pipeline.",
     )
-    score.add_argument(
-        "--output", required=True, help="file of prompts and scores to write, or to go on with (.jsonl)"
-    )
+    what = "file of prompts and scores to write, or to go on with (.jsonl)"
+    score.add_argument("--output", required=True, help=what)
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser, argv = make_parser(), list(sys.argv[1:] if argv is None else argv)
+def main(argv: Sequence[str]) -> None:
+    parser = make_parser()
     if argv[:1] == ["filter"]:
         raise ValueError(FILTERING)
     args, rest = parser.parse_known_args(argv)
@@ -113,7 +111,6 @@ def score(output: Path, argv: Sequence[str]) -> None:
 
 
 def _settings(script: SLASScriptArguments, config: SLASConfig, data: Dataset) -> dict[str, Any]:
-    """What the scores depend on."""
     given = {
         "dataset_name": script.dataset_name or config.prompt_dataset,
         "prompts": hashlib.sha256("\n".join(data["prompt"]).encode()).hexdigest(),
@@ -134,8 +131,7 @@ def _scored_before(output: Path, settings: dict[str, Any]) -> dict[int, dict[str
     then = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
     if changed := {k: (then.get(k), settings.get(k)) for k in then | settings if then.get(k) != settings.get(k)}:
         raise ValueError(
-            f"{output} holds something else, or scores that were made with other settings (then, now): {changed}. "
-            "Name another --output, or delete it."
+            f"{output} holds something else, or scores of other settings (then, now): {changed}. Name another file."
         )
     lines = read_lines(output)
     write_lines(output, lines)  # without half a line, which a killed run has left
@@ -168,14 +164,11 @@ def _score_rows(trainer: SLASTrainer, rows: Sequence[int], rollout_index: int) -
         scores = scoring.gather().rewards  # (N, K)
     total = compute_advantages(scores, copies, args).rewards
     groups = zip(rows, total.view(-1, copies), scores.view(len(rows), copies, -1), strict=True)
-    return [
-        {
-            "row": row,
-            **_statistics(of_sum),
-            "rewards": dict(zip(trainer.scorer.names, map(_statistics, of_each.T), strict=True)),
-        }
-        for row, of_sum, of_each in groups
-    ]
+    scored = []
+    for row, of_sum, of_each in groups:
+        rewards = dict(zip(trainer.scorer.names, map(_statistics, of_each.T), strict=True))
+        scored.append({"row": row, **_statistics(of_sum), "rewards": rewards})
+    return scored
 
 
 def _statistics(scores: torch.Tensor) -> dict[str, float | None]:

@@ -14,32 +14,28 @@ from ..run_files import FACTS, STATE
 from ..trainer.checkpoints import checkpoints_in, find, last_whole_checkpoint, read_state
 
 
-def make_parser(prog: str = "slas-trl push") -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False, description=__doc__)
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="slas-trl push", allow_abbrev=False, description=__doc__)
     parser.add_argument("run_dir", metavar="RUN_DIR", help="a run's output_dir, or one of its checkpoints")
     parser.add_argument("repo", metavar="REPO", help="user/name, or a name of your own; made if it is not there")
     parser.add_argument("--private", action="store_true", default=None, help="make the repository a private one")
     parser.add_argument("--revision", help="branch, made if it is not there (default: the main one)")
-    parser.add_argument(
-        "--hub_strategy",
-        choices=["end", *repository.CHECKPOINT_STRATEGIES],
-        default="end",
-        help="also push the last checkpoint, or all of them, for a training to go on from (default: end, none)",
-    )
+    also = "also push the last checkpoint, or all of them, for a training to go on from (default: end, none)"
+    strategies = ["end", *repository.CHECKPOINT_STRATEGIES]
+    parser.add_argument("--hub_strategy", choices=strategies, default="end", help=also)
     parser.add_argument("--base_model", help="Hub id of what was trained, where the run had it from a folder")
     parser.add_argument("--commit_message", help="of the commit")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     args = make_parser().parse_args(argv)
     run_dir = Path(args.run_dir)
     weights, facts = find_result(run_dir)
     edited = edited_card(weights, facts)
     if edited is not None:
-        print(
-            "README.md was edited, and is pushed as it is: see what its code loads, and from where.", file=sys.stderr
-        )
+        said = "README.md was edited, and is pushed as it is: see what its code loads, and from where."
+        print(said, file=sys.stderr)
     if args.base_model is not None:
         facts.base = replace(facts.base, hub_id=args.base_model, name=None, embedded=False, license=None)
     files = repository.result_files(weights, facts, weights)
@@ -47,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         files |= repository.checkpoint_files(checkpoint, args.hub_strategy)
     old = repository.OLD_PICTURES + ("" if args.hub_strategy == "end" else f"|{repository.OLD_CHECKPOINT}")
     message = args.commit_message or f"Model after {facts.step} updates"
-    place = {"revision": args.revision, "private": args.private}
-    push = repository.Push(args.repo, files, message, run_dir, args.hub_strategy, **place, replaces=old, card=edited)
+    place = args.hub_strategy, args.revision, args.private
+    push = repository.Push(args.repo, files, message, run_dir, *place, replaces=old, card=edited)
     done = repository.publish(facts, push)
     print("\n".join(sorted(files)))
     print(f"Pushed: {done.commit_url}")
@@ -66,7 +62,7 @@ def find_result(run_dir: Path) -> tuple[Path, RunFacts]:
 
 
 def chosen_checkpoints(run_dir: Path, strategy: str) -> list[Path]:
-    """Those that `strategy` asks for. Raises `ValueError` if there is none, or one of them is not whole."""
+    """Raises `ValueError` if there is none, or one of them is not whole."""
     if strategy == "end":
         return []
     is_checkpoint = (run_dir / STATE).is_file()

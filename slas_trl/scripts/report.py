@@ -25,13 +25,8 @@ Measurement = ShapesReport | dict[str, list[float]]
 
 class RunReport:
     """
-    Before and after of one run. Collective: every rank must call every method; the main one writes.
-
-    Args:
-        trainer ([`SLASTrainer`]): before training.
-        base_model (`str`, *optional*): folder or Hub id of the pipeline; `None` is the embedded one.
-        prompts (`int`, *optional*): how many to use; by default all held-out ones of the embedded pipeline, else 16.
-        images_per_prompt (`int`): pictures of each of them.
+    Before and after of one run, on so many `prompts`; by default all held-out ones of the embedded pipeline (whose
+    `base_model` is `None`), else 16. Collective: every rank must call every method; the main one writes.
     """
 
     def __init__(self, trainer: SLASTrainer, base_model: str | None, prompts: int | None, images_per_prompt: int):
@@ -76,15 +71,13 @@ class RunReport:
             table, named = text_table(rows), {name: name for name in comparison}
             scores = {name: {when: e.to_dict() for when, e in each.items()} for name, each in comparison.items()}
             judged = in_card = "Mean rewards"
-        metrics = []
-        for name, row in named.items():
-            now, was = comparison[row]["after"], comparison[row]["before"]
-            metrics.append(Metric(name, now.mean, now.half_width, now.prompts, was.mean))
+        ends = {name: (comparison[row]["before"].mean, comparison[row]["after"]) for name, row in named.items()}
+        metrics = [Metric(name, now.mean, now.half_width, now.prompts, was) for name, (was, now) in ends.items()]
         prompts, images, trainer = len(self.rows), self.images_per_prompt, self.trainer
+        drawn = f"{self.origin} prompt{'s' * (prompts != 1)}{' of shapes' * self.is_shapes}, {images} picture"
         how = (
-            f"on {prompts} {self.origin} prompt{'s' * (prompts != 1)}{' of shapes' * self.is_shapes}, {images} "
-            f"picture{'s' * (images != 1)} each, drawn by the pipeline's own sampler with the same seeds before and "
-            "after; ± is the half width of a 95% interval."
+            f"on {prompts} {drawn}{'s' * (images != 1)} each, drawn by the pipeline's own sampler with the same seeds "
+            "before and after; ± is the half width of a 95% interval."
         )
         trainer.publisher.evaluation = Evaluation(f"{in_card} {how}", rows, metrics, self.origin)
         trainer.publisher.show()
@@ -96,9 +89,8 @@ class RunReport:
 def _compare_shapes(before: ShapesReport, after: ShapesReport) -> dict[str, dict[str, Estimate]]:
     """The graded score of each category, and of all the strict one, too."""
     reports = {"before": before, "after": after, "change": paired_difference(before, after)}
-    estimates = {when: report.estimates for when, report in reports.items()}
-    rows = {category: (category, "graded") for category in estimates["change"]} | {ALL_OR_NOTHING: (OVERALL, "strict")}
+    rows = {name: (name, "graded") for name in reports["change"].estimates} | {ALL_OR_NOTHING: (OVERALL, "strict")}
     return {
-        name: {when: each[category][score] for when, each in estimates.items()}
+        name: {when: report.estimates[category][score] for when, report in reports.items()}
         for name, (category, score) in rows.items()
     }

@@ -7,7 +7,6 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 
 from PIL import Image
 
@@ -30,7 +29,7 @@ HELP = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="slas-trl serve-reward",
         description="Serve a reward over HTTP. Trainings ask it by --reward_funcs remote:url=http://HOST:PORT.",
@@ -52,7 +51,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--host {given.host} can be reached from other machines, so it needs a token: {advice}")
     if given.until_stdin_closes:
         threading.Thread(target=lambda: sys.stdin.read() or os._exit(0), daemon=True).start()
-    sys.path.append(str(Path.cwd()))  # as for `slas-trl train`
     for package in ("uvicorn", "fastapi"):  # before a model is loaded
         require(package, "serve")
     reward = resolve_reward(given.name)
@@ -63,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket; connections are taken only once it listens."""
+    """A bound socket, which does not listen yet."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that was killed leaves connections
     try:
@@ -74,7 +72,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def warm_up(reward: RewardFunc) -> None:
-    """Load the model. Raises `ImportError` and `FileNotFoundError` when a package or a checkpoint is missing."""
+    """Load the model, by a picture. Raises what a missing package or checkpoint raises."""
     try:
         call_reward(reward, ["a gray picture"], [Image.new("RGB", (256, 256), (128, 128, 128))], {})
     except (ImportError, FileNotFoundError):
@@ -85,7 +83,7 @@ def warm_up(reward: RewardFunc) -> None:
 
 
 def serve(listener: socket.socket, reward: RewardFunc, limits: Limits, token: str | None) -> None:
-    """Until Ctrl-C, which comes out of here, or SIGTERM; the request that is being scored is answered first."""
+    """Until Ctrl-C or SIGTERM; the request that is being scored is answered first."""
     import uvicorn
 
     from ..rewards.server import make_app

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from diffusers import DiffusionPipeline
@@ -17,8 +18,8 @@ from .arguments import LoraArguments, SLASScriptArguments, parse
 from .report import RunReport
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    script, lora, config = parse(sys.argv[1:] if argv is None else argv)
+def main(argv: Sequence[str]) -> None:
+    script, lora, config = parse(argv)
     reward_funcs, base_model, adapter = script.named_rewards(), script.model_name_or_path, script.adapter
     data, eval_data = train_prompts(script), eval_prompts(script, config)  # fail early: a model takes longer
     trainer = make_trainer(script, lora, config, data, eval_data)
@@ -67,20 +68,14 @@ def make_trainer(
     eval_data: Dataset | None = None,
     pipe: DiffusionPipeline | None = None,
 ) -> SLASTrainer:
-    """The trainer of these arguments, which load the pipeline if it is not given."""
-    return SLASTrainer(
-        model=script.load_pipeline(config) if pipe is None else pipe,
-        reward_funcs=script.named_rewards(),
-        args=config,
-        train_dataset=data,
-        eval_dataset=eval_data,
-        peft_config=lora.peft_config(),
-        eval_reward_funcs=script.eval_reward_funcs,
-    )
+    rewards: dict[str, Any] = {"reward_funcs": script.named_rewards(), "eval_reward_funcs": script.eval_reward_funcs}
+    prompts: dict[str, Any] = {"train_dataset": data, "eval_dataset": eval_data}
+    model = script.load_pipeline(config) if pipe is None else pipe
+    return SLASTrainer(model=model, args=config, peft_config=lora.peft_config(), **rewards, **prompts)
 
 
 def push(trainer: SLASTrainer, dataset_name: str | None) -> None:
-    """Push the result. Where that fails, the run has ended well all the same, and says what to do."""
+    """Where that fails, the run has ended well all the same, and says what to do."""
     try:
         done = trainer.push_to_hub(dataset_name=dataset_name)
         if isinstance(done, CommitInfo):  # on the main process
@@ -99,10 +94,7 @@ def eval_prompts(script: SLASScriptArguments, config: SLASConfig) -> Dataset | N
     if config.eval_strategy != "no":
         return held_out_prompts(script, config, f"eval_strategy={IntervalStrategy(config.eval_strategy).value}")
     if script.eval_reward_funcs:
-        raise ValueError(
-            "eval_reward_funcs are scored in evaluation, and there is none: set eval_strategy, for example "
-            "--eval_strategy steps --eval_steps 10."
-        )
+        raise ValueError("eval_reward_funcs need an evaluation: set --eval_strategy steps --eval_steps 10, say.")
     return None if script.eval_dataset_name is None else held_out_prompts(script, config, "")
 
 

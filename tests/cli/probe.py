@@ -18,8 +18,7 @@ def main(argv: list[str]) -> None:
     if "wait" in what or "one-bug" in what:
         try:
             time.sleep(60)
-        finally:
-            # What is saved after Ctrl-C takes its time.
+        finally:  # what is saved after Ctrl-C takes its time
             (folder / f"{rank}.saving").touch()
             time.sleep(60 if "stubborn" in what else 0.5)
             (folder / f"{rank}.saved").touch()

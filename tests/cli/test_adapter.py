@@ -26,19 +26,12 @@ from tests.tiny_pipelines import sd_pipeline
 from tests.trainer.tiny_trainers import publish
 
 
-SETTINGS = {
-    "adapter": "published",
-    "reward_funcs": ["adapter_rewards:darkness"],
-    "beta": 0.1,
-    "learning_rate": 1e-2,
-    "report_images_per_prompt": 1,
-    "log_completions": False,
-}
+SETTINGS = {"adapter": "published", "reward_funcs": ["adapter_rewards:darkness"], "beta": 0.1, "learning_rate": 1e-2}
+SETTINGS |= {"report_images_per_prompt": 1, "log_completions": False}
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """And an adapter that was trained on the model."""
     folder = make_home(tmp_path_factory.mktemp("home"), "adapter_rewards", **SETTINGS)
     publish(sd_pipeline(), ["unet"], folder / "published")
     return folder
@@ -124,15 +117,14 @@ def test_generate_takes_the_base_that_the_card_names(capsys, tmp_path, monkeypat
         huggingface_hub.create_repo("user/hidden", private=True)
         huggingface_hub.upload_folder(repo_id="user/hidden", folder_path="published")
         monkeypatch.delenv("HF_TOKEN")
-        private = [*train, "--output_dir", "private", "--model_name_or_path", "model", "--report_prompts", "0"]
-        private[private.index("user/published")] = "user/hidden"
-        private += ["--max_steps", "1"]
+        private = [*train[:-1], "user/hidden", "--output_dir", "private", "--model_name_or_path", "model"]
+        private += ["--report_prompts", "0", "--max_steps", "1"]
         assert main(private) == 2
         assert main([*private, "--hub_token", "hf_good"]) == 0
-    assert main([*argv, "--output", "here.png", "--adapter", "published", "--model_name_or_path", "model"]) == 0
-    assert main([*argv, "--output", "plain.png", "--model_name_or_path", "model"]) == 0
-    assert main([*argv, "--output", "bf16.png", "--adapter", "published", "--model_name_or_path", "model",
-                 "--dtype", "bfloat16"]) == 0  # fmt: skip
+    argv += ["--model_name_or_path", "model"]
+    assert main([*argv, "--output", "here.png", "--adapter", "published"]) == 0
+    assert main([*argv, "--output", "plain.png"]) == 0
+    assert main([*argv, "--output", "bf16.png", "--adapter", "published", "--dtype", "bfloat16"]) == 0
     pipe: Any = load_pipeline("model", {"dtype": "bfloat16"})
     pipe.load_lora_weights("published")
     rounded = pipe(["a dot"], num_inference_steps=2, generator=[torch.Generator().manual_seed(0)]).images[0]

@@ -1,5 +1,6 @@
 """`slas-trl prompts`: from a list of prompts to scores, and to a shorter list that is trained on."""
 
+import contextlib
 import json
 import os
 import signal
@@ -9,14 +10,12 @@ from pathlib import Path
 import datasets
 import pytest
 from datasets import Dataset
-from PIL import Image
 
 from slas_trl.cli.main import main
 from slas_trl.scripts import prompts
 from slas_trl.shapes import shapes_prompts
 from slas_trl.trainer.prompts import load_prompts
-from tests.cli.tiny_run import REWARDS, make_home
-from tests.policy.zoo.all import FAMILIES
+from tests.cli.tiny_run import REWARDS, SMALL, make_home
 
 
 TEXTS = ["a dot", "a box", "dots\u2028and more", "a bar", "bars"]
@@ -55,9 +54,7 @@ def at_home(home: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture(scope="module")
 def scored(home: Path) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(home)
-        patch.setattr(sys, "path", [*sys.path])
+    with contextlib.chdir(home):
         score(output="scores.jsonl")
     return home / "scores.jsonl"
 
@@ -74,14 +71,12 @@ def test_every_prompt_with_its_columns_and_scores(scored, home):
     assert tagged[0] == {"mean": 1.0, "std": 0.0, "distinct": 0.25}
     assert tagged[1] == {"mean": 0.5, "std": 0.5, "distinct": 0.5}
     assert tagged[2] == {"mean": None, "std": None, "distinct": None}
-    for line in lines:
-        darkness = line["rewards"]["darkness"]
-        # From one initial noise: only the noise of the steps, as in training, makes a difference.
-        assert darkness["std"] > 1e-4 and darkness["distinct"] == 1.0
-    # The weighted sum, of what there is.
-    for row, weight in ((0, 0.5), (2, 0.5), (3, 1.5)):
-        assert lines[row]["std"] == pytest.approx(weight * lines[row]["rewards"]["darkness"]["std"], rel=1e-3)
-    assert lines[3]["mean"] == pytest.approx(1.5 * lines[3]["rewards"]["darkness"]["mean"], rel=1e-5)
+    darkness = [line["rewards"]["darkness"] for line in lines]
+    # From one initial noise: only the noise of the steps, as in training, makes a difference.
+    assert all(scores["std"] > 1e-4 and scores["distinct"] == 1.0 for scores in darkness)
+    for row, weight in ((0, 0.5), (2, 0.5), (3, 1.5)):  # the weighted sum, of what there is
+        assert lines[row]["std"] == pytest.approx(weight * darkness[row]["std"], rel=1e-3)
+    assert lines[3]["mean"] == pytest.approx(1.5 * darkness[3]["mean"], rel=1e-5)
     assert not (home / "run").exists()  # nothing else is written
 
 
@@ -98,6 +93,7 @@ def test_the_scores_are_those_of_the_first_rollout_of_a_training():
 
 
 def test_filtering_is_a_line_of_datasets(scored, capsys):
+    assert main(["prompts"]) == 0 and "score" in capsys.readouterr().out
     assert main(["prompts", "filter", "--scores", "scores.jsonl"]) == 2 and "load_dataset(" in capsys.readouterr().err
     data = datasets.load_dataset("json", data_files="scores.jsonl", split="train")
     assert isinstance(data, Dataset)
@@ -160,38 +156,8 @@ def test_bad_input(argv, named):
 
 def test_the_embedded_pipeline_is_the_default(tmp_path):
     (tmp_path / "few.txt").write_text("\n".join(shapes_prompts("test")["prompt"][:2]))
-    argv = ["--dataset_name", str(tmp_path / "few.txt"), "--num_generations", "4", "--disable_tqdm", "true"]
+    argv = [*SMALL, "--dataset_name", str(tmp_path / "few.txt")]
     assert main(["prompts", "score", "--output", str(tmp_path / "s.jsonl"), *argv]) == 0
     line = json.loads((tmp_path / "s.jsonl").read_text().splitlines()[1])
     assert set(line["rewards"]) == {"shapes_verifier", "shapes_clip"}
     assert line["mean"] == pytest.approx(line["rewards"]["shapes_verifier"]["mean"])
-
-
-def test_image_editing(tmp_path):
-    """Images reach the pipeline and the rewards; paths become relative to the file that is written."""
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "lists").mkdir()
-    for i, color in enumerate(["red", "green"]):
-        Image.new("RGB", (16, 16), color).save(tmp_path / "photos" / f"{i}.png")
-    edits = [{"prompt": "more color", "image": f"photos/{i}.png"} for i in range(2)]
-    (tmp_path / "edits.jsonl").write_text("\n".join(map(json.dumps, edits)))
-    family = FAMILIES["kontext"]
-    family.build().save_pretrained(tmp_path / "model")
-    call = {k: v for k, v in family.call.items() if k not in ("height", "width", "guidance_scale")}
-    argv = ["--dataset_name", str(tmp_path / "edits.jsonl"), "--model_name_or_path", str(tmp_path / "model")]
-    argv += ["--pipeline_kwargs", json.dumps(call), "--height", "16", "--width", "16", "--num_generations", "4"]
-    argv += ["--per_device_train_batch_size", "2", "--num_inference_steps", "3", "--use_cpu"]
-    argv += ["--disable_tqdm", "true", "--reward_funcs", "examples.image_editing:layout"]
-    scores = tmp_path / "lists" / "s.jsonl"
-    assert main(["prompts", "score", "--output", str(scores), *argv]) == 0
-    assert all(json.loads(line)["image"].startswith("../photos/") for line in scores.read_text().splitlines())
-    assert all(Path(row["image"]).is_file() for row in load_prompts(str(scores)))
-
-
-def test_without_a_command_it_prints_its_help(capsys):
-    assert main(["prompts"]) == 0
-    assert "score" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="0"):
-        main(["prompts", "score", "--help"])
-    with pytest.raises(SystemExit, match="2"):
-        main(["prompts", "socre"])

@@ -19,7 +19,8 @@ from PIL import Image
 from slas_trl.cli.main import main
 from slas_trl.run_files import ADAPTER
 from slas_trl.scripts.arguments import SHAPES_SETTINGS, parse
-from tests.cli.tiny_run import PROMPTS, REWARDS, make_home
+from slas_trl.shapes.world import CATEGORIES
+from tests.cli.tiny_run import PROMPTS, REWARDS, SMALL, make_home
 
 
 MORE_REWARDS = """
@@ -31,15 +32,9 @@ def never(prompts, images, **columns):
 def greenness(prompts, images, **columns):
     return [image.convert("RGB").resize((1, 1)).getpixel((0, 0))[1] / 255 for image in images]
 """
-SETTINGS = {
-    "reward_funcs": ["tiny_rewards:darkness", "tiny_rewards:redness"],
-    "reward_weights": [1.0, 0.0],
-    "use_peft": True,
-    "lora_r": 4,
-    "lora_alpha": 16,  # another than r: the scale has to survive saving
-    "learning_rate": "1e-2",
-    "report_images_per_prompt": 2,
-}
+SETTINGS = {"reward_funcs": ["tiny_rewards:darkness", "tiny_rewards:redness"], "reward_weights": [1.0, 0.0]}
+# Another lora_alpha than lora_r: the scale has to survive saving.
+SETTINGS |= {"use_peft": True, "lora_r": 4, "lora_alpha": 16, "learning_rate": "1e-2", "report_images_per_prompt": 2}
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +51,17 @@ def at_home(home: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture(scope="module")
 def finished(home: Path) -> str:
     """What `slas-trl train --config run.yaml` printed."""
-    printed = io.StringIO()
-    with contextlib.chdir(home), contextlib.redirect_stdout(printed):
+    with contextlib.chdir(home), contextlib.redirect_stdout(io.StringIO()) as printed:
         assert main(["train", "--config", "run.yaml"]) == 0
     return printed.getvalue()
 
 
-def python_in(card: Path) -> str:
-    """The code that a model card tells people to run."""
-    found = re.search(r"```python\n(.*?)```", card.read_text(encoding="utf-8"), re.DOTALL)
-    assert found
-    return found[1]
+def run_code(card: Path) -> dict:
+    """Run the code that a model card tells people to run, and return its variables."""
+    [code, *_] = re.findall(r"```python\n(.*?)```", card.read_text(encoding="utf-8"), re.DOTALL)
+    names = {}
+    exec(code, names)
+    return names
 
 
 class TestARun:
@@ -74,17 +69,13 @@ class TestARun:
         run = Path("run")
         files = [ADAPTER, "README.md", "metrics.jsonl", "training.png", "evaluation.json"]
         files += ["calibration.jsonl", "calibration.png"]
-        assert all((run / name).is_file() for name in files)
-        assert (run / "checkpoint-2").is_dir()
+        assert all((run / name).is_file() for name in files) and (run / "checkpoint-2").is_dir()
         with Image.open(run / "samples" / "comparison.png") as sheet:
             assert sheet.width > 700 and sheet.height > 1400  # before and after of 4 prompts, and their captions
         records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert [record["step"] for record in records if "reward" in record] == [1, 2]
-
-    def test_pictures_changed(self, finished):
         before, after = (np.asarray(Image.open(f"run/samples/1_{name}.png")) for name in ("before", "after"))
-        assert before.shape == after.shape
-        assert (before != after).any()
+        assert before.shape == after.shape and (before != after).any()
 
     def test_the_table_is_printed_and_true(self, finished, monkeypatch):
         assert "4 training prompts, 2 pictures each" in finished
@@ -115,11 +106,8 @@ class TestARun:
         assert "| `darkness` | 1 |" in card.text and "| `redness` | held out |" in card.text
         settings = {"gamma": "0.5", "eta": "1", "lora_alpha": "16", "updates": "2"}
         assert all(f"`{name}` **{value}**" in card.text for name, value in settings.items())
-        assert "| darkness |" in card.text
-        assert "](training.png)" in card.text and "](calibration.png)" in card.text
-        names = {}
-        exec(python_in(Path("run/README.md")), names)
-        assert isinstance(names["image"], Image.Image)
+        assert all(part in card.text for part in ("| darkness |", "](training.png)", "](calibration.png)"))
+        assert isinstance(run_code(Path("run/README.md"))["image"], Image.Image)
 
     def test_the_adapter_is_there_for_generate(self, finished, capsys):
         argv = ["generate", "--prompt", "a dot", "--model_name_or_path", "model", "--num_inference_steps", "2"]
@@ -127,9 +115,7 @@ class TestARun:
         assert main([*argv, "--output", "tuned.png", "--adapter", "run"]) == 0
         assert main([*argv, "--output", "tuned3.png", "--adapter", "run", "--num_images", "3"]) == 0
         plain, tuned, sheet = (Image.open(name) for name in ("plain.png", "tuned.png", "tuned3.png"))
-        assert plain.size == tuned.size
-        assert (np.asarray(plain) != np.asarray(tuned)).any()
-        assert sheet.width > 2 * 160
+        assert plain.size == tuned.size and plain.tobytes() != tuned.tobytes() and sheet.width > 2 * 160
         assert "Wrote tuned3.png" in capsys.readouterr().out
 
     def test_resumes_from_the_newest_checkpoint(self, finished):
@@ -148,9 +134,7 @@ def test_full_fine_tuning_with_evaluation_prompts(capsys):
     assert "on 2 evaluation prompts" in capsys.readouterr().out
     assert "eval_rewards/greenness/mean" in Path("full/metrics.jsonl").read_text()
     assert not Path("full", ADAPTER).exists()
-    names = {}
-    exec(python_in(Path("full/README.md")), names)
-    assert isinstance(names["image"], Image.Image)
+    assert isinstance(run_code(Path("full/README.md"))["image"], Image.Image)
     card = ModelCard.load(Path("full/README.md"))
     assert "lora" not in card.data.tags and "| `greenness` | held out |" in card.text
 
@@ -163,7 +147,6 @@ def test_full_fine_tuning_with_evaluation_prompts(capsys):
         (["--config", "broken.yaml"], ["broken.yaml", "YAML"]),
         (["--config", "list.yaml"], ["list.yaml", "list"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
-        (["--config"], ["--config"]),
         (["stray"], ["'stray'"]),
         (["--max_steps", "many"], ["--max_steps", "'many'"]),
         (["--scale_rewards", "all"], ["--scale_rewards", "'all'"]),
@@ -177,10 +160,9 @@ def test_full_fine_tuning_with_evaluation_prompts(capsys):
     ids=lambda value: " ".join(value) if str(value[0]).startswith("-") else None,
 )
 def test_bad_options_are_named(options, named):
-    Path("typo.yaml").write_text("learning_rat: 1")
-    Path("broken.yaml").write_text("a: [1")
-    Path("list.yaml").write_text("- a")
-    Path("colon.yaml").write_text("reward_funcs:\n  - brightness: name=bright")
+    files = {"typo": "learning_rat: 1", "broken": "a: [1", "list": "- a", "colon": "reward_funcs:\n  - ocr: a=b"}
+    for name, text in files.items():
+        Path(f"{name}.yaml").write_text(text)
     config = [] if "--config" in options else ["--config", "run.yaml"]
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         parse([*config, *options])
@@ -241,30 +223,17 @@ def test_a_file_may_set_the_environment(tmp_path, monkeypatch):
     assert parse([f"--config={tmp_path / 'run.yaml'}"])[2].gamma == 0.25 and os.environ["SLAS_TRL_TEST"] == "3"
 
 
-def test_every_option_has_help(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main(["train", "--help"])
-    printed = capsys.readouterr().out
-    assert all(f"--{name}" in printed for name in ("config", "model_name_or_path", "lora_r", "gamma", "output_dir"))
-
-
 def test_the_embedded_pipeline_is_the_default(tmp_path, capsys, monkeypatch):
-    argv = ["train", "--output_dir", str(tmp_path / "shapes"), "--max_steps", "1", "--num_generations", "4"]
-    argv += ["--per_device_train_batch_size", "16", "--steps_per_generation", "1", "--num_inference_steps", "4"]
+    argv = ["train", *SMALL, "--output_dir", str(tmp_path / "shapes"), "--max_steps", "1"]
     assert main([*argv, "--report_prompts", "12", "--report_images_per_prompt", "1"]) == 0
     printed = capsys.readouterr().out
-    for category in ("single_object", "two_object", "counting", "colors", "position", "color_attr", "overall"):
-        assert f"\n| {category} " in printed
-    assert "12 held-out prompts" in printed
-    run = tmp_path / "shapes"
-    scores = json.loads((run / "evaluation.json").read_text())
+    assert all(f"\n| {name} " in printed for name in (*CATEGORIES, "overall")) and "12 held-out prompts" in printed
+    monkeypatch.chdir(tmp_path / "shapes")  # which is not below the folder that it was started in
+    scores = json.loads(Path("evaluation.json").read_text())
     assert 0 <= scores["before"]["estimates"]["overall"]["graded"]["mean"] <= 1
-    record = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
-    assert {"rewards/shapes_verifier/mean", "rewards/shapes_clip/mean"} <= set(record)
+    record = json.loads(Path("metrics.jsonl").read_text().splitlines()[0])
     assert record["reward"] == pytest.approx(record["rewards/shapes_verifier/mean"])  # the other has weight 0
-    names = {}
-    monkeypatch.chdir(run)  # which is not below the folder that it was started in
-    exec(python_in(Path("README.md")), names)
-    assert names["image"].size == (32, 32)
+    assert "rewards/shapes_clip/mean" in record
+    assert run_code(Path("README.md"))["image"].size == (32, 32)
     [result] = ModelCard.load("README.md").data.eval_results[:1]
     assert result.metric_value == scores["after"]["estimates"]["overall"]["graded"]["mean"]

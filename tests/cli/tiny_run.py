@@ -28,6 +28,10 @@ RUN = {
     "use_cpu": True,
     "output_dir": "run",
 }
+SMALL = [  # the same for the embedded pipeline
+    *("--per_device_train_batch_size", "4", "--num_generations", "4", "--steps_per_generation", "1"),
+    *("--num_inference_steps", "3"),
+]
 PROMPTS = ["a dot", "a box", "dots", "a bar"]
 REWARDS = """
 def darkness(prompts, images, **columns):

@@ -25,24 +25,20 @@ def test_noise_is_the_same_for_the_same_picture(pictures):
     assert len(set(noise)) == len(noise) and noise.std() == pytest.approx(2.0, rel=0.2)
 
 
-def test_half_of_the_prompts_are_unresolved(pictures):
-    scores = np.array(regimes.unresolved_half(*pictures, std=0.0)).reshape(16, 8)
-    assert (scores == scores[:, :1]).all()  # these pictures are all right
-    assert 3 <= scores[:, 0].sum() <= 13 and set(scores[:, 0]) == {0.0, 1.0}
-
-
-def test_gaps_differ_between_prompts(pictures):
-    scores = 30 * np.array(regimes.narrow_gaps(*pictures, std=0.0)).reshape(16, 8)
-    assert (scores == scores[:, :1]).all()
-    assert 1 / 30 <= scores.min() < 0.3 and 0.5 < scores.max() <= 1
+def test_half_of_the_prompts_are_unresolved_and_gaps_differ_between_prompts(pictures):
+    halves, gaps = (
+        np.array(regime(*pictures, std=0.0)).reshape(16, 8)
+        for regime in (regimes.unresolved_half, regimes.narrow_gaps)
+    )
+    assert (halves == halves[:, :1]).all() and (gaps == gaps[:, :1]).all()  # these pictures are all right
+    assert 3 <= halves[:, 0].sum() <= 13 and set(halves[:, 0]) == {0.0, 1.0}
+    assert 1 / 30 <= 30 * gaps.min() < 0.3 and 0.5 < 30 * gaps.max() <= 1
 
 
 def test_a_success_is_right_and_large(pictures):
     prompts, images = pictures
-    scores = np.array(regimes.rare_success(prompts, images))
-    area = np.array(regimes.shapes_coloured_area(prompts, images))
-    assert 0 < scores.sum() < len(scores)
-    assert ((scores == 1) == (area > regimes.LARGE)).all()
+    scores, area = (np.array(f(prompts, images)) for f in (regimes.rare_success, regimes.shapes_coloured_area))
+    assert 0 < scores.sum() < len(scores) and ((scores == 1) == (area > regimes.LARGE)).all()
     assert sum(regimes.rare_success([prompts[-1]] * 8, images[:8])) == 0  # pictures of another prompt
 
 
@@ -55,7 +51,6 @@ def test_alignment_by_hand():
     reward = truth + np.array([[0, 0, 0], [-0.01, 0, 0.01]])
     assert regimes.alignment(reward, truth, scale_rewards="group", gamma=0.0)[0] == pytest.approx(np.sqrt(0.5))
     assert regimes.alignment(reward, truth, scale_rewards="batch", gamma=0.0)[0] > 0.9999
-    mean, low, high = regimes.alignment(
-        np.random.default_rng(0).normal(size=(50, 8)), np.random.default_rng(1).normal(size=(50, 8)), gamma=0.0
-    )
+    noise = (np.random.default_rng(seed).normal(size=(50, 8)) for seed in (0, 1))
+    mean, low, high = regimes.alignment(*noise, gamma=0.0)
     assert low < mean < high and low < 0 < high

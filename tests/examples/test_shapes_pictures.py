@@ -8,10 +8,8 @@ from slas_trl.shapes import world
 
 def test_pictures():
     captions, pictures = sample_pictures(60, np.random.default_rng(0))
-    assert len(captions) == 60
-    assert pictures.shape == (60, 32, 32, 3)
-    assert pictures.dtype == np.float32
-    assert 0 <= pictures.min() < pictures.max() <= 1
+    assert len(captions) == 60 and pictures.shape == (60, 32, 32, 3)
+    assert pictures.dtype == np.float32 and 0 <= pictures.min() < pictures.max() <= 1
     assert {world.parse_caption(text).category for text in captions} == set(world.CATEGORIES)
     gray = pictures.max(-1) - pictures.min(-1) < 0.1
     assert (gray.mean((1, 2)) > 0.3).all()  # things on a ground

@@ -10,18 +10,17 @@ from .tiny_facts import facts
 
 
 def test_are_read_as_they_were_written(tmp_path):
-    for hostile in (False, True):
-        facts(hostile).write(tmp_path)
-        again, run = read_facts(tmp_path), facts(hostile)
-        assert repr(again) == repr(run)  # NaN equals nothing
+    facts(hostile=True).write(tmp_path)
+    assert repr(read_facts(tmp_path)) == repr(facts(hostile=True))  # NaN equals nothing
 
 
-@pytest.mark.parametrize("text", [None, "{", '{"name": "x"}', "[]"])
-def test_that_are_missing_or_damaged(tmp_path, text):
-    if text is not None:
-        (tmp_path / "model_card.json").write_text(text)
-    with pytest.raises(FileNotFoundError if text is None else ValueError, match="model_card.json"):
+def test_that_are_missing_or_damaged(tmp_path):
+    with pytest.raises(FileNotFoundError, match="model_card.json"):
         read_facts(tmp_path)
+    for text in ("{", '{"name": "x"}', "[]"):
+        (tmp_path / "model_card.json").write_text(text)
+        with pytest.raises(ValueError, match="model_card.json"):
+            read_facts(tmp_path)
 
 
 def test_pictures_that_are_not_pushed_are_not_shown():
@@ -41,9 +40,8 @@ def test_where_a_model_is_from(tmp_path, monkeypatch):
         pipe.register_to_config(_name_or_path=str(origin))
         return base_of(pipe, "bfloat16", kwargs, tmp_path / embedded)
 
-    cached = tmp_path / "models--org--base" / "snapshots" / "x"
-    for folder in (cached, tmp_path / "models" / "mine"):
-        folder.mkdir(parents=True)
+    (cached := tmp_path / "models--org--base" / "snapshots" / "x").mkdir(parents=True)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
     assert base("org/base").hub_id == base(cached).hub_id == "org/base"
     mine = base(tmp_path / "models" / "mine")
     assert (mine.hub_id, mine.name, mine.folder) == (None, "mine", "models/mine")

@@ -5,14 +5,8 @@ from dataclasses import replace
 from slas_trl.publishing.facts import Base, Evaluation, Metric, Place, RewardOnCard, RunFacts, Sample
 
 
-FLUX = Base(
-    "FluxPipeline",
-    hub_id="black-forest-labs/FLUX.1-dev",
-    dtype="bfloat16",
-    license="other",
-    license_name="flux-1-dev-non-commercial-license",
-    license_link="LICENSE.md",
-)
+LICENSE = {"license": "other", "license_name": "flux-1-dev-non-commercial-license", "license_link": "LICENSE.md"}
+FLUX = Base("FluxPipeline", hub_id="black-forest-labs/FLUX.1-dev", dtype="bfloat16", **LICENSE)
 MARKUP = (
     "<script>alert(1)</script> <img src=x onerror=alert(1)> </details></code></pre> [a](javascript:b) ![c](d) # e "
     "*f* __g__ ~~h~~ `i` ``` | j | <!-- k --> &lt; &amp; <Gallery /> {{ 7*7 }} {% raw %} $l$ \\(m\\) \\| @n "
@@ -31,7 +25,6 @@ HOSTILE = {
     "reading": f"- {MARKUP}",
     "tag": f"a: b # {MARKUP}",
 }
-PLACE = Place("user/repo", on_hub=True)
 
 
 def facts(hostile: bool = False, **changes) -> RunFacts:
@@ -73,7 +66,7 @@ def facts(hostile: bool = False, **changes) -> RunFacts:
         ema_decay=0.9,
         versions={"diffusers": "0.42.1", text["package"]: text["version"]},
         tags=["hf_jobs", "lora", text["tag"]],
-        place=PLACE,
+        place=Place("user/repo", on_hub=True),
         written=0.0,
     )
     return replace(run, **changes)

@@ -76,16 +76,11 @@ class TestReading:
         reading = reading_of(lines)
         assert reading.verdict == verdict and all(words in reading.text for words in said)
 
-    @pytest.mark.parametrize(
-        ("lines", "samples", "said"),
-        [
-            (run(up), 20, "no held-out reward"),
-            (run(up, taste=up), 400, "trained reward in evaluation falls"),  # overfitting
-        ],
-    )
-    def test_a_trained_reward_that_falls_in_evaluation(self, lines, samples, said):
-        reading = reading_of(lines, evaluations(0.0, -0.2, -0.5, samples=samples))
-        assert reading.verdict == "unclear" and said in reading.text
+    def test_a_trained_reward_that_falls_in_evaluation(self):
+        reading = reading_of(run(up, taste=up), evaluations(0.0, -0.2, -0.5))
+        assert reading.verdict == "unclear" and "trained reward in evaluation falls" in reading.text
+        few = reading_of(run(up), evaluations(0.0, -0.2, -0.5, samples=20))
+        assert few.verdict == "unclear" and "no held-out reward" in few.text
 
     @pytest.mark.parametrize("rollouts", [10, 12, 65])
     def test_chance_is_hardly_ever_called_hacking(self, rollouts):
@@ -102,10 +97,8 @@ class TestReading:
         assert reading_of(lines, of_taste(0.0, -0.5)).verdict == "hacking"
 
     def test_evaluations_of_several_data_sets(self):
-        metrics = [
-            {"step": step, "eval_hard_reward": step / 10, "eval_hard_reward_std": 1.0, "eval_hard_samples": 100}
-            for step in (1, 2)
-        ]
+        line = {"eval_hard_reward_std": 1.0, "eval_hard_samples": 100}
+        metrics = [line | {"step": step, "eval_hard_reward": step / 10} for step in (1, 2)]
         [curve] = reward_curves(run(up), metrics)[2]
         assert curve.name == "trained reward in evaluation on hard" and curve.changes == pytest.approx([0, 0.1])
 

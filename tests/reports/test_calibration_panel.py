@@ -9,13 +9,13 @@ from slas_trl.run_files import read_lines, write_lines
 from tests.reports.tiny_runs import down, evaluations, run, up
 
 
-def write(folder, lines, scale_rewards="batch", gamma=0.5):
+def write(folder, lines):
     """A run's folder."""
     rng = np.random.default_rng(0)
     for line in lines:
         stds = rng.uniform(0, 1, 12).round(3)
-        line |= {"scale_rewards": scale_rewards, "gamma": gamma, "group_std": [None, 0.0, *stds]}
-        line |= {"group_abs_advantage": [0.0, 0.0, *(stds ** (1 + gamma))]}
+        line |= {"scale_rewards": "batch", "gamma": 0.5, "group_std": [None, 0.0, *stds]}
+        line |= {"group_abs_advantage": [0.0, 0.0, *stds**1.5]}
         shares = ("frac_reward_zero_std", "advantages/clip_fraction", "advantages/effective_share")
         line |= dict(zip(shares, rng.uniform(0, 0.5, 3), strict=True))
     path = folder / "calibration.jsonl"
@@ -48,20 +48,22 @@ def test_every_part_of_it_is_drawn(tmp_path):
     plot_calibration(path, output_path=tmp_path / "other.png")
     assert not (tmp_path / "calibration.png").exists()
     picture = pixels(tmp_path / "other.png")
-    for top in (130, 650):
-        for left in (0, 650):
-            assert has(picture[top : top + 350, left : left + 650], (31, 119, 180)) > 200  # matplotlib's first color
+    for top, left in ((130, 0), (130, 650), (650, 0), (650, 650)):
+        assert has(picture[top : top + 350, left : left + 650], (31, 119, 180)) > 200  # matplotlib's first color
     (tmp_path / "metrics.jsonl").unlink()
     plot_calibration(path, output_path=tmp_path / "without.png")
     assert (pixels(tmp_path / "without.png") != picture).any()  # evaluations were drawn
 
 
-@pytest.mark.parametrize("changes", [{}, {"group_std": [0.0] * 14}, {"group_std": [None] * 14}], ids=str)
-@pytest.mark.parametrize("rollouts", [1, 9])
+NO_ADVANTAGE = {"group_abs_advantage": [0.0] * 14, "reward": None}
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "changes"),
+    [(1, {}), (9, {"group_std": [0.0] * 14, **NO_ADVANTAGE}), (1, {"group_std": [None] * 14, **NO_ADVANTAGE})],
+)
 def test_short_runs_and_those_in_which_no_group_differs(tmp_path, rollouts, changes):
     path = write(tmp_path, run(up, rollouts, taste=down))
-    if changes:
-        changes = changes | {"group_abs_advantage": [0.0] * 14, "reward": None}
     write_lines(path, [line | changes for line in read_lines(path)])
     assert plot_calibration(path).verdict == "too short"
     assert pixels(tmp_path / "calibration.png").min() < 50

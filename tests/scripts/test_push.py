@@ -10,32 +10,22 @@ import yaml
 from PIL import Image
 
 from slas_trl.cli.main import main
-from tests.cli.tiny_run import RUN, forked
+from tests.cli.tiny_run import forked, make_home
 from tests.local_hub import REPO
-from tests.tiny_pipelines import PIPELINES, sd_pipeline
+from tests.tiny_pipelines import PIPELINES
 from tests.trainer.tiny_trainers import same, tiny_trainer, trained, trained_weights
 
 
 ADAPTER = "pytorch_lora_weights.safetensors"
 PROMPTS = ["a dot", "a box", "<script>alert(1)</script>\u2028", 'dots: "---" | `x` {{ 7*7 }}']
-SETTINGS = {
-    **RUN,
-    "reward_funcs": ["brightness"],
-    "use_peft": True,
-    "lora_r": 4,
-    "learning_rate": "1e-2",
-    "save_steps": 1,
-    "report_images_per_prompt": 1,
-    "hub_model_id": REPO,
-}
+SETTINGS = {"reward_funcs": ["brightness"], "use_peft": True, "lora_r": 4, "learning_rate": "1e-2"}
+SETTINGS |= {"save_steps": 1, "report_images_per_prompt": 1, "hub_model_id": REPO}
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("home-of-alice")
-    sd_pipeline().save_pretrained(folder / "model")
+    folder = make_home(tmp_path_factory.mktemp("home-of-alice"), "push_rewards", **SETTINGS)
     (folder / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
-    (folder / "run.yaml").write_text(yaml.safe_dump(SETTINGS))
     return folder
 
 
@@ -75,8 +65,7 @@ class TestARunThatCouldNotBePushed:
         assert "last-checkpoint/optimizer.pt" in printed and "Pushed: " in printed
         assert f'pipe.load_lora_weights("{REPO}")' in files["README.md"].decode()
         assert not any(b"home-of-alice" in content for content in files.values())
-        fresh = PIPELINES["sd"][0]()
-        fresh.load_lora_weights(REPO)
+        PIPELINES["sd"][0]().load_lora_weights(REPO)
 
         # Once more: nothing new.
         commits = server.commits(REPO)
@@ -107,8 +96,8 @@ class TestARunThatCouldNotBePushed:
 
     def test_a_card_that_was_edited_stays(self, unpushed, at_home, server, online, capsys):
         shutil.copytree("run", "edited")
-        text = Path("edited/README.md").read_text(encoding="utf-8")
-        Path("edited/README.md").write_text(text.replace("## Use", "My own words.\n\n## Use"), encoding="utf-8")
+        with Path("edited/README.md").open("a", encoding="utf-8") as card:
+            card.write("My own words.")
         assert main(["push", "edited", REPO]) == 0
         assert "My own words." in server.files(REPO)["README.md"].decode()
         assert "README.md was edited" in capsys.readouterr().err
@@ -117,7 +106,6 @@ class TestARunThatCouldNotBePushed:
         assert main(["push", "run/checkpoint-1", REPO]) == 0
         files = server.files(REPO)
         assert list(files) == ["README.md", ADAPTER]  # the pictures and scores are of another update
-        assert files[ADAPTER] == Path("run/checkpoint-1", ADAPTER).read_bytes()
         card = files["README.md"].decode()
         assert "`updates` **1**" in card and "1 of 2 updates" in card and "model-index" not in card
 
@@ -139,17 +127,12 @@ def test_weights_of_an_earlier_update_are_not_pushed(tmp_path, server, online, c
     ("argv", "expected"),
     [
         (["nowhere", REPO], "model_card.json"),
-        (["run", REPO, "--hub_strategy", "all_checkpoint"], "invalid choice"),
         (["run", "a/b/c"], "a/b/c"),
         (["run", "other/name"], "the Hub answered 403"),
     ],
 )
 def test_what_cannot_be_pushed(unpushed, at_home, online, argv, expected, capsys):
-    try:
-        status = main(["push", *argv])
-    except SystemExit as end:
-        status = end.code
-    assert status == 2 and expected in capsys.readouterr().err
+    assert main(["push", *argv]) == 2 and expected in capsys.readouterr().err
 
 
 def test_python_resumes_from_the_hub_what_the_command_line_pushed(tmp_path, server, online):
