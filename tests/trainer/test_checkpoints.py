@@ -11,7 +11,7 @@ import pytest
 
 from slas_trl.trainer import checkpoints
 from slas_trl.trainer.checkpoints import checkpoints_in, last_whole_checkpoint, read_state
-from tests.trainer.tiny_trainers import SAVED, trained
+from tests.trainer.tiny_trainers import SAVED, logged, resumed, same, trained, trained_weights, untimed
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_the_best_checkpoint_stays(tmp_path, limit, kept):
     assert names_in(tmp_path) == [f"checkpoint-{number}" for number in kept]
 
 
-# Kills (whole runs are killed in test_base_trainer.py)
+# Kills
 
 
 def changes_files(event: str, arguments: tuple) -> bool:
@@ -111,8 +111,9 @@ def killed_before(number: int, action: Callable[[], None]) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
-def test_killed_at_any_moment_of_a_save(tmp_path):
+def test_killed_at_any_moment_of_a_save(tmp_path, monkeypatch):
     """The save replaces an earlier run's checkpoint, and deletes an older one."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # for power cuts; it takes most of the time
     run, seen = tmp_path / "run", set()
     folder = run / "checkpoint-3"
     writing = run / "_writing-checkpoint-3"
@@ -146,3 +147,15 @@ def test_what_another_process_is_writing_stays(tmp_path):
     (tmp_path / "_writing-checkpoint-3").mkdir()
     checkpoints.tidy(tmp_path)
     assert names_in(tmp_path) == ["_writing-checkpoint-3"]
+
+
+def test_killed_runs_come_to_the_end_of_the_whole_one(tmp_path):
+    """As benchmarks/kill_and_resume.py does it at random moments, and more often."""
+    settings = {"gradient_accumulation_steps": 3, "use_ema": True, "max_steps": 3, **SAVED}
+    whole, run = trained(tmp_path / "whole", **settings), tmp_path / "run"
+    for moment in (9, 30, 45):  # in the first checkpoint, after it, and in the second
+        assert killed_before(moment, lambda: resumed(run, last_whole_checkpoint(run) is not None, **settings))
+    second = resumed(run, True, **settings)
+    assert same(trained_weights(whole), trained_weights(second))
+    lines = [[untimed(line) for line in logged(folder)] for folder in (tmp_path / "whole", run)]
+    assert lines[0] == lines[1]

@@ -27,11 +27,10 @@ from tests.local_hub import REPO, HubServer
 from tests.policy.zoo.all import FAMILIES
 from tests.tiny_pipelines import PIPELINES
 
-from .tiny_trainers import PROMPTS, logged, lora, redness, same, tiny_trainer, trained, trained_weights, untimed
+from .tiny_trainers import PROMPTS, SAVED, logged, lora, redness, same, tiny_trainer, trained, trained_weights, untimed
 from .zoo_trainers import zoo_trainer
 
 
-EVERY_UPDATE = {"save_strategy": "steps", "save_steps": 1}
 EVALUATED = {"eval_dataset": PROMPTS, "eval_strategy": "steps", "eval_steps": 1}
 BEST = {**EVALUATED, "load_best_model_at_end": True, "metric_for_best_model": "eval_reward"}
 PUSHED = {"push_to_hub": True, "hub_model_id": REPO}
@@ -79,7 +78,7 @@ def first_picture(trainer, data: Dataset = PROMPTS) -> Image.Image:
 @pytest.mark.parametrize("uploads", ["lfs", "regular"])
 def test_end(tmp_path, tmp_path_factory, uploads):
     with HubServer(tmp_path_factory.mktemp(uploads), uploads) as server, server.in_process():
-        trainer = trained(tmp_path, **PUSHED, hub_strategy="end", **EVERY_UPDATE, hub_private_repo=True)
+        trainer = trained(tmp_path, **PUSHED, hub_strategy="end", **SAVED, hub_private_repo=True)
         assert titles(server) == ["initial commit"]
         trainer.save_model()
         assert titles(server) == ["Model save", "initial commit"] and server.store.repos[REPO]["private"] is True
@@ -90,7 +89,7 @@ def test_end(tmp_path, tmp_path_factory, uploads):
 
 
 def test_every_save(tmp_path, server, online):
-    trainer = trained(tmp_path, **PUSHED, hub_strategy="every_save", hub_always_push=True, **EVERY_UPDATE)
+    trainer = trained(tmp_path, **PUSHED, hub_strategy="every_save", hub_always_push=True, **SAVED)
     assert titles(server)[:2] == [f"Training in progress, checkpoint {i}" for i in (2, 1)]
     files = server.files(REPO)
     assert list(files) == ["README.md", ADAPTER]  # no pictures while it goes on
@@ -106,7 +105,7 @@ def test_every_save(tmp_path, server, online):
 def test_the_last_checkpoint_resumes_elsewhere_to_the_last_bit(tmp_path, server, online):
     settings = {"gradient_accumulation_steps": 2, "use_ema": True, "max_steps": 4}
     straight = trained(tmp_path / "straight", **settings)
-    pushed = {**PUSHED, "hub_strategy": "checkpoint", **EVERY_UPDATE, **settings}
+    pushed = {**PUSHED, "hub_strategy": "checkpoint", **SAVED, **settings}
     trained(tmp_path / "here", **pushed, callbacks=[AtTheEnd(lambda: None, step=2)])
     files = server.files(REPO)
     assert {name.split("/")[0] for name in files} == {"README.md", ADAPTER, "last-checkpoint"}
@@ -121,7 +120,7 @@ def test_the_last_checkpoint_resumes_elsewhere_to_the_last_bit(tmp_path, server,
 
 
 def test_all_checkpoints_and_the_best_one_comes_along(tmp_path, server, online):
-    settings = {**EVERY_UPDATE, **BEST, "greater_is_better": False, "max_steps": 3}
+    settings = {**SAVED, **BEST, "greater_is_better": False, "max_steps": 3}
     here = trained(tmp_path / "here", **PUSHED, hub_strategy="all_checkpoints", **settings)
     best = here.state.best_global_step
     state = json.loads(server.files(REPO)["checkpoint-3/trainer_state.json"])
@@ -136,8 +135,8 @@ def test_all_checkpoints_and_the_best_one_comes_along(tmp_path, server, online):
 
 
 def test_another_checkpoint_of_that_number_is_not_touched(tmp_path, server, online):
-    trained(tmp_path / "here", **PUSHED, hub_strategy="checkpoint", **EVERY_UPDATE, max_steps=1)
-    other = trained(tmp_path / "there", seed=7, **EVERY_UPDATE, max_steps=1)
+    trained(tmp_path / "here", **PUSHED, hub_strategy="checkpoint", **SAVED, max_steps=1)
+    other = trained(tmp_path / "there", seed=7, **SAVED, max_steps=1)
     before = (tmp_path / "there/checkpoint-1" / ADAPTER).read_bytes()
     with pytest.raises(ValueError, match="another checkpoint"):
         other.train(resume_from_checkpoint=REPO)
@@ -145,7 +144,7 @@ def test_another_checkpoint_of_that_number_is_not_touched(tmp_path, server, onli
 
 
 def test_a_branch(tmp_path, server, online):
-    trainer = trained(tmp_path, **PUSHED, hub_strategy="checkpoint", hub_revision="try/1", **EVERY_UPDATE, max_steps=1)
+    trainer = trained(tmp_path, **PUSHED, hub_strategy="checkpoint", hub_revision="try/1", **SAVED, max_steps=1)
     trainer.push_to_hub()
     assert server.files(REPO) == {}
     assert ADAPTER in server.files(REPO, "try/1") and 'revision="try/1"' in card_of(server, "try/1")
@@ -183,7 +182,7 @@ def test_training_goes_on_during_an_upload_of_a_checkpoint_that_is_removed(tmp_p
         server.heal()
 
     settings = {"hub_strategy": "all_checkpoints", "max_steps": 3, "save_total_limit": 1}
-    trained(tmp_path, **PUSHED, **EVERY_UPDATE, **settings, callbacks=[AtTheEnd(release)])
+    trained(tmp_path, **PUSHED, **SAVED, **settings, callbacks=[AtTheEnd(release)])
     assert seen == [["checkpoint-3"]]
     assert {f"checkpoint-{number}/optimizer.pt" for number in (1, 2, 3)} <= server.files(REPO).keys()
     assert not list(tmp_path.glob("_*"))
@@ -197,7 +196,7 @@ def test_of_those_that_wait_the_newest_is_pushed(tmp_path, server, online):
             server.wait_for_held("commit")
 
     settings = {"hub_strategy": "every_save", "max_steps": 4, "callbacks": [Waits(), AtTheEnd(server.heal)]}
-    trained(tmp_path, **PUSHED, **EVERY_UPDATE, **settings)
+    trained(tmp_path, **PUSHED, **SAVED, **settings)
     assert titles(server)[:-1] == [f"Training in progress, checkpoint {i}" for i in (4, 1)]
     assert not list(tmp_path.glob("_*"))
 
@@ -222,7 +221,7 @@ def test_a_server_that_fails_in_the_middle_of_an_upload(tmp_path, server, online
 
 def test_a_connection_that_breaks_during_training(tmp_path, server, online, caplog):
     server.drop("put")
-    trainer = trained(tmp_path, **PUSHED, hub_strategy="checkpoint", **EVERY_UPDATE)
+    trainer = trained(tmp_path, **PUSHED, hub_strategy="checkpoint", **SAVED)
     assert trainer.state.global_step == 2 and len(server.commits(REPO)) == 1
     assert "checkpoint 2: Nothing was pushed" in caplog.text
     assert f"slas-trl push {tmp_path} {REPO} --hub_strategy checkpoint" in caplog.text
@@ -247,7 +246,7 @@ def test_what_is_refused_is_known_before_training(tmp_path, online):
 def test_no_network_at_the_start(tmp_path, tmp_path_factory, caplog):
     with HubServer(tmp_path_factory.mktemp("hub")) as server, server.in_process():
         server.stop()
-        trainer = trained(tmp_path, **PUSHED, hub_strategy="every_save", **EVERY_UPDATE, max_steps=1)
+        trainer = trained(tmp_path, **PUSHED, hub_strategy="every_save", **SAVED, max_steps=1)
         trainer.save_model()
         assert "Training goes on" in caplog.text and f"slas-trl push {tmp_path} {REPO}" in caplog.text
         server.start()
@@ -259,16 +258,22 @@ def test_no_network_at_the_start(tmp_path, tmp_path_factory, caplog):
 
 
 def test_facts_are_beside_every_set_of_weights(tmp_path):
-    trainer = trained(tmp_path, **EVERY_UPDATE, **BEST, greater_is_better=False, max_steps=3, learning_rate=1e-2)
+    settings = {**SAVED, **BEST, "greater_is_better": False, "max_steps": 3, "eval_on_start": True}
+    trainer = trained(tmp_path, **settings, learning_rate=1e-2)
     assert [read_facts(tmp_path / f"checkpoint-{i}").step for i in (1, 2, 3)] == [1, 2, 3]
     best = trainer.state.best_global_step
     trainer.save_model()
     facts = read_facts(tmp_path)
     assert (facts.step, facts.max_steps, facts.samples) == (best, best, [])
-    assert facts.evaluation is not None and facts.evaluation.metrics[0].value == trainer.state.best_metric
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
     assert f"after {best} updates" in card and f"`updates` **{best}**" in card and "(training.png)" in card
+    [metric] = metadata_of(card)["model-index"][0]["results"][0]["metrics"]
+    [log] = [log for log in trainer.state.log_history if log["step"] == best and "eval_reward" in log]
+    half = log["eval_rewards/redness/half_width"]
+    assert metric["type"] == "redness" and metric["value"] == trainer.state.best_metric == log["eval_reward"]
+    assert metric["args"]["confidence_interval_95"] == pytest.approx([metric["value"] - half, metric["value"] + half])
+    assert metric["args"]["prompts"] == 6 and metric["args"]["before_training"] != metric["value"]
 
 
 def test_a_card_that_no_run_has_written_stays(tmp_path):
@@ -276,17 +281,6 @@ def test_a_card_that_no_run_has_written_stays(tmp_path):
     trainer = trained(tmp_path, max_steps=1)
     trainer.save_model()
     assert (tmp_path / "README.md").read_text() == "mine" and read_facts(tmp_path).step == 1
-
-
-def test_evaluations_are_in_the_card_with_their_intervals(tmp_path):
-    trainer = trained(tmp_path, **EVALUATED, eval_on_start=True)
-    trainer.create_model_card()
-    [metric] = metadata_of((tmp_path / "README.md").read_text())["model-index"][0]["results"][0]["metrics"]
-    last = trainer.state.log_history[-2]
-    half = last["eval_rewards/redness/half_width"]
-    assert metric["type"] == "redness" and metric["value"] == last["eval_reward"]
-    assert metric["args"]["confidence_interval_95"] == pytest.approx([metric["value"] - half, metric["value"] + half])
-    assert metric["args"]["prompts"] == 6 and metric["args"]["before_training"] != metric["value"]
 
 
 def test_what_a_reward_says_of_itself_is_in_the_card(tmp_path):
@@ -348,7 +342,7 @@ def test_all_weights_are_a_folder_of_the_denoiser(tmp_path, server, online, monk
     base = tmp_path / "secret-place" / "base"
     PIPELINES["flux"][0]().save_pretrained(base)
     model, original = (DiffusionPipeline.from_pretrained(base) for _ in range(2))
-    settings = {**PUSHED, **EVERY_UPDATE, "full": True, "learning_rate": 1e-2, "hub_strategy": "end"}
+    settings = {**PUSHED, **SAVED, "full": True, "learning_rate": 1e-2, "hub_strategy": "end"}
     trainer = trained(tmp_path / "run", "flux", model=model, **settings)
     trainer.push_to_hub()
     files = server.files(REPO)
@@ -398,7 +392,7 @@ def test_the_card_names_the_base_model_and_its_license(tmp_path, server, online,
 def test_nothing_of_the_machine_is_pushed(tmp_path, server, online):
     home = tmp_path / "home-of-alice"
     online.setenv("MY_SECRET", "sesame-open-thyself")
-    settings = {**BEST, **EVERY_UPDATE, "log_completions": True, "report_to": ["tensorboard"]}
+    settings = {**BEST, **SAVED, "log_completions": True, "report_to": ["tensorboard"]}
     trainer = tiny_trainer(home / "run", **PUSHED, hub_strategy="checkpoint", hub_token="hf_good", **settings)
     trainer.train()
     trainer.push_to_hub()

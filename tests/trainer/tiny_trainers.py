@@ -175,6 +175,16 @@ def logged(output_dir: Path, key: str = "loss") -> list[dict[str, Any]]:
     return [line for line in lines if key in line]
 
 
+def column(output_dir: Path, key: str) -> list[float]:
+    """One figure of every update that has it."""
+    return [line[key] for line in logged(output_dir) if key in line]
+
+
+def told(caplog, part: str) -> list[str]:
+    """What was logged with these words."""
+    return [text for text in (record.getMessage() for record in caplog.records) if part in text]
+
+
 def untimed(line: dict[str, Any]) -> dict[str, Any]:
     """A line of a log without what differs from run to run."""
     times = ("step_time", "images_per_second")
