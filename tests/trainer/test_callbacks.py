@@ -5,7 +5,8 @@ import pytest
 from transformers.trainer_callback import ProgressCallback
 
 from slas_trl.trainer.callbacks import RLProgressCallback
-from tests.trainer.tiny_trainers import PROMPTS, logged, tiny_trainer, trained
+
+from .tiny_trainers import PROMPTS, logged, tiny_trainer, trained
 
 
 def test_the_progress_bar_shows_the_figures_that_matter(tmp_path, capsys):

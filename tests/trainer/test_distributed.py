@@ -11,8 +11,9 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 from tests.tiny_pipelines import PIPELINES
-from tests.trainer.tiny_trainers import PROMPTS, close, logged, same
-from tests.trainer.two_processes import going_on_from_an_adapter, one_of_the_zoo, one_update_for_each_rollout
+
+from .tiny_trainers import PROMPTS, close, logged, same
+from .two_processes import going_on_from_an_adapter, one_of_the_zoo, one_update_for_each_rollout
 
 
 pytestmark = pytest.mark.distributed
@@ -70,12 +71,6 @@ def test_the_result_is_that_of_one_process(two, tmp_path):
     assert both[0]["evaluated"] == pytest.approx(alone["evaluated"], rel=1e-5)
 
 
-@pytest.mark.parametrize("way", ["two", "sharded"])
-def test_resuming_within_a_rollout(way, request):
-    found = [each["resumed"] for each in request.getfixturevalue(way)]
-    assert all(same(*each) for each in found) and same(found[0][0], found[1][0])
-
-
 def test_components_and_held_out_rewards_are_those_of_all_images(two):
     for found in two:
         line = found["components"]
@@ -106,6 +101,14 @@ def test_denoisers_that_are_called_in_parts_get_the_gradients_of_both_processes(
 def test_both_skip_an_update_that_one_cannot_make(two):
     """And leave out the prompt that does not divide: two epochs are two updates."""
     assert two[0]["skipped"] == two[1]["skipped"] == [1.0, 0.0]
+
+
+def test_a_reward_that_raises_on_one_process_ends_both(two, folder):
+    one, other = (found["failing"] for found in two)
+    assert one["updates"] == other["updates"] == 1
+    assert all("'moody' raised RuntimeError: out of paint" in error for error in (one["error"], other["error"]))
+    assert one["error"].startswith("On process 1 of 2")
+    assert (folder / "failing" / "checkpoint-1" / "pytorch_lora_weights.safetensors").is_file()
 
 
 # FSDP2
@@ -143,7 +146,7 @@ def test_sharded_and_in_mixed_precision(sharded, tmp_path):
 
 
 def test_what_a_sharded_run_saves_is_plain(sharded, fsdp_folder):
-    checkpoint = fsdp_folder / "resumed" / "whole" / "checkpoint-4"
+    checkpoint = fsdp_folder / "gamma" / "run" / "checkpoint-4"
     assert SD3Transformer2DModel.load_config(checkpoint / "transformer")["_class_name"] == "SD3Transformer2DModel"
     model = SD3Transformer2DModel.from_pretrained(checkpoint / "transformer")
     assert all(parameter.isfinite().all() for parameter in model.parameters())
@@ -179,7 +182,7 @@ def test_one_pushes_what_both_have_trained(two, server):
     assert {"pytorch_lora_weights.safetensors", *pictures, "last-checkpoint/trainer_state.json"} <= files
 
 
-def test_both_processes_choose_the_same_gamma(two, sharded):
+def test_both_processes_choose_the_same_gamma_and_resume_within_a_rollout(two, sharded):
     """And FSDP2, whose parameters are sharded, measures what DDP does."""
     ddp, fsdp = ([each["gamma"] for each in found] for found in (two, sharded))
     for one, other in (ddp, fsdp):
@@ -188,12 +191,3 @@ def test_both_processes_choose_the_same_gamma(two, sharded):
         assert same(*one["weights"]) and same(*other["weights"]) and same(one["weights"][0], other["weights"][0])
     assert fsdp[0]["lambda_max"] == pytest.approx(ddp[0]["lambda_max"], rel=1e-3)
     assert fsdp[0]["gammas"][0] == pytest.approx(ddp[0]["gammas"][0], rel=1e-3)
-
-
-def test_a_reward_that_raises_on_one_process_ends_both(two, sharded, folder, fsdp_folder):
-    for found, run in ((two, folder / "failing"), (sharded, fsdp_folder / "failing")):
-        one, other = (each["failing"] for each in found)
-        assert one["updates"] == other["updates"] == 1
-        assert all("'moody' raised RuntimeError: out of paint" in error for error in (one["error"], other["error"]))
-        assert one["error"].startswith("On process 1 of 2")
-        assert (run / "checkpoint-1" / "pytorch_lora_weights.safetensors").is_file()

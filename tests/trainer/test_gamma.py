@@ -9,8 +9,10 @@ import torch
 from slas_trl.objective import gaussian_kl
 from slas_trl.trust_region import kl_feedback, largest_gamma
 from tests.tiny_policies import dense_fisher
-from tests.trainer.tiny_trainers import (
+
+from .tiny_trainers import (
     Watched,
+    alike,
     column,
     logged,
     lora,
@@ -129,7 +131,7 @@ def test_measuring_changes_nothing(tmp_path):
         folder = tmp_path / str(fisher_update_steps)
         trainer = trained(folder, use_ema=True, max_steps=3, fisher_update_steps=fisher_update_steps, **settings)
         average = [parameter.clone() for parameter in trainer.trained.average.model.shadow_params]
-        lines = [{k: v for k, v in untimed(line).items() if "trust" not in k} for line in logged(folder)]
+        lines = [{k: v for k, v in line.items() if "trust" not in k} for line in untimed(folder)]
         runs.append((trained_weights(trainer), torch.get_rng_state(), average, lines))
     (weights, state, average, lines), others = runs
     assert same(weights, others[0]) and torch.equal(state, others[1]) and lines == others[3]
@@ -183,10 +185,7 @@ def test_the_resumed_run_is_the_uninterrupted_one(tmp_path, name):
         *((f"from-{at}", tmp_path / "whole" / f"checkpoint-{at}") for at in (1, 3)),
         ("interrupted", True),
     ):
-        second = resumed(tmp_path / folder, checkpoint, **settings)
-        assert same(trained_weights(whole), trained_weights(second))
-        lines = [[untimed(line) for line in logged(tmp_path / run)] for run in ("whole", folder)]
-        assert lines[0] == lines[1]
+        assert alike(resumed(tmp_path / folder, checkpoint, **settings), whole)
 
 
 def test_a_run_may_go_on_with_another_schedule(tmp_path):

@@ -4,7 +4,8 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 from slas_trl.trainer.callbacks import RewardHackingCallback
-from tests.trainer.tiny_trainers import (
+
+from .tiny_trainers import (
     EVALUATED,
     HELD_OUT,
     blueness,
@@ -51,13 +52,6 @@ def test_a_held_out_reward_is_logged_in_evaluation_and_changes_nothing(tmp_path)
         assert 0 < after["eval_rewards/blueness/mean"] < 1 and after["eval_rewards/blueness/nan_share"] == 0
     for line in logged(tmp_path / "watched", "rewards/redness/mean"):
         assert not [key for key in line if "blueness" in key]
-
-
-def test_it_needs_prompts_and_a_name_of_its_own(tmp_path):
-    with pytest.raises(ValueError, match="eval_dataset"):
-        tiny_trainer(tmp_path, eval_reward_funcs=blueness)
-    with pytest.raises(ValueError, match="redness"):
-        tiny_trainer(tmp_path, eval_reward_funcs=redness, eval_dataset=HELD_OUT)
 
 
 @pytest.mark.parametrize(("action", "steps"), [("warn", 5), ("stop", 3)])

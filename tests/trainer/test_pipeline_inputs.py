@@ -14,8 +14,9 @@ from slas_trl.trainer.pipeline_inputs import PipelineInputs, as_pictures
 from slas_trl.trainer.prompts import load_prompts
 from tests.policy.zoo.all import FAMILIES
 from tests.tiny_pipelines import flux_pipeline, sd3_pipeline, sd_pipeline
-from tests.trainer.tiny_trainers import PROMPTS, logged, redness, same, tiny_config, trained_weights
-from tests.trainer.zoo_trainers import zoo_trainer
+
+from .tiny_trainers import PROMPTS, logged, redness, same, tiny_config, trained_weights
+from .zoo_trainers import zoo_trainer
 
 
 COLORS = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
@@ -112,9 +113,6 @@ def test_columns_that_cannot_reach_it(tmp_path, column):
     """There is no such one; the pipeline does not take it; the trainer sets it."""
     with pytest.raises(ValueError, match=f"pipeline_columns names '{column}'"):
         columns_of(tmp_path, sd3_pipeline(), edits(), pipeline_columns=[column])
-
-
-def test_an_argument_that_the_pipeline_does_not_take(tmp_path):
     with pytest.raises(ValueError, match="true_guidance.*true_cfg_scale"):
         PipelineInputs(flux_pipeline(), tiny_config(tmp_path, "flux", pipeline_kwargs={"true_guidance": 2.0}))
 
@@ -123,11 +121,6 @@ def test_prompts_to_evaluate_on_have_the_columns_of_those_to_train_on(tmp_path):
     trainer = zoo_trainer(FAMILIES["kontext"], tmp_path, redness, edits())
     with pytest.raises(ValueError, match=r"\['image'\]"):
         trainer.evaluate(PROMPTS)
-
-
-def test_a_pipeline_that_could_edit_says_that_it_does_not(tmp_path, caplog):
-    zoo_trainer(FAMILIES["kontext"], tmp_path, redness)
-    assert "FluxKontextPipeline draws from texts alone" in caplog.text
 
 
 # The arguments of a call

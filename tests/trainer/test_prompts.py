@@ -58,18 +58,13 @@ def test_other_columns_keep_their_types(tmp_path):
     data = load_prompts(str(path))
     row = {"prompt": "a", "count": 1, "share": 0.5, "flag": True, "note": "NA", "image": f"{tmp_path}/a.png"}
     assert data[0] == row and data[1]["note"] is None
+    for mark, suffix in ((",", "csv"), ("\t", "tsv")):
+        path.with_suffix(f".{suffix}").write_text(f"prompt{mark}target_text\na sign{mark}1984\na wall{mark}NA\n")
+        assert load_prompts(str(path.with_suffix(f".{suffix}")))["target_text"] == ["1984", "NA"]  # it is read as text
     rows = [{"prompt": "a", "n": 1, "of": {"a": [1]}}, {"prompt": "b", "n": 2.5, "of": {"b": "x"}, "more": ["y"]}]
     data = load_prompts(written(tmp_path / "prompts.json", rows))
     assert list(data) == [{**rows[0], "more": None}, rows[1]]
     assert load_prompts(written(tmp_path / "prompts.json", ["a cat", "two dogs"]))["prompt"] == ["a cat", "two dogs"]
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
-def test_the_text_that_is_to_be_read_is_text(tmp_path, suffix):
-    mark = "," if suffix == ".csv" else "\t"
-    path = tmp_path / f"prompts{suffix}"
-    path.write_text(f"prompt{mark}target_text\na sign{mark}1984\na wall{mark}NA\n")
-    assert load_prompts(str(path))["target_text"] == ["1984", "NA"]
 
 
 def test_quotes_are_part_of_a_cell_between_tabs(tmp_path):

@@ -8,7 +8,8 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from tests.tiny_pipelines import nan_in, sd3_pipeline, sd_pipeline, with_safety_checker
-from tests.trainer.tiny_trainers import (
+
+from .tiny_trainers import (
     HELD_OUT,
     PROMPTS,
     Watched,
@@ -50,6 +51,8 @@ def with_dropout():
         ({"model": sd3_pipeline().transformer}, TypeError, "SD3Transformer2DModel"),
         ({"model": sd3_pipeline().to(torch.bfloat16), "full": True}, ValueError, "torch.bfloat16"),
         ({"reward_funcs": lambda prompts, images: [0.5] * len(images)}, TypeError, "columns"),
+        ({"eval_reward_funcs": blueness}, ValueError, "eval_dataset"),
+        ({"eval_reward_funcs": redness, "eval_dataset": HELD_OUT}, ValueError, "redness"),
         ({"reward_funcs": [redness, blueness], "reward_weights": [1.0] * 3}, ValueError, "reward_weights.* 3 .* 2 "),
     ],
 )

@@ -60,16 +60,6 @@ def one_update_for_each_rollout(folder: Path, processes: int, **settings: Any) -
     }
 
 
-def resumed_within_a_rollout(folder: Path, **settings: Any) -> list[dict[str, torch.Tensor]]:
-    """Two updates to a rollout: the weights after the uninterrupted run, and after one resumed after the third."""
-    settings = {"gradient_accumulation_steps": 3, "max_steps": 4, "beta": 0.1, "full": True, **settings}
-    uninterrupted = trained(folder / "whole", **settings, **SAVED)
-    return [
-        whole(uninterrupted),
-        whole(resumed(folder / "resumed", folder / "whole" / "checkpoint-3", **settings)),
-    ]
-
-
 def going_on_from_an_adapter(folder: Path, processes: int) -> dict[str, Any]:
     """With a copy of it as the reference."""
     pipe = PIPELINES["flux"][0]()
@@ -164,10 +154,9 @@ def failing(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def gamma(folder: Path) -> dict[str, Any]:
-    """A trust region over two rollouts of two updates each, resumed within the second."""
-    settings = {"gamma_schedule": "trust_region", "kl_threshold": 9e-7, "fisher_update_steps": 2,
-                "peft_config": lora(r=1, target_modules=["to_q", "to_v"])}  # fmt: skip
-    settings |= {"gradient_accumulation_steps": 3, "save_strategy": "steps", "save_steps": 3, "max_steps": 4}
+    """All weights in a trust region over two rollouts of two updates each, resumed within the second."""
+    settings = {"gamma_schedule": "trust_region", "kl_threshold": 0.04, "fisher_update_steps": 4, "full": True}
+    settings |= {"gradient_accumulation_steps": 3, "max_steps": 4, "beta": 0.1, "use_ema": True, **SAVED}
     trainer = trained(folder / "run", **settings)
     second = resumed(folder / "resumed", folder / "run" / "checkpoint-3", **settings)
     PartialState().wait_for_everyone()
@@ -188,7 +177,6 @@ def ddp(folder: Path, rank: int) -> dict[str, Any]:
     return {
         # Every group lies half on the one and half on the other.
         "compared": one_update_for_each_rollout(folder / "compared", 2, num_generations=8),
-        "resumed": resumed_within_a_rollout(folder / "resumed"),
         "wan2.2": one_of_the_zoo("wan2.2", folder / "experts", 2),
         "sd3.5-slg": one_of_the_zoo("sd3.5-slg", folder / "skipping", 2),
         "skipped": nan_on_one_process(folder / "skipped", rank),
@@ -204,9 +192,7 @@ def fsdp(folder: Path, rank: int) -> dict[str, Any]:
         "full": one_update_for_each_rollout(folder / "full", 2, full=True, beta=0.1, use_ema=True),
         "continued": going_on_from_an_adapter(folder / "continued", 2),
         "bf16": one_update_for_each_rollout(folder / "bf16", 2, full=True, bf16=True, beta=0.1),
-        "resumed": resumed_within_a_rollout(folder / "resumed", use_ema=True),
         "gamma": gamma(folder / "gamma"),
-        "failing": failing(folder / "failing", rank),
     }
 
 
