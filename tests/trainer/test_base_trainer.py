@@ -45,22 +45,6 @@ def left_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name not in ("README.md", "model_card.json"))
 
 
-# What is written
-
-
-def test_files_of_a_checkpoint(tmp_path):
-    trained(tmp_path, gradient_accumulation_steps=3, use_ema=True, **SAVED)
-    files = {path.name for path in (tmp_path / "checkpoint-1").iterdir()}
-    assert files == {
-        *(ADAPTER, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "slas_state.json"),
-        *("ema.pt", "weights_before_averaging.pt", "model_card.json"),
-        "rollout_0.pt",  # between two updates of one rollout
-    }
-    assert not (tmp_path / "checkpoint-2" / "rollout_0.pt").exists()
-    for path in (tmp_path / "checkpoint-1").glob("*.pt"):
-        torch.load(path, weights_only=True)  # runs no code of whoever wrote the file
-
-
 def test_old_checkpoints_are_deleted(tmp_path):
     run, settings = tmp_path / "a run [1]", {"save_total_limit": 2, "max_steps": 3, **SAVED}
     trained(run, **settings)
@@ -93,9 +77,6 @@ def test_the_best_weights_are_loaded_at_the_end(tmp_path, kind):
     folders = [tmp_path / name for name in ("saved", "checkpoint-2", "checkpoint-3")]
     saved, second, third = (load_file(next(folder.rglob("*.safetensors"))) for folder in folders)
     assert same(saved, second) and not same(saved, third)
-
-
-# Resuming
 
 
 @pytest.mark.parametrize(
@@ -194,9 +175,6 @@ def test_a_learning_rate_that_the_checkpoint_decides_is_refused(tmp_path):
         resumed(tmp_path, True, max_steps=2, learning_rate=0.5, eval_dataset=HELD_OUT, **settings)
 
 
-# Checkpoints that are not whole (kills: test_checkpoints.py)
-
-
 def test_a_damaged_checkpoint(tmp_path, caplog):
     settings = {"gradient_accumulation_steps": 1, "use_ema": True}
     whole = trained(tmp_path, **settings, **SAVED)
@@ -214,9 +192,6 @@ def test_a_damaged_checkpoint(tmp_path, caplog):
         trainer.train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="no checkpoint folder .*elsewhere"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "elsewhere"))
-
-
-# Disk full
 
 
 def test_a_full_disk_at_the_end(tmp_path):
@@ -252,9 +227,6 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, owner, 
         trained(tmp_path, max_steps=2, **SAVED)
     assert left_in(tmp_path) == ["checkpoint-1", "checkpoint-2", "metrics.jsonl"]
     assert read_state(tmp_path / "checkpoint-2") == before
-
-
-# Ctrl-C
 
 
 def interrupted_at(moment: int, *signals: signal.Signals) -> type[Watched]:

@@ -44,9 +44,6 @@ def launch(what: str, folder: Path, **environment: str) -> list[dict]:
     return [torch.load(folder / f"result_{rank}.pt") for rank in (0, 1)]
 
 
-# DDP
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("ddp")
@@ -111,9 +108,6 @@ def test_a_reward_that_raises_on_one_process_ends_both(two, folder):
     assert (folder / "failing" / "checkpoint-1" / "pytorch_lora_weights.safetensors").is_file()
 
 
-# FSDP2
-
-
 @pytest.fixture(scope="module")
 def fsdp_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("fsdp")
@@ -166,9 +160,6 @@ def test_a_sharded_run_goes_on_from_an_adapter_as_one_process_does(sharded, tmp_
         assert [log["ratio/max_deviation"] for log in found["logs"]] == [0.0] * 2
         kl = [log["kl"] for log in found["logs"]]
         assert kl[0] == 0.0 and kl[1] == pytest.approx(alone["logs"][1]["kl"], rel=1e-3)
-
-
-# Both ways
 
 
 def test_one_pushes_what_both_have_trained(two, server):

@@ -1,5 +1,7 @@
 """Held-out rewards: scored in evaluation, never trained on, and watched."""
 
+import itertools
+
 import pytest
 from transformers import TrainerControl, TrainerState
 
@@ -23,21 +25,18 @@ from .tiny_trainers import (
 WATCHED = {"eval_dataset": HELD_OUT, **EVALUATED, "max_steps": 5, "hacking_patience": 2}
 
 
-def falling(prompts, images, number=None, **columns):
-    """Falls with every call: each evaluation has three."""
-    falling.calls += 1
-    return [-float(falling.calls)] * len(images)
+def rising_and_falling():
+    """With every call, of which an evaluation has three; the images decide about the rest."""
+    up, down = itertools.count(1), itertools.count(-1, -1)
 
+    def rising(prompts, images, **columns):
+        call = next(up)
+        return [call + value for value in redness(prompts, images)]
 
-def rising(prompts, images, **columns):
-    """Rises with every call; the images decide about the rest."""
-    rising.calls += 1
-    return [rising.calls + value for value in redness(prompts, images)]
+    def falling(prompts, images, **columns):
+        return [float(next(down))] * len(images)
 
-
-@pytest.fixture(autouse=True)
-def from_the_start():
-    rising.calls = falling.calls = 0
+    return {"reward_funcs": rising, "eval_reward_funcs": falling}
 
 
 def test_a_held_out_reward_is_logged_in_evaluation_and_changes_nothing(tmp_path):
@@ -56,14 +55,14 @@ def test_a_held_out_reward_is_logged_in_evaluation_and_changes_nothing(tmp_path)
 
 @pytest.mark.parametrize(("action", "steps"), [("warn", 5), ("stop", 3)])
 def test_training_ends_where_it_is_asked_to(tmp_path, caplog, action, steps):
-    trainer = trained(tmp_path, reward_funcs=rising, eval_reward_funcs=falling, **WATCHED, hacking_action=action)
+    trainer = trained(tmp_path, **rising_and_falling(), **WATCHED, hacking_action=action)
     assert trainer.state.global_step == steps  # the third evaluation is the second that moved
     warned = told(caplog, "likely reward hacking")
     assert len(warned) == steps - 2 and "the held-out 'falling' fell (-1.333 to -5.333)" in warned[0]
 
 
 def test_a_resumed_run_sees_what_was_before_it(tmp_path):
-    settings = {"reward_funcs": rising, "eval_reward_funcs": falling, **WATCHED, "hacking_action": "stop"}
+    settings = {**rising_and_falling(), **WATCHED, "hacking_action": "stop"}
     trained(tmp_path, **settings | {"max_steps": 2})
     assert resumed(tmp_path, True, **settings).state.global_step == 3
 

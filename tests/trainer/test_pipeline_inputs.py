@@ -47,9 +47,6 @@ def call_of(inputs: PipelineInputs, data: Dataset, indices: list[int]) -> dict:
     return batch.call
 
 
-# Reading
-
-
 def read(data: Dataset, indices: list[int], tmp_path, family: str = "kontext") -> list[dict]:
     inputs = PipelineInputs(FAMILIES[family].build(), tiny_config(tmp_path, "flux"))
     return [inputs.row(data, i) for i in indices]
@@ -92,9 +89,6 @@ def test_names_of_images_that_do_not_reach_the_pipeline_stay_texts(tmp_path):
     assert read(data, [0], tmp_path, "flux") == [{"prompt": "a cat", "image": "COCO_1.jpg", "source_image": "none"}]
 
 
-# Which columns reach the pipeline
-
-
 def columns_of(tmp_path, pipe, data: Dataset, **settings) -> list[str]:
     return PipelineInputs(pipe, tiny_config(tmp_path, **settings)).columns(data)
 
@@ -121,9 +115,6 @@ def test_prompts_to_evaluate_on_have_the_columns_of_those_to_train_on(tmp_path):
     trainer = zoo_trainer(FAMILIES["kontext"], tmp_path, redness, edits())
     with pytest.raises(ValueError, match=r"\['image'\]"):
         trainer.evaluate(PROMPTS)
-
-
-# The arguments of a call
 
 
 def test_texts_go_in_lists(tmp_path):
@@ -158,9 +149,6 @@ def test_numbers_go_one_row_at_a_time_too(tmp_path):
 def test_a_chunk_with_images_is_of_one_group(tmp_path):
     with pytest.raises(ValueError, match="per_device_train_batch_size.*num_generations"):
         zoo_trainer(FAMILIES["kontext"], tmp_path, redness, edits(), per_device_train_batch_size=4)
-
-
-# Training
 
 
 def test_each_picture_is_decoded_once_in_a_rollout(tmp_path, monkeypatch):
@@ -221,9 +209,6 @@ def test_one_update_of_editing(name, tmp_path):
     trainer.train()
     assert not same(trained_weights(trainer), before) and logged(tmp_path)[0]["ratio/max_deviation"] == 0.0
     assert len(seen) == 4 and all(first_pixel(image) == COLORS[prompt] for prompt, image in seen)
-
-
-# What comes back
 
 
 def test_videos_of_one_frame_are_images_and_others_lists_of_frames():

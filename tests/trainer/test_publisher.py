@@ -72,9 +72,6 @@ def first_picture(trainer, data: Dataset = PROMPTS) -> Image.Image:
     return trainer.evaluator.draw(data, [0], [torch.Generator().manual_seed(0)], 1)[0]
 
 
-# Strategies
-
-
 @pytest.mark.parametrize("uploads", ["lfs", "regular"])
 def test_end(tmp_path, tmp_path_factory, uploads):
     with HubServer(tmp_path_factory.mktemp(uploads), uploads) as server, server.in_process():
@@ -164,9 +161,6 @@ def test_a_repository_that_exists(tmp_path, server, online):
     PIPELINES["sd3"][0]().load_lora_weights(REPO)  # an error, if it were "other.safetensors"
 
 
-# Uploads in the background
-
-
 def test_training_goes_on_during_an_upload_of_a_checkpoint_that_is_removed(tmp_path, server, online):
     server.hold("commit")
     seen = []
@@ -194,9 +188,6 @@ def test_of_those_that_wait_the_newest_is_pushed(tmp_path, server, online):
     trained(tmp_path, **PUSHED, **SAVED, **settings)
     assert titles(server)[:-1] == [f"Training in progress, checkpoint {i}" for i in (4, 1)]
     assert not list(tmp_path.glob("_*"))
-
-
-# Failures
 
 
 def test_a_server_that_fails_in_the_middle_of_an_upload(tmp_path, server, online, caplog):
@@ -247,9 +238,6 @@ def test_no_network_at_the_start(tmp_path, tmp_path_factory, caplog):
         assert ADAPTER in server.files(REPO)
 
 
-# Beside the weights
-
-
 def test_facts_are_beside_every_set_of_weights(tmp_path):
     settings = {**SAVED, **BEST, "greater_is_better": False, "max_steps": 3, "eval_on_start": True}
     trainer = trained(tmp_path, **settings, learning_rate=1e-2)
@@ -287,9 +275,6 @@ def test_what_a_reward_says_of_itself_is_in_the_card(tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "| `reward`<br>red | 1 | green |" in card and "| `brightness`<br>how bright" in card
     assert "`theirs`" in card  # an adapter that has to be there too
-
-
-# Loading, by plain diffusers
 
 
 @pytest.mark.parametrize("family", ["sd3", "ovis-image"], ids=["load_lora_weights", "load_lora_adapter"])
@@ -371,9 +356,6 @@ def test_the_card_names_the_base_model_and_its_license(tmp_path, server, online,
     with Image.open("image.png") as image, Image.open(tmp_path / "run" / data["widget"][0]["output"]["url"]) as shown:
         assert (np.asarray(image)[::10, ::10] == np.asarray(shown.resize((16, 16), 0))[::10, ::10]).all()
     assert [entry["output"]["url"] in server.files(REPO) for entry in data["widget"]] == [True] * 8
-
-
-# Privacy
 
 
 def test_nothing_of_the_machine_is_pushed(tmp_path, server, online):

@@ -50,9 +50,6 @@ def returning(values):
     return strange
 
 
-# Which rewards
-
-
 def test_rewards_that_cannot_be_told_apart_are_refused(tmp_path):
     slashed, silent = returning([0.0]), tmp_path / "mine.py"
     slashed.__name__ = "a/b"
@@ -84,9 +81,6 @@ def test_a_signature_that_does_not_fit_is_told_before_anything_is_sampled(reward
     else:
         with pytest.raises(TypeError, match=named):
             scorer.check(data)
-
-
-# What it is given, and when
 
 
 def test_a_reward_gets_prompts_images_and_columns():
@@ -180,9 +174,6 @@ def test_an_async_reward_may_keep_a_client_from_chunk_to_chunk():
     assert len(loops) == 1
 
 
-# What it returns
-
-
 @pytest.mark.parametrize(
     "values",
     [
@@ -254,9 +245,6 @@ def test_a_chunk_without_any_score_may_be_without_components():
 def test_what_is_no_list_of_numbers_is_refused_and_the_reward_named(values, error, message):
     with pytest.raises(error, match=message):
         score(red, returning(values))
-
-
-# What it raises
 
 
 @pytest.mark.parametrize("is_async", [False, True])

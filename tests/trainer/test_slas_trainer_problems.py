@@ -25,9 +25,6 @@ from .tiny_trainers import (
 )
 
 
-# What does not fit
-
-
 def test_a_folder_that_cannot_be_written_to_is_told_at_the_start(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="output_dir .*file/run' cannot be written to"):
@@ -76,9 +73,6 @@ def test_a_noisy_denoiser(tmp_path):
     with pytest.raises(ValueError, match="ratio of step 2 should be 1"):
         trainer.train()
     assert calls.count(True) == 3 and same(before, trained_weights(trainer))  # all three steps, and no update
-
-
-# Rewards and pictures
 
 
 def scoreless(prompts, images, **columns):
@@ -156,9 +150,6 @@ def test_rewards_that_differ_in_no_group_are_told_once(tmp_path, caplog):
     assert len(told(caplog, "In no group do the rewards differ")) == 1
 
 
-# Updates with NaN or infinity
-
-
 class Break(TrainerCallback):
     """Makes trained weights NaN after some updates, for the next one; keeps what each began with."""
 
@@ -199,13 +190,6 @@ def test_an_update_with_nan_is_skipped_and_the_image_named(tmp_path, caplog):
     assert all(weight.isfinite().all() for weight in trained_weights(trainer).values())
 
 
-def test_the_last_update_is_never_skipped(tmp_path):
-    """Whoever reads "done" takes the weights that are written for what training made of them."""
-    with pytest.raises(ValueError, match="Update 3 of 3 had NaN"):
-        trained(tmp_path, callbacks=[Break(2)], max_steps=3)
-    assert (tmp_path / "checkpoint-2" / "pytorch_lora_weights.safetensors").is_file()
-
-
 def test_a_loss_that_is_not_finite_is_no_update_even_where_its_gradient_is(tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=1)
     trainer.args.epsilon = math.nan  # min(x, nan) has the gradient of nan, a constant
@@ -215,15 +199,24 @@ def test_a_loss_that_is_not_finite_is_no_update_even_where_its_gradient_is(tmp_p
     assert same(trained_weights(trainer), before)
 
 
-def test_too_many_in_a_row_end_the_run_and_keep_what_was_learned(tmp_path):
-    with pytest.raises(ValueError, match="Update 4 of 9 .*max_skipped_updates"):
-        trained(tmp_path, callbacks=[Break(*range(1, 9))], max_steps=9, max_skipped_updates=2)
-    assert (tmp_path / "checkpoint-3" / "pytorch_lora_weights.safetensors").is_file()
-    assert column(tmp_path, "update_skipped") == [0.0, 1.0, 1.0]
-
-
 def test_nan_before_any_update_is_no_divergence(tmp_path):
     trainer = tiny_trainer(tmp_path)
     next(p for p in trainer.model.parameters() if not p.requires_grad).data.fill_(math.nan)
     with pytest.raises(ValueError, match="before any update"):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("broken", "settings", "said", "left"),
+    [
+        # Whoever reads "done" takes the weights that are written for what training made of them.
+        ([2], {"max_steps": 3}, "Update 3 of 3 had NaN", [0.0, 0.0]),
+        (range(1, 9), {"max_steps": 9, "max_skipped_updates": 2}, "Update 4 of 9 .*max_skipped_upd", [0.0, 1.0, 1.0]),
+    ],
+    ids=["the last", "too many in a row"],
+)
+def test_a_run_that_ends_with_nan_keeps_what_was_learned(tmp_path, broken, settings, said, left):
+    with pytest.raises(ValueError, match=said):
+        trained(tmp_path, callbacks=[Break(*broken)], **settings)
+    assert column(tmp_path, "update_skipped") == left
+    assert (tmp_path / f"checkpoint-{len(left)}" / "pytorch_lora_weights.safetensors").is_file()

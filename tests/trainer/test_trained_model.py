@@ -43,9 +43,6 @@ def adapters_of(trainer) -> set[str]:
     return {name.split(".")[-2] for name in trained_weights(trainer)}
 
 
-# What is saved
-
-
 def test_a_saved_denoiser_loads_into_the_plain_pipeline(tmp_path):
     trainer = trained(tmp_path, "sd", full=True, **SAVED)
     plain = PIPELINES["sd"][0]()
@@ -55,9 +52,6 @@ def test_a_saved_denoiser_loads_into_the_plain_pipeline(tmp_path):
     # What a file is mapped to in memory is aligned otherwise, which some kernels round otherwise for.
     torch.testing.assert_close(picture(plain, "sd"), ours, rtol=0, atol=1e-5)
     assert not torch.allclose(before, ours, rtol=0, atol=1e-4)
-
-
-# On top of an adapter that was loaded
 
 
 def with_theirs(family: str = "sd3"):
@@ -102,9 +96,6 @@ def test_an_adapter_that_was_switched_off_stays_off(tmp_path):
     assert torch.equal(picture(trainer.pipe, "sd3"), plain) and adapters_of(trainer) == {ADAPTER_NAME}
     trainer.train()
     assert not torch.equal(picture(trainer.pipe, "sd3"), plain)
-
-
-# An adapter that is trained further
 
 
 # alpha is not r, and not all layers are alike
@@ -228,6 +219,10 @@ def add_another(pipe):
     pipe.set_adapters(["default_0", "second"])
 
 
+def add_to_text_encoder(pipe):
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), pipe.text_encoder)
+
+
 def replace_by(config):
     def replace(pipe):
         pipe.unload_lora_weights()
@@ -242,10 +237,7 @@ def replace_by(config):
         (add_another, r"\['default_0', 'second'\].*set_adapters"),
         (lambda pipe: pipe.disable_lora(), r"none of \['default_0'\] active"),
         (lambda pipe: pipe.set_adapters("default_0", 0.7), "weight 0.7"),
-        (
-            lambda pipe: inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), pipe.text_encoder),
-            "text_encoder",
-        ),
+        (add_to_text_encoder, "text_encoder"),
         (lambda pipe: pipe.fuse_lora(), "fused"),
         (replace_by(LoHaConfig(r=2, target_modules=["to_q"])), "more or other weights"),
         (replace_by(lora(lora_dropout=0.1)), "lora_dropout"),
@@ -261,9 +253,6 @@ def test_adapters_that_cannot_be_trained_further(tmp_path, published, change, me
     if message == "fused":
         with pytest.raises(ValueError, match=message):  # nor can another one be trained on top of it
             tiny_trainer(tmp_path, model=pipe)
-
-
-# The moving average
 
 
 def test_the_average_is_evaluated_and_saved_and_the_weights_are_trained(tmp_path):
@@ -290,9 +279,6 @@ def test_the_average_is_evaluated_and_saved_and_the_weights_are_trained(tmp_path
 
     assert trainer.evaluate()["eval_reward"] != plain.evaluate(HELD_OUT)["eval_reward"]
     assert same(trained_weights(plain), trained_weights(trainer))  # the weights are back
-
-
-# Two denoisers
 
 
 def test_both_experts_are_trained_and_saved(tmp_path):

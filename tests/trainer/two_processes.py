@@ -145,17 +145,17 @@ def failing(folder: Path, rank: int) -> dict[str, Any]:
             raise RuntimeError("out of paint")
         return redness(prompts, images)
 
-    trainer = tiny_trainer(folder, "sd3", moody, max_steps=3)
+    trainer, message = tiny_trainer(folder, "sd3", moody, max_steps=3), ""
     try:
         trainer.train()
     except ValueError as error:
-        return {"error": str(error), "updates": trainer.state.global_step}
-    return {"error": "", "updates": trainer.state.global_step}
+        message = str(error)
+    return {"error": message, "updates": trainer.state.global_step}
 
 
 def gamma(folder: Path) -> dict[str, Any]:
     """All weights in a trust region over two rollouts of two updates each, resumed within the second."""
-    settings = {"gamma_schedule": "trust_region", "kl_threshold": 0.04, "fisher_update_steps": 4, "full": True}
+    settings = {"gamma_schedule": "trust_region", "kl_threshold": 0.025, "fisher_update_steps": 4, "full": True}
     settings |= {"gradient_accumulation_steps": 3, "max_steps": 4, "beta": 0.1, "use_ema": True, **SAVED}
     trainer = trained(folder / "run", **settings)
     second = resumed(folder / "resumed", folder / "run" / "checkpoint-3", **settings)
