@@ -37,9 +37,6 @@ from .tiny_trainers import (
 )
 
 
-ADAPTER = "pytorch_lora_weights.safetensors"
-
-
 def left_in(folder: Path) -> list[str]:
     """What is in the folder of a run, its card aside."""
     return sorted(path.name for path in folder.iterdir() if path.name not in ("README.md", "model_card.json"))

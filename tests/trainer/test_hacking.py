@@ -44,9 +44,8 @@ def test_a_held_out_reward_is_logged_in_evaluation_and_changes_nothing(tmp_path)
     plain = trained(tmp_path / "plain", **settings)
     watched = trained(tmp_path / "watched", eval_reward_funcs=[blueness], **settings)
     assert same(trained_weights(plain), trained_weights(watched))
-    for before, after in zip(
-        logged(tmp_path / "plain", "eval_reward"), logged(tmp_path / "watched", "eval_reward"), strict=True
-    ):
+    lines = (logged(tmp_path / run, "eval_reward") for run in ("plain", "watched"))
+    for before, after in zip(*lines, strict=True):
         assert after["eval_reward"] == before["eval_reward"] and after["eval_reward_std"] == before["eval_reward_std"]
         assert 0 < after["eval_rewards/blueness/mean"] < 1 and after["eval_rewards/blueness/nan_share"] == 0
     for line in logged(tmp_path / "watched", "rewards/redness/mean"):

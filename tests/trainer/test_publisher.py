@@ -31,8 +31,7 @@ from .tiny_trainers import PROMPTS, SAVED, alike, lora, redness, resumed, same, 
 from .zoo_trainers import zoo_trainer
 
 
-EVALUATED = {"eval_dataset": PROMPTS, "eval_strategy": "steps", "eval_steps": 1}
-BEST = {**EVALUATED, "load_best_model_at_end": True, "metric_for_best_model": "eval_reward"}
+BEST = {"eval_dataset": PROMPTS, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
 PUSHED = {"push_to_hub": True, "hub_model_id": REPO}
 
 

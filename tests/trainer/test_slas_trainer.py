@@ -14,7 +14,6 @@ from transformers import TrainerCallback
 from slas_trl import SLASConfig, SLASTrainer
 from slas_trl.advantages import slas_advantages
 from slas_trl.rewards import brightness
-from tests.policy.zoo import dit
 from tests.policy.zoo.all import FAMILIES as ZOO
 from tests.tiny_pipelines import PIPELINES, sd3_pipeline
 
@@ -254,10 +253,8 @@ def test_several_updates_of_one_rollout(tmp_path, settings):
     first, second, *_ = logged(tmp_path)
     assert first["ratio/max_deviation"] == 0.0 and first["clip_ratio/region_mean"] == 0.0
     assert second["ratio/max_deviation"] > 1e-5
-    assert 0 < second["clip_ratio/region_mean"] <= 1
-    assert second["clip_ratio/region_mean"] == pytest.approx(
-        second["clip_ratio/low_mean"] + second["clip_ratio/high_mean"]
-    )
+    low, high, region = (second[f"clip_ratio/{which}_mean"] for which in ("low", "high", "region"))
+    assert 0 < region <= 1 and region == pytest.approx(low + high)
     assert "reward" in first and "reward" not in second
 
 
@@ -294,15 +291,6 @@ def parts(prompts, images, **columns):
     red = redness(prompts, images)
     odd = [None if i % 2 else 1.0 for i in range(len(red))]
     return {"reward": red, "double": [2 * value for value in red], "odd": odd}
-
-
-def test_a_reward_of_weight_0_is_logged_and_not_trained_on(tmp_path):
-    alone = trained(tmp_path / "alone")
-    watched = trained(tmp_path / "watched", reward_funcs=[redness, blueness], reward_weights=[1.0, 0.0])
-    assert same(trained_weights(alone), trained_weights(watched))
-    for one, two in zip(logged(tmp_path / "alone"), logged(tmp_path / "watched"), strict=True):
-        assert one["reward"] == two["reward"] == pytest.approx(two["rewards/redness/mean"])
-        assert two["rewards/blueness/mean"] > 0 and two["rewards/blueness/std"] > 0
 
 
 def test_what_is_logged(tmp_path):
@@ -386,7 +374,7 @@ def test_gradient_checkpointing(tmp_path, family, name):
 
 
 def test_a_denoiser_that_computes_something_else_in_train_mode(tmp_path):
-    family = dit.FAMILIES["hidream"]
+    family = ZOO["hidream"]
     changes = {"pipeline_kwargs": family.call, "max_steps": 1, "gradient_checkpointing": True}
     trainer = trained(tmp_path, model=family.build(), guidance_scale=None, height=None, width=None, **changes)
     assert trainer.state.log_history[0]["ratio/max_deviation"] == 0 and trainer.state.log_history[0]["grad_norm"] > 0

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from diffusers.loaders.lora_base import LoraBaseMixin
 from torch.distributed.tensor import DTensor
 
@@ -27,6 +28,15 @@ from tests.trainer.tiny_trainers import (
     trained_weights,
 )
 from tests.trainer.zoo_trainers import zoo_trainer
+
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
 
 
 def whole(trainer) -> dict[str, torch.Tensor]:
@@ -183,11 +193,10 @@ def ddp(folder: Path, rank: int) -> dict[str, Any]:
         "components": components(folder / "components", rank),
         "pushed": pushed(folder / "pushed"),
         "gamma": gamma(folder / "gamma"),
-        "failing": failing(folder / "failing", rank),  # the last: who knows what state it leaves
     }
 
 
-def fsdp(folder: Path, rank: int) -> dict[str, Any]:
+def fsdp(folder: Path) -> dict[str, Any]:
     return {
         "full": one_update_for_each_rollout(folder / "full", 2, full=True, beta=0.1, use_ema=True),
         "continued": going_on_from_an_adapter(folder / "continued", 2),
@@ -196,13 +205,17 @@ def fsdp(folder: Path, rank: int) -> dict[str, Any]:
     }
 
 
-def main(what: str, folder: Path) -> None:
+def main(folder: Path) -> None:
     state = PartialState(cpu=True)
-    found = {"ddp": ddp, "fsdp": fsdp}[what](folder, state.process_index)
+    found = {"ddp": ddp(folder / "ddp", state.process_index)}
+    AcceleratorState._reset_state()  # it reads the environment anew
+    os.environ.update(FSDP2)
+    found |= {"fsdp": fsdp(folder / "fsdp")}
+    found |= {"failing": failing(folder / "failing", state.process_index)}  # the last: who knows what state it leaves
     torch.save(found, folder / f"result_{state.process_index}.pt")
     state.destroy_process_group()
 
 
 if __name__ == "__main__":
     shard_on_cpus()
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]))
