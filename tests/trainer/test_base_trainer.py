@@ -6,10 +6,7 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -20,77 +17,29 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from slas_trl.trainer.checkpoints import checkpoints_in, read_state
-from tests.trainer.tiny_trainers import (
+
+from .tiny_trainers import (
     EVALUATED,
     HELD_OUT,
     SAVED,
     Watched,
+    alike,
+    column,
     logged,
     lora,
     redness,
     resumed,
     same,
     tiny_trainer,
+    told,
     trained,
     trained_weights,
-    untimed,
 )
-
-
-ROOT = Path(__file__).parents[2]
-ADAPTER = "pytorch_lora_weights.safetensors"
 
 
 def left_in(folder: Path) -> list[str]:
     """What is in the folder of a run, its card aside."""
     return sorted(path.name for path in folder.iterdir() if path.name not in ("README.md", "model_card.json"))
-
-
-def steps_in(folder: Path) -> list[int]:
-    return [line["step"] for line in logged(folder)]
-
-
-class Late:
-    """A reward of the name "redness" that calls `then` at every call after so many."""
-
-    __name__ = "redness"
-
-    def __init__(self, calls, then):
-        self.left, self.then = calls, then
-
-    def __call__(self, prompts, images, **columns):
-        self.left -= 1
-        if self.left < 0:
-            self.then()
-        return redness(prompts, images)
-
-
-def press_ctrl_c():
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-def break_down():
-    raise OSError("server away")
-
-
-def messages(caplog, part: str) -> list[str]:
-    return [text for text in (record.getMessage() for record in caplog.records) if part in text]
-
-
-# What is written
-
-
-def test_files_of_a_checkpoint(tmp_path):
-    trained(tmp_path, gradient_accumulation_steps=3, use_ema=True, **SAVED)
-    files = {path.name for path in (tmp_path / "checkpoint-1").iterdir()}
-    assert files == {
-        *(ADAPTER, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "slas_state.json"),
-        *("ema.pt", "weights_before_averaging.pt", "model_card.json"),
-        "rollout_0.pt",  # between two updates of one rollout
-    }
-    assert not (tmp_path / "checkpoint-2" / "rollout_0.pt").exists()
-    for path in (tmp_path / "checkpoint-1").glob("*.pt"):
-        torch.load(path, weights_only=True)  # runs no code of whoever wrote the file
 
 
 def test_old_checkpoints_are_deleted(tmp_path):
@@ -127,9 +76,6 @@ def test_the_best_weights_are_loaded_at_the_end(tmp_path, kind):
     assert same(saved, second) and not same(saved, third)
 
 
-# Resuming
-
-
 @pytest.mark.parametrize(
     ("family", "settings", "checkpoints"),
     [
@@ -139,8 +85,9 @@ def test_the_best_weights_are_loaded_at_the_end(tmp_path, kind):
         ("sd", {"gradient_accumulation_steps": 2, "use_ema": True}, [2]),
         ("sd3", {"full": True, "gradient_accumulation_steps": 3, "beta": 0.1}, [3]),
         ("flux", {"gradient_accumulation_steps": 2, "sde_window_size": 3, "init_same_noise": False}, [1]),
+        ("sd3", {"max_steps": -1, "num_train_epochs": 2}, [2, 3]),  # three updates to an epoch
     ],
-    ids=["whole rollouts", "three updates", "two passes", "moving average", "full with kl", "window"],
+    ids=["whole rollouts", "three updates", "two passes", "moving average", "full with kl", "window", "epochs"],
 )
 def test_the_resumed_run_is_the_uninterrupted_one(tmp_path, family, settings, checkpoints):
     settings = {"max_steps": 4, "lr_scheduler_type": "linear", **SAVED, **settings}
@@ -148,21 +95,10 @@ def test_the_resumed_run_is_the_uninterrupted_one(tmp_path, family, settings, ch
     for at in checkpoints:
         run = tmp_path / f"from-{at}"
         second = resumed(run, tmp_path / "whole" / f"checkpoint-{at}", family, **settings)
-        assert same(trained_weights(whole), trained_weights(second))
-        lines = [[untimed(line) for line in logged(folder)] for folder in (tmp_path / "whole", run)]
-        assert lines[0] == lines[1]  # with those from before, which are in the checkpoint
-        last = [next((folder / "checkpoint-4").rglob("*.safetensors")) for folder in (tmp_path / "whole", run)]
+        assert alike(whole, second)  # with the lines from before, which are in the checkpoint
+        name = f"checkpoint-{whole.state.global_step}"
+        last = [next((folder / name).rglob("*.safetensors")) for folder in (tmp_path / "whole", run)]
         assert same(*map(load_file, last))
-
-
-def test_across_epochs(tmp_path):
-    settings = {"cls": Watched, "max_steps": -1, "num_train_epochs": 2, **SAVED}  # three updates each
-    whole = trained(tmp_path / "whole", **settings)
-    for at in (2, 3):
-        second = resumed(tmp_path / f"from-{at}", tmp_path / "whole" / f"checkpoint-{at}", **settings)
-        assert same(trained_weights(whole), trained_weights(second))
-        prompts = [[rollout.call["prompt"] for rollout in run.rollouts] for run in (whole, second)]
-        assert prompts[0][2 * at :] == prompts[1]
 
 
 @pytest.mark.parametrize(
@@ -222,11 +158,11 @@ def test_other_hyperparameters_are_told_and_hold(tmp_path, caplog, lr_scheduler_
     # The schedule of four updates, of which the first two are made.
     factors = [0.5, (1 + math.cos(0.75 * math.pi)) / 2] if lr_scheduler_type == "cosine" else [1, 1]
     assert rates == pytest.approx([1e-6 * factor for factor in factors])
-    [told] = messages(caplog, "with other settings")
+    [differences] = told(caplog, "with other settings")
     for part in ("After update 2", "weight_decay 0.0001 -> 0.5", "max_steps 2 -> 4", "optim_args x=1 -> None"):
-        assert part in told
-    assert "options of redness" in told
-    assert not any(name in told for name in ("brightness", "gamma", "beta ", "output_dir"))
+        assert part in differences
+    assert "options of redness" in differences
+    assert not any(name in differences for name in ("brightness", "gamma", "beta ", "output_dir"))
 
 
 def test_a_learning_rate_that_the_checkpoint_decides_is_refused(tmp_path):
@@ -234,9 +170,6 @@ def test_a_learning_rate_that_the_checkpoint_decides_is_refused(tmp_path):
     trained(tmp_path, max_steps=1, eval_dataset=HELD_OUT, **settings)
     with pytest.raises(ValueError, match="learning_rate 0.001 cannot change"):
         resumed(tmp_path, True, max_steps=2, learning_rate=0.5, eval_dataset=HELD_OUT, **settings)
-
-
-# Checkpoints that are not whole, and kills (of single writes: test_checkpoints.py)
 
 
 def test_a_damaged_checkpoint(tmp_path, caplog):
@@ -249,53 +182,24 @@ def test_a_damaged_checkpoint(tmp_path, caplog):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert same(before, trained_weights(trainer))
     trainer.train(resume_from_checkpoint=True)
-    assert len(messages(caplog, "Looking for an earlier one")) == 1
-    assert same(trained_weights(whole), trained_weights(trainer)) and steps_in(tmp_path) == [1, 2]
-
-
-def test_no_checkpoint_at_all(tmp_path):
-    (tmp_path / "_writing-checkpoint-2" / "checkpoint-2").mkdir(parents=True)
-    trainer = tiny_trainer(tmp_path)
+    assert len(told(caplog, "Looking for an earlier one")) == 1
+    assert same(trained_weights(whole), trained_weights(trainer)) and column(tmp_path, "step") == [1, 2]
+    shutil.rmtree(tmp_path / "checkpoint-1")
     with pytest.raises(ValueError, match="no whole checkpoint"):
         trainer.train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="no checkpoint folder .*elsewhere"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "elsewhere"))
 
 
-def test_killed_runs_come_to_the_end_of_the_whole_one():
-    """A kill while a checkpoint is written, and one at any moment."""
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "benchmarks/kill_and_resume.py", "--kills", "2", "--seed", "3", "--updates", "3"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Every run came to the same end, to the last bit." in done.stdout
-    assert "2 kills in" in done.stdout and done.stdout.count("aimed") == 1
-
-
-# Disk full
-
-
-@contextmanager
-def small_files(size: int):
-    """A limit on the size of files, which needs no rights."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_a_full_disk_at_the_end(tmp_path):
     trainer = trained(tmp_path, max_steps=1, **SAVED)
-    with pytest.raises(OSError, match="The weights in .* could not be written.*checkpoint-1'"), small_files(1_000):
-        trainer.save_model()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, before[1]))  # which needs no rights
+    try:
+        with pytest.raises(OSError, match="The weights in .* could not be written.*checkpoint-1'"):
+            trainer.save_model()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize(
@@ -320,9 +224,6 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, owner, 
         trained(tmp_path, max_steps=2, **SAVED)
     assert left_in(tmp_path) == ["checkpoint-1", "checkpoint-2", "metrics.jsonl"]
     assert read_state(tmp_path / "checkpoint-2") == before
-
-
-# Ctrl-C
 
 
 def interrupted_at(moment: int, *signals: signal.Signals) -> type[Watched]:
@@ -357,9 +258,9 @@ def test_ctrl_c_saves_what_was_learned(tmp_path, caplog, five_updates, moment, u
         trained(run, cls=interrupted_at(moment), **THREE_TO_A_ROLLOUT)
     [folder] = checkpoints_in(run)
     assert folder.name == f"checkpoint-{update}" and read_state(folder)
-    assert messages(caplog, "Press again") and messages(caplog, f"--resume_from_checkpoint {folder}")
+    assert told(caplog, "Press again") and told(caplog, f"--resume_from_checkpoint {folder}")
     second = resumed(run, True, **THREE_TO_A_ROLLOUT)
-    assert same(five_updates, trained_weights(second)) and steps_in(run) == [1, 2, 3, 4, 5]
+    assert same(five_updates, trained_weights(second)) and column(run, "step") == [1, 2, 3, 4, 5]
 
 
 def test_ctrl_c_before_the_first_update(tmp_path, caplog):
@@ -389,13 +290,12 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, first):
 )
 def test_sigterm_and_sighup_save_too(tmp_path, caplog, signals, status):
     """However often a scheduler sends them. Those who call `train` in Python are told by an exception."""
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     with pytest.raises(SystemExit) as end:
         trained(tmp_path, cls=interrupted_at(3, *signals), **THREE_TO_A_ROLLOUT)
     assert end.value.code == status
     assert [folder.name for folder in checkpoints_in(tmp_path)] == ["checkpoint-2"]
     assert "--resume_from_checkpoint" in caplog.text
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == [signal.SIG_DFL] * 2
 
 
 def test_what_nohup_ignores_stays_ignored(tmp_path):
@@ -414,12 +314,22 @@ def test_a_run_outside_the_main_thread_leaves_signals_alone(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.parametrize(("then", "error"), [(break_down, ValueError), (press_ctrl_c, KeyboardInterrupt)])
+@pytest.mark.parametrize(("then", "error"), [(OSError("server away"), ValueError), (None, KeyboardInterrupt)])
 def test_a_run_that_ends_while_it_samples_costs_nothing(tmp_path, caplog, then, error):
+    calls = iter(range(9))
+
+    def late(prompts, images, **columns):
+        if next(calls) >= 4:  # two chunks in each of two rollouts
+            if then:
+                raise then
+            os.kill(os.getpid(), signal.SIGINT)
+        return redness(prompts, images)
+
+    late.__name__ = "redness"
     run = tmp_path / "run"
     trained(run, max_steps=2, seed=1, **SAVED)  # another run's checkpoints, which are not taken for this one's
     with pytest.raises(error):
-        trained(run, reward_funcs=Late(4, then), max_steps=3)  # two chunks in each of two rollouts
+        trained(run, reward_funcs=late, max_steps=3)
     assert "after update 2" in caplog.text
     second = resumed(run, run / "checkpoint-2", max_steps=3)
     assert same(trained_weights(trained(tmp_path / "whole", max_steps=3)), trained_weights(second))

@@ -1,8 +1,5 @@
 """The record of every rollout, and the panel that a run leaves."""
 
-import os
-import signal
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,21 +7,12 @@ from transformers import TrainerCallback
 
 from slas_trl.advantages import compute_advantages
 from slas_trl.run_files import read_lines
-from slas_trl.trainer import SLASConfig
-from tests.trainer.tiny_trainers import PROMPTS, logged, redness, tiny_trainer, trained
 
-
-def blueness(prompts, images, **columns):
-    """Held out below."""
-    return [float(np.asarray(image)[..., 2].mean()) / 255 for image in images]
+from .tiny_trainers import PROMPTS, blueness, logged, redness, resumed, trained
 
 
 def one_in_three(prompts, images, **columns):
     return [None if i % 3 else value for i, value in enumerate(redness(prompts, images))]
-
-
-def lines_of(folder):
-    return read_lines(folder / "calibration.jsonl")
 
 
 def test_a_line_for_each_rollout_and_a_picture(tmp_path):
@@ -37,7 +25,7 @@ def test_a_line_for_each_rollout_and_a_picture(tmp_path):
     settings = {"reward_weights": [2.0, 0.0], "scale_rewards": "batch", "gamma": 1.0, "log_completions": True}
     held_out = {"eval_reward_funcs": one_in_three, "eval_dataset": PROMPTS}
     trained(tmp_path, reward_funcs=[keep, blueness], **held_out, **settings, max_steps=3)
-    lines = lines_of(tmp_path)
+    lines = read_lines(tmp_path / "calibration.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3]
     rollouts = [rewards[i] + rewards[i + 1] for i in range(0, len(rewards), 2)]  # of two chunks each
     for line, scores, metrics in zip(lines, rollouts, logged(tmp_path), strict=True):
@@ -57,42 +45,27 @@ def test_a_line_for_each_rollout_and_a_picture(tmp_path):
         assert picture.size == (1300, 1050) and np.asarray(picture.convert("L")).std() > 20
 
 
-def test_not_where_it_is_not_wanted(tmp_path):
-    assert SLASConfig(use_cpu=True).log_completions
-    trained(tmp_path, log_completions=False, max_steps=1)
-    assert not list(tmp_path.glob("*calibration*")) and logged(tmp_path, "calibration/narrow_share")
-
-
-def test_a_resumed_run_has_a_line_for_each_rollout(tmp_path):
+def test_a_resumed_run_has_a_line_for_each_rollout_and_update(tmp_path):
     """Two updates for each rollout, of which the second begins with the third update."""
-    settings = {"log_completions": True, "gradient_accumulation_steps": 3, "max_steps": 5}
-    trained(tmp_path, save_strategy="steps", save_steps=1, **settings)
-    whole = lines_of(tmp_path)
-    assert [line["step"] for line in whole] == [1, 3, 5]
-    for checkpoint in (2, 3):  # between two rollouts, and in the middle of one
-        with (tmp_path / "calibration.jsonl").open("a") as file:
-            file.write('{"step": 7, "weights": {"redness": 1.0}')  # killed while it wrote
-        trainer = tiny_trainer(tmp_path, **settings)
-        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{checkpoint}"))
-        assert lines_of(tmp_path) == whole
-
-
-def test_it_is_drawn_at_checkpoints_and_when_a_run_is_interrupted(tmp_path):
     drawn = []
 
-    class Interrupt(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            drawn.append((tmp_path / "calibration.png").exists())
-            (tmp_path / "calibration.png").unlink(missing_ok=True)
-            if state.global_step == 3:
-                os.kill(os.getpid(), signal.SIGINT)
+    class Drawn(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            drawn.append((tmp_path / "calibration.png").is_file())
 
-    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 10}
-    trainer = tiny_trainer(tmp_path, log_completions=True, callbacks=[Interrupt()], **settings)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    assert drawn == [False, False, True, False]
-    assert (tmp_path / "calibration.png").is_file()
+    settings = {"log_completions": True, "gradient_accumulation_steps": 3, "max_steps": 5}
+    trained(tmp_path, save_strategy="steps", save_steps=1, callbacks=[Drawn()], **settings)
+    assert drawn == [False, True, True, True, True]  # with each checkpoint
+    whole = read_lines(tmp_path / "calibration.jsonl")
+    assert [line["step"] for line in whole] == [1, 3, 5]
+    for checkpoint in (2, 3):  # between two rollouts, and in the middle of one
+        for name in ("calibration.jsonl", "metrics.jsonl"):
+            with (tmp_path / name).open("a") as file:
+                file.write('{"step": 7, "loss": 1.0, "weights": {"redness": 1.0')  # killed while it wrote
+        resumed(tmp_path, tmp_path / f"checkpoint-{checkpoint}", **settings)
+        assert read_lines(tmp_path / "calibration.jsonl") == whole
+        assert [line["step"] for line in logged(tmp_path)] == [1, 2, 3, 4, 5]
+        assert len(logged(tmp_path, "train_runtime")) == 1
 
 
 def test_a_picture_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):

@@ -11,30 +11,30 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 from tests.tiny_pipelines import PIPELINES
-from tests.trainer.tiny_trainers import PROMPTS, close, logged, same
-from tests.trainer.two_processes import going_on_from_an_adapter, one_of_the_zoo, one_update_for_each_rollout
+
+from .tiny_trainers import PROMPTS, close, logged, same
+from .two_processes import going_on_from_an_adapter, one_of_the_zoo, one_update_for_each_rollout
 
 
 pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).parents[2]
-FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-}
 ROUNDED = {"rtol": 1e-5, "atol": 1e-6}
 
 
-def launch(what: str, folder: Path, **environment: str) -> list[dict]:
-    """What each of two processes found."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("both")
+
+
+@pytest.fixture(scope="module")
+def found(folder, server):
+    """What each of two processes found, first as DDP and then as FSDP2."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     run = subprocess.run(
-        [*command, "-m", "tests.trainer.two_processes", what, str(folder)],
+        [*command, "-m", "tests.trainer.two_processes", str(folder)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true", **environment},
+        env={**os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true", **server.environ},
         capture_output=True,
         text=True,
         timeout=600,
@@ -43,17 +43,14 @@ def launch(what: str, folder: Path, **environment: str) -> list[dict]:
     return [torch.load(folder / f"result_{rank}.pt") for rank in (0, 1)]
 
 
-# DDP
+@pytest.fixture
+def two(found):
+    return [each["ddp"] for each in found]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("ddp")
-
-
-@pytest.fixture(scope="module")
-def two(folder, server):
-    return launch("ddp", folder, **server.environ)
+@pytest.fixture
+def sharded(found):
+    return [each["fsdp"] for each in found]
 
 
 def test_the_result_is_that_of_one_process(two, tmp_path):
@@ -70,12 +67,6 @@ def test_the_result_is_that_of_one_process(two, tmp_path):
     assert both[0]["evaluated"] == pytest.approx(alone["evaluated"], rel=1e-5)
 
 
-@pytest.mark.parametrize("way", ["two", "sharded"])
-def test_resuming_within_a_rollout(way, request):
-    found = [each["resumed"] for each in request.getfixturevalue(way)]
-    assert all(same(*each) for each in found) and same(found[0][0], found[1][0])
-
-
 def test_components_and_held_out_rewards_are_those_of_all_images(two):
     for found in two:
         line = found["components"]
@@ -85,7 +76,7 @@ def test_components_and_held_out_rewards_are_those_of_all_images(two):
 
 
 def test_each_keeps_its_part_of_the_rollout_and_one_writes_the_rest(two, folder):
-    run = folder / "components"
+    run = folder / "ddp" / "components"
     assert {path.name for path in (run / "checkpoint-1").iterdir()} == {
         *("pytorch_lora_weights.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"),
         *("model_card.json", "slas_state.json", "rng_state_0.pth", "rng_state_1.pth", "rollout_0.pt", "rollout_1.pt"),
@@ -108,17 +99,12 @@ def test_both_skip_an_update_that_one_cannot_make(two):
     assert two[0]["skipped"] == two[1]["skipped"] == [1.0, 0.0]
 
 
-# FSDP2
-
-
-@pytest.fixture(scope="module")
-def fsdp_folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("fsdp")
-
-
-@pytest.fixture(scope="module")
-def sharded(fsdp_folder, server):
-    return launch("fsdp", fsdp_folder, **FSDP2, **server.environ)
+def test_a_reward_that_raises_on_one_process_ends_both(found, folder):
+    one, other = (each["failing"] for each in found)
+    assert one["updates"] == other["updates"] == 1
+    assert all("'moody' raised RuntimeError: out of paint" in error for error in (one["error"], other["error"]))
+    assert one["error"].startswith("On process 1 of 2")
+    assert (folder / "failing" / "checkpoint-1" / "pytorch_lora_weights.safetensors").is_file()
 
 
 def test_sharded_weights_are_those_of_one_process(sharded, tmp_path):
@@ -142,15 +128,15 @@ def test_sharded_and_in_mixed_precision(sharded, tmp_path):
             assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.05)
 
 
-def test_what_a_sharded_run_saves_is_plain(sharded, fsdp_folder):
-    checkpoint = fsdp_folder / "resumed" / "whole" / "checkpoint-4"
+def test_what_a_sharded_run_saves_is_plain(sharded, folder):
+    checkpoint = folder / "fsdp" / "gamma" / "run" / "checkpoint-4"
     assert SD3Transformer2DModel.load_config(checkpoint / "transformer")["_class_name"] == "SD3Transformer2DModel"
     model = SD3Transformer2DModel.from_pretrained(checkpoint / "transformer")
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     # No second copy of the weights, which for a large base model would be most of the checkpoint.
     assert not list(checkpoint.glob("pytorch_model*"))
     pipe = PIPELINES["flux"][0]()
-    pipe.load_lora_weights(fsdp_folder / "continued")
+    pipe.load_lora_weights(folder / "fsdp" / "continued")
     config = pipe.transformer.peft_config["default_0"]
     assert (config.r, config.lora_alpha) == (4, 8)
 
@@ -165,9 +151,6 @@ def test_a_sharded_run_goes_on_from_an_adapter_as_one_process_does(sharded, tmp_
         assert kl[0] == 0.0 and kl[1] == pytest.approx(alone["logs"][1]["kl"], rel=1e-3)
 
 
-# Both ways
-
-
 def test_one_pushes_what_both_have_trained(two, server):
     results = [found["pushed"] for found in two]
     assert [found["returned"] for found in results] == [True, False]
@@ -179,7 +162,7 @@ def test_one_pushes_what_both_have_trained(two, server):
     assert {"pytorch_lora_weights.safetensors", *pictures, "last-checkpoint/trainer_state.json"} <= files
 
 
-def test_both_processes_choose_the_same_gamma(two, sharded):
+def test_both_processes_choose_the_same_gamma_and_resume_within_a_rollout(two, sharded):
     """And FSDP2, whose parameters are sharded, measures what DDP does."""
     ddp, fsdp = ([each["gamma"] for each in found] for found in (two, sharded))
     for one, other in (ddp, fsdp):
@@ -188,12 +171,3 @@ def test_both_processes_choose_the_same_gamma(two, sharded):
         assert same(*one["weights"]) and same(*other["weights"]) and same(one["weights"][0], other["weights"][0])
     assert fsdp[0]["lambda_max"] == pytest.approx(ddp[0]["lambda_max"], rel=1e-3)
     assert fsdp[0]["gammas"][0] == pytest.approx(ddp[0]["gammas"][0], rel=1e-3)
-
-
-def test_a_reward_that_raises_on_one_process_ends_both(two, sharded, folder, fsdp_folder):
-    for found, run in ((two, folder / "failing"), (sharded, fsdp_folder / "failing")):
-        one, other = (each["failing"] for each in found)
-        assert one["updates"] == other["updates"] == 1
-        assert all("'moody' raised RuntimeError: out of paint" in error for error in (one["error"], other["error"]))
-        assert one["error"].startswith("On process 1 of 2")
-        assert (run / "checkpoint-1" / "pytorch_lora_weights.safetensors").is_file()

@@ -7,17 +7,8 @@ import pytest
 import torch
 
 from tests.tiny_pipelines import PIPELINES
-from tests.trainer.tiny_trainers import (
-    EVALUATED,
-    HELD_OUT,
-    PROMPTS,
-    logged,
-    redness,
-    same,
-    tiny_trainer,
-    trained,
-    trained_weights,
-)
+
+from .tiny_trainers import EVALUATED, HELD_OUT, PROMPTS, logged, redness, same, tiny_trainer, trained, trained_weights
 
 
 def numbers(prompts, images, number, **columns):

@@ -9,15 +9,24 @@ import torch
 from slas_trl.objective import gaussian_kl
 from slas_trl.trust_region import kl_feedback, largest_gamma
 from tests.tiny_policies import dense_fisher
-from tests.trainer.tiny_trainers import Watched, logged, lora, same, tiny_trainer, trained, trained_weights, untimed
+
+from .tiny_trainers import (
+    Watched,
+    alike,
+    column,
+    logged,
+    lora,
+    resumed,
+    same,
+    tiny_trainer,
+    trained,
+    trained_weights,
+    untimed,
+)
 
 
 SGD = {"optim": "sgd", "max_grad_norm": 0.0, "weight_decay": 0.0, "learning_rate": 0.5}
 FISHER = [f"trust_region/{name}" for name in ("lambda_max", "tau", "g_max", "budget", "moment", "gamma_bound")]
-
-
-def column(folder, key: str) -> list[float]:
-    return [line[key] for line in logged(folder, key)]
 
 
 def test_the_effective_share(tmp_path):
@@ -66,7 +75,14 @@ def test_the_trust_region(tmp_path):
 
     trained(tmp_path, cls=Kept, full=True, max_steps=4, **settings, **SGD)
     lines = logged(tmp_path)
-    assert lines[0]["gamma"] == 0.5 and "trust_region/budget" not in lines[0]
+    first, second, *_ = lines
+    assert first["gamma"] == 0.5 and "trust_region/budget" not in first
+    # In plain ascent τ is the learning rate, and g follows from the gradient.
+    assert second["trust_region/tau"] == pytest.approx(0.5, rel=1e-3)
+    assert second["trust_region/g_max"] == pytest.approx(first["grad_norm"] ** 2 / first["trust_region/moment"])
+    bound = first["trust_region/lambda_max"] * (0.5 * first["grad_norm"]) ** 2 / 2
+    assert first["trust_region/kl_bound"] == pytest.approx(bound, rel=2e-3)
+    assert 0 < first["trust_region/kl"] < first["trust_region/kl_bound"]
     for line, x in zip(lines[1:], kept[1:], strict=True):
         assert all(math.isfinite(line[name]) for name in FISHER)
         assert line["gamma"] == line["trust_region/gamma_bound"]
@@ -81,19 +97,6 @@ def test_the_trust_region(tmp_path):
     eigenvalues = [line["trust_region/lambda_max"] for line in lines]
     assert eigenvalues[0] == eigenvalues[1] != eigenvalues[2] == eigenvalues[3]
     assert ["trust_region/kl" in line for line in lines] == [True, False, True, False]
-
-
-def test_of_plain_ascent_tau_is_the_learning_rate_and_g_follows_from_the_gradient(tmp_path):
-    trainer = tiny_trainer(tmp_path, full=True, max_steps=2, gamma_schedule="trust_region", **SGD)
-    before = trained_weights(trainer)
-    trainer.train()
-    first, second = logged(tmp_path)
-    assert second["trust_region/tau"] == pytest.approx(0.5, rel=1e-3)
-    assert second["trust_region/g_max"] == pytest.approx(first["grad_norm"] ** 2 / first["trust_region/moment"])
-    bound = first["trust_region/lambda_max"] * (0.5 * first["grad_norm"]) ** 2 / 2
-    assert first["trust_region/kl_bound"] == pytest.approx(bound, rel=2e-3)
-    assert 0 < first["trust_region/kl"] < first["trust_region/kl_bound"]
-    assert not same(before, trained_weights(trainer))
 
 
 @pytest.mark.parametrize("schedule", ["trust_region", "kl"])
@@ -128,7 +131,7 @@ def test_measuring_changes_nothing(tmp_path):
         folder = tmp_path / str(fisher_update_steps)
         trainer = trained(folder, use_ema=True, max_steps=3, fisher_update_steps=fisher_update_steps, **settings)
         average = [parameter.clone() for parameter in trainer.trained.average.model.shadow_params]
-        lines = [{k: v for k, v in untimed(line).items() if "trust" not in k} for line in logged(folder)]
+        lines = [{k: v for k, v in line.items() if "trust" not in k} for line in untimed(folder)]
         runs.append((trained_weights(trainer), torch.get_rng_state(), average, lines))
     (weights, state, average, lines), others = runs
     assert same(weights, others[0]) and torch.equal(state, others[1]) and lines == others[3]
@@ -163,8 +166,12 @@ SCHEDULES = {
 }  # fmt: skip
 
 
-def lines_of(folder) -> list[dict]:
-    return [untimed(line) for line in logged(folder)]
+class Interrupted(Watched):
+    """After γ was chosen: the update under way starts over, and so does the choice."""
+
+    def compute_loss(self, *args, **kwargs):
+        self.was_interrupted = signal.SIGINT if self.state.global_step == 2 else 0
+        return super().compute_loss(*args, **kwargs)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -172,30 +179,13 @@ def test_the_resumed_run_is_the_uninterrupted_one(tmp_path, name):
     settings = {"max_steps": 4, **SCHEDULES[name]}
     whole = trained(tmp_path / "whole", **settings, save_strategy="steps", save_steps=1)
     assert len(set(column(tmp_path / "whole", "gamma"))) > 1 or name == "measured"
-    for at in (1, 3):
-        resumed = tiny_trainer(tmp_path / f"from-{at}", **settings)
-        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{at}"))
-        assert same(trained_weights(whole), trained_weights(resumed))
-        assert lines_of(tmp_path / "whole") == lines_of(tmp_path / f"from-{at}")
-
-
-@pytest.mark.parametrize("name", ["trust region", "kl"])
-def test_interrupted_after_gamma_was_chosen(tmp_path, name):
-    """The update under way starts over, and so does the choice of its γ."""
-
-    class Interrupted(Watched):
-        def compute_loss(self, *args, **kwargs):
-            self.was_interrupted = signal.SIGINT if self.state.global_step == 2 else 0
-            return super().compute_loss(*args, **kwargs)
-
-    settings = {"max_steps": 4, **SCHEDULES[name]}
-    whole = trained(tmp_path / "whole", **settings)
     with pytest.raises(KeyboardInterrupt):
-        trained(tmp_path / "run", cls=Interrupted, **settings)
-    resumed = tiny_trainer(tmp_path / "run", **settings)
-    resumed.train(resume_from_checkpoint=True)
-    assert same(trained_weights(whole), trained_weights(resumed))
-    assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "run")
+        trained(tmp_path / "interrupted", cls=Interrupted, **settings)
+    for folder, checkpoint in (
+        *((f"from-{at}", tmp_path / "whole" / f"checkpoint-{at}") for at in (1, 3)),
+        ("interrupted", True),
+    ):
+        assert alike(resumed(tmp_path / folder, checkpoint, **settings), whole)
 
 
 def test_a_run_may_go_on_with_another_schedule(tmp_path):
@@ -206,6 +196,5 @@ def test_a_run_may_go_on_with_another_schedule(tmp_path):
     assert not (tmp_path / "constant" / "checkpoint-2" / "gamma.pt").exists()
     for before, after in (("kl", "trust_region"), ("constant", "trust_region")):
         folder = tmp_path / f"{before}-{after}"
-        trainer = tiny_trainer(folder, gamma_schedule=after, max_steps=3, gamma=0.4)
-        trainer.train(resume_from_checkpoint=str(tmp_path / before / "checkpoint-2"))
+        resumed(folder, tmp_path / before / "checkpoint-2", gamma_schedule=after, max_steps=3, gamma=0.4)
         assert column(folder, "gamma")[-1] == 0.4

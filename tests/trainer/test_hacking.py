@@ -1,73 +1,69 @@
 """Held-out rewards: scored in evaluation, never trained on, and watched."""
 
+import itertools
+
 import pytest
 from transformers import TrainerControl, TrainerState
 
 from slas_trl.trainer.callbacks import RewardHackingCallback
-from tests.trainer.tiny_trainers import PROMPTS, logged, redness, same, tiny_trainer, trained, trained_weights
+
+from .tiny_trainers import (
+    EVALUATED,
+    HELD_OUT,
+    blueness,
+    logged,
+    redness,
+    resumed,
+    same,
+    tiny_trainer,
+    told,
+    trained,
+    trained_weights,
+)
 
 
-HELD_OUT = PROMPTS.select(range(3))
-EVERY_UPDATE = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-WATCHED = {"eval_dataset": HELD_OUT, **EVERY_UPDATE, "max_steps": 5, "hacking_patience": 2}
+WATCHED = {"eval_dataset": HELD_OUT, **EVALUATED, "max_steps": 5, "hacking_patience": 2}
 
 
-def blueness(prompts, images, **columns):
-    return [image.convert("RGB").resize((1, 1)).getpixel((0, 0))[2] / 255 for image in images]
+def rising_and_falling():
+    """With every call, of which an evaluation has three; the images decide about the rest."""
+    up, down = itertools.count(1), itertools.count(-1, -1)
 
+    def rising(prompts, images, **columns):
+        call = next(up)
+        return [call + value for value in redness(prompts, images)]
 
-def falling(prompts, images, number=None, **columns):
-    """Falls with every call: each evaluation has three."""
-    falling.calls += 1
-    return [-float(falling.calls)] * len(images)
+    def falling(prompts, images, **columns):
+        return [float(next(down))] * len(images)
 
-
-def rising(prompts, images, **columns):
-    """Rises with every call; the images decide about the rest."""
-    rising.calls += 1
-    return [rising.calls + value for value in redness(prompts, images)]
-
-
-@pytest.fixture(autouse=True)
-def from_the_start():
-    rising.calls = falling.calls = 0
+    return {"reward_funcs": rising, "eval_reward_funcs": falling}
 
 
 def test_a_held_out_reward_is_logged_in_evaluation_and_changes_nothing(tmp_path):
-    settings = {"eval_dataset": HELD_OUT, "eval_strategy": "steps", "eval_steps": 1}
+    settings = {"eval_dataset": HELD_OUT, **EVALUATED}
     plain = trained(tmp_path / "plain", **settings)
     watched = trained(tmp_path / "watched", eval_reward_funcs=[blueness], **settings)
     assert same(trained_weights(plain), trained_weights(watched))
-    for before, after in zip(
-        logged(tmp_path / "plain", "eval_reward"), logged(tmp_path / "watched", "eval_reward"), strict=True
-    ):
+    lines = (logged(tmp_path / run, "eval_reward") for run in ("plain", "watched"))
+    for before, after in zip(*lines, strict=True):
         assert after["eval_reward"] == before["eval_reward"] and after["eval_reward_std"] == before["eval_reward_std"]
         assert 0 < after["eval_rewards/blueness/mean"] < 1 and after["eval_rewards/blueness/nan_share"] == 0
     for line in logged(tmp_path / "watched", "rewards/redness/mean"):
         assert not [key for key in line if "blueness" in key]
 
 
-def test_it_needs_prompts_and_a_name_of_its_own(tmp_path):
-    with pytest.raises(ValueError, match="eval_dataset"):
-        tiny_trainer(tmp_path, eval_reward_funcs=blueness)
-    with pytest.raises(ValueError, match="redness"):
-        tiny_trainer(tmp_path, eval_reward_funcs=redness, eval_dataset=HELD_OUT)
-
-
 @pytest.mark.parametrize(("action", "steps"), [("warn", 5), ("stop", 3)])
 def test_training_ends_where_it_is_asked_to(tmp_path, caplog, action, steps):
-    trainer = trained(tmp_path, reward_funcs=rising, eval_reward_funcs=falling, **WATCHED, hacking_action=action)
+    trainer = trained(tmp_path, **rising_and_falling(), **WATCHED, hacking_action=action)
     assert trainer.state.global_step == steps  # the third evaluation is the second that moved
-    warned = [record.getMessage() for record in caplog.records if "likely reward hacking" in record.getMessage()]
+    warned = told(caplog, "likely reward hacking")
     assert len(warned) == steps - 2 and "the held-out 'falling' fell (-1.333 to -5.333)" in warned[0]
 
 
 def test_a_resumed_run_sees_what_was_before_it(tmp_path):
-    settings = {"reward_funcs": rising, "eval_reward_funcs": falling, **WATCHED, "hacking_action": "stop"}
+    settings = {**rising_and_falling(), **WATCHED, "hacking_action": "stop"}
     trained(tmp_path, **settings | {"max_steps": 2})
-    trainer = tiny_trainer(tmp_path, **settings)
-    trainer.train(resume_from_checkpoint=True)
-    assert trainer.state.global_step == 3
+    assert resumed(tmp_path, True, **settings).state.global_step == 3
 
 
 def test_a_reward_of_weight_0_is_held_out_too(tmp_path):

@@ -14,8 +14,9 @@ from slas_trl.trainer.pipeline_inputs import PipelineInputs, as_pictures
 from slas_trl.trainer.prompts import load_prompts
 from tests.policy.zoo.all import FAMILIES
 from tests.tiny_pipelines import flux_pipeline, sd3_pipeline, sd_pipeline
-from tests.trainer.tiny_trainers import PROMPTS, logged, redness, same, tiny_config, trained_weights
-from tests.trainer.zoo_trainers import zoo_trainer
+
+from .tiny_trainers import PROMPTS, logged, redness, same, tiny_config, trained_weights
+from .zoo_trainers import zoo_trainer
 
 
 COLORS = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
@@ -44,9 +45,6 @@ def call_of(inputs: PipelineInputs, data: Dataset, indices: list[int]) -> dict:
     """The arguments of the one call for these rows."""
     [batch] = inputs.batches(data, indices, [torch.Generator().manual_seed(0) for _ in indices], len(indices))
     return batch.call
-
-
-# Reading
 
 
 def read(data: Dataset, indices: list[int], tmp_path, family: str = "kontext") -> list[dict]:
@@ -91,9 +89,6 @@ def test_names_of_images_that_do_not_reach_the_pipeline_stay_texts(tmp_path):
     assert read(data, [0], tmp_path, "flux") == [{"prompt": "a cat", "image": "COCO_1.jpg", "source_image": "none"}]
 
 
-# Which columns reach the pipeline
-
-
 def columns_of(tmp_path, pipe, data: Dataset, **settings) -> list[str]:
     return PipelineInputs(pipe, tiny_config(tmp_path, **settings)).columns(data)
 
@@ -112,9 +107,6 @@ def test_columns_that_cannot_reach_it(tmp_path, column):
     """There is no such one; the pipeline does not take it; the trainer sets it."""
     with pytest.raises(ValueError, match=f"pipeline_columns names '{column}'"):
         columns_of(tmp_path, sd3_pipeline(), edits(), pipeline_columns=[column])
-
-
-def test_an_argument_that_the_pipeline_does_not_take(tmp_path):
     with pytest.raises(ValueError, match="true_guidance.*true_cfg_scale"):
         PipelineInputs(flux_pipeline(), tiny_config(tmp_path, "flux", pipeline_kwargs={"true_guidance": 2.0}))
 
@@ -123,14 +115,6 @@ def test_prompts_to_evaluate_on_have_the_columns_of_those_to_train_on(tmp_path):
     trainer = zoo_trainer(FAMILIES["kontext"], tmp_path, redness, edits())
     with pytest.raises(ValueError, match=r"\['image'\]"):
         trainer.evaluate(PROMPTS)
-
-
-def test_a_pipeline_that_could_edit_says_that_it_does_not(tmp_path, caplog):
-    zoo_trainer(FAMILIES["kontext"], tmp_path, redness)
-    assert "FluxKontextPipeline draws from texts alone" in caplog.text
-
-
-# The arguments of a call
 
 
 def test_texts_go_in_lists(tmp_path):
@@ -165,9 +149,6 @@ def test_numbers_go_one_row_at_a_time_too(tmp_path):
 def test_a_chunk_with_images_is_of_one_group(tmp_path):
     with pytest.raises(ValueError, match="per_device_train_batch_size.*num_generations"):
         zoo_trainer(FAMILIES["kontext"], tmp_path, redness, edits(), per_device_train_batch_size=4)
-
-
-# Training
 
 
 def test_each_picture_is_decoded_once_in_a_rollout(tmp_path, monkeypatch):
@@ -228,9 +209,6 @@ def test_one_update_of_editing(name, tmp_path):
     trainer.train()
     assert not same(trained_weights(trainer), before) and logged(tmp_path)[0]["ratio/max_deviation"] == 0.0
     assert len(seen) == 4 and all(first_pixel(image) == COLORS[prompt] for prompt, image in seen)
-
-
-# What comes back
 
 
 def test_videos_of_one_frame_are_images_and_others_lists_of_frames():

@@ -27,13 +27,11 @@ from tests.local_hub import REPO, HubServer
 from tests.policy.zoo.all import FAMILIES
 from tests.tiny_pipelines import PIPELINES
 
-from .tiny_trainers import PROMPTS, logged, lora, redness, same, tiny_trainer, trained, trained_weights, untimed
+from .tiny_trainers import PROMPTS, SAVED, alike, lora, redness, resumed, same, tiny_trainer, trained, trained_weights
 from .zoo_trainers import zoo_trainer
 
 
-EVERY_UPDATE = {"save_strategy": "steps", "save_steps": 1}
-EVALUATED = {"eval_dataset": PROMPTS, "eval_strategy": "steps", "eval_steps": 1}
-BEST = {**EVALUATED, "load_best_model_at_end": True, "metric_for_best_model": "eval_reward"}
+BEST = {"eval_dataset": PROMPTS, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
 PUSHED = {"push_to_hub": True, "hub_model_id": REPO}
 
 
@@ -73,13 +71,10 @@ def first_picture(trainer, data: Dataset = PROMPTS) -> Image.Image:
     return trainer.evaluator.draw(data, [0], [torch.Generator().manual_seed(0)], 1)[0]
 
 
-# Strategies
-
-
 @pytest.mark.parametrize("uploads", ["lfs", "regular"])
 def test_end(tmp_path, tmp_path_factory, uploads):
     with HubServer(tmp_path_factory.mktemp(uploads), uploads) as server, server.in_process():
-        trainer = trained(tmp_path, **PUSHED, hub_strategy="end", **EVERY_UPDATE, hub_private_repo=True)
+        trainer = trained(tmp_path, **PUSHED, hub_strategy="end", **SAVED, hub_private_repo=True)
         assert titles(server) == ["initial commit"]
         trainer.save_model()
         assert titles(server) == ["Model save", "initial commit"] and server.store.repos[REPO]["private"] is True
@@ -90,7 +85,7 @@ def test_end(tmp_path, tmp_path_factory, uploads):
 
 
 def test_every_save(tmp_path, server, online):
-    trainer = trained(tmp_path, **PUSHED, hub_strategy="every_save", hub_always_push=True, **EVERY_UPDATE)
+    trainer = trained(tmp_path, **PUSHED, hub_strategy="every_save", hub_always_push=True, **SAVED)
     assert titles(server)[:2] == [f"Training in progress, checkpoint {i}" for i in (2, 1)]
     files = server.files(REPO)
     assert list(files) == ["README.md", ADAPTER]  # no pictures while it goes on
@@ -106,28 +101,24 @@ def test_every_save(tmp_path, server, online):
 def test_the_last_checkpoint_resumes_elsewhere_to_the_last_bit(tmp_path, server, online):
     settings = {"gradient_accumulation_steps": 2, "use_ema": True, "max_steps": 4}
     straight = trained(tmp_path / "straight", **settings)
-    pushed = {**PUSHED, "hub_strategy": "checkpoint", **EVERY_UPDATE, **settings}
+    pushed = {**PUSHED, "hub_strategy": "checkpoint", **SAVED, **settings}
     trained(tmp_path / "here", **pushed, callbacks=[AtTheEnd(lambda: None, step=2)])
     files = server.files(REPO)
     assert {name.split("/")[0] for name in files} == {"README.md", ADAPTER, "last-checkpoint"}
     assert files["last-checkpoint/" + ADAPTER] == files[ADAPTER] and "last-checkpoint/model_card.json" not in files
     shutil.rmtree(tmp_path / "here")
-    there = tiny_trainer(tmp_path / "there", **pushed)
-    there.train(resume_from_checkpoint=REPO)
-    assert same(trained_weights(straight), trained_weights(there))
-    lines = [untimed(line) for line in logged(tmp_path / "there")]
-    assert lines == [untimed(line) for line in logged(tmp_path / "straight")]  # those from before, too
+    there = resumed(tmp_path / "there", REPO, **pushed)
+    assert alike(straight, there)  # with the lines from before
     assert server.files(REPO)["last-checkpoint/" + ADAPTER] == (tmp_path / "there/checkpoint-4" / ADAPTER).read_bytes()
 
 
 def test_all_checkpoints_and_the_best_one_comes_along(tmp_path, server, online):
-    settings = {**EVERY_UPDATE, **BEST, "greater_is_better": False, "max_steps": 3}
+    settings = {**SAVED, **BEST, "greater_is_better": False, "max_steps": 3}
     here = trained(tmp_path / "here", **PUSHED, hub_strategy="all_checkpoints", **settings)
     best = here.state.best_global_step
     state = json.loads(server.files(REPO)["checkpoint-3/trainer_state.json"])
     assert state["best_model_checkpoint"] == f"checkpoint-{best}"
-    there = tiny_trainer(tmp_path / "there", **settings)
-    there.train(resume_from_checkpoint=f"{REPO}/checkpoint-3")  # at its end already
+    there = resumed(tmp_path / "there", f"{REPO}/checkpoint-3", **settings)  # at its end already
     assert there.state.best_model_checkpoint == str(tmp_path / "there" / f"checkpoint-{best}")
     assert same(trained_weights(here), trained_weights(there))
     for source in (f"{REPO}/checkpoint-9", "runs/none"):
@@ -136,8 +127,8 @@ def test_all_checkpoints_and_the_best_one_comes_along(tmp_path, server, online):
 
 
 def test_another_checkpoint_of_that_number_is_not_touched(tmp_path, server, online):
-    trained(tmp_path / "here", **PUSHED, hub_strategy="checkpoint", **EVERY_UPDATE, max_steps=1)
-    other = trained(tmp_path / "there", seed=7, **EVERY_UPDATE, max_steps=1)
+    trained(tmp_path / "here", **PUSHED, hub_strategy="checkpoint", **SAVED, max_steps=1)
+    other = trained(tmp_path / "there", seed=7, **SAVED, max_steps=1)
     before = (tmp_path / "there/checkpoint-1" / ADAPTER).read_bytes()
     with pytest.raises(ValueError, match="another checkpoint"):
         other.train(resume_from_checkpoint=REPO)
@@ -145,15 +136,14 @@ def test_another_checkpoint_of_that_number_is_not_touched(tmp_path, server, onli
 
 
 def test_a_branch(tmp_path, server, online):
-    trainer = trained(tmp_path, **PUSHED, hub_strategy="checkpoint", hub_revision="try/1", **EVERY_UPDATE, max_steps=1)
+    trainer = trained(tmp_path, **PUSHED, hub_strategy="checkpoint", hub_revision="try/1", **SAVED, max_steps=1)
     trainer.push_to_hub()
     assert server.files(REPO) == {}
     assert ADAPTER in server.files(REPO, "try/1") and 'revision="try/1"' in card_of(server, "try/1")
-    again = tiny_trainer(tmp_path / "again", **PUSHED, hub_revision="try/1", max_steps=1)
-    again.train(resume_from_checkpoint=REPO)  # from the branch that it pushes to
-    assert again.state.global_step == 1
+    again = resumed(tmp_path / "again", REPO, **PUSHED, hub_revision="try/1", max_steps=1)
+    assert again.state.global_step == 1  # from the branch that it pushes to
     with pytest.raises(ValueError, match="checkpoint"):
-        tiny_trainer(tmp_path / "main", max_steps=1).train(resume_from_checkpoint=f"{REPO}@main")
+        resumed(tmp_path / "main", f"{REPO}@main", max_steps=1)
 
 
 def test_a_repository_that_exists(tmp_path, server, online):
@@ -170,9 +160,6 @@ def test_a_repository_that_exists(tmp_path, server, online):
     PIPELINES["sd3"][0]().load_lora_weights(REPO)  # an error, if it were "other.safetensors"
 
 
-# Uploads in the background
-
-
 def test_training_goes_on_during_an_upload_of_a_checkpoint_that_is_removed(tmp_path, server, online):
     server.hold("commit")
     seen = []
@@ -183,7 +170,7 @@ def test_training_goes_on_during_an_upload_of_a_checkpoint_that_is_removed(tmp_p
         server.heal()
 
     settings = {"hub_strategy": "all_checkpoints", "max_steps": 3, "save_total_limit": 1}
-    trained(tmp_path, **PUSHED, **EVERY_UPDATE, **settings, callbacks=[AtTheEnd(release)])
+    trained(tmp_path, **PUSHED, **SAVED, **settings, callbacks=[AtTheEnd(release)])
     assert seen == [["checkpoint-3"]]
     assert {f"checkpoint-{number}/optimizer.pt" for number in (1, 2, 3)} <= server.files(REPO).keys()
     assert not list(tmp_path.glob("_*"))
@@ -197,12 +184,9 @@ def test_of_those_that_wait_the_newest_is_pushed(tmp_path, server, online):
             server.wait_for_held("commit")
 
     settings = {"hub_strategy": "every_save", "max_steps": 4, "callbacks": [Waits(), AtTheEnd(server.heal)]}
-    trained(tmp_path, **PUSHED, **EVERY_UPDATE, **settings)
+    trained(tmp_path, **PUSHED, **SAVED, **settings)
     assert titles(server)[:-1] == [f"Training in progress, checkpoint {i}" for i in (4, 1)]
     assert not list(tmp_path.glob("_*"))
-
-
-# Failures
 
 
 def test_a_server_that_fails_in_the_middle_of_an_upload(tmp_path, server, online, caplog):
@@ -222,32 +206,30 @@ def test_a_server_that_fails_in_the_middle_of_an_upload(tmp_path, server, online
 
 def test_a_connection_that_breaks_during_training(tmp_path, server, online, caplog):
     server.drop("put")
-    trainer = trained(tmp_path, **PUSHED, hub_strategy="checkpoint", **EVERY_UPDATE)
+    trainer = trained(tmp_path, **PUSHED, hub_strategy="checkpoint", **SAVED)
     assert trainer.state.global_step == 2 and len(server.commits(REPO)) == 1
     assert "checkpoint 2: Nothing was pushed" in caplog.text
     assert f"slas-trl push {tmp_path} {REPO} --hub_strategy checkpoint" in caplog.text
 
 
 def test_what_is_refused_is_known_before_training(tmp_path, online):
-    refused = f"cannot push to '{REPO}'"
-    for token, why in (("hf_bad", "401"), ("hf_read", "403")):
+    def refused(token: str, why: str, **settings):
         online.setenv("HF_TOKEN", token)
-        with pytest.raises(ValueError, match=f"{refused}.*{why}"):
-            tiny_trainer(tmp_path, **PUSHED)
+        with pytest.raises(ValueError, match=f"cannot push to {why}"):
+            tiny_trainer(tmp_path, **{**PUSHED, **settings})
+
+    refused("hf_bad", f"'{REPO}'.*401")
+    refused("hf_read", f"'{REPO}'.*403")
     HfApi(token="hf_good").create_repo(REPO, private=False)
-    with pytest.raises(ValueError, match=f"{refused}.*may only read"):
-        tiny_trainer(tmp_path, **PUSHED)
-    with pytest.raises(ValueError, match="cannot push to 'a/b/c'"):
-        tiny_trainer(tmp_path, push_to_hub=True, hub_model_id="a/b/c")
-    online.setenv("HF_TOKEN", "hf_good")
-    with pytest.raises(ValueError, match=f"{refused}.*public"):
-        tiny_trainer(tmp_path, **PUSHED, hub_private_repo=True)
+    refused("hf_read", f"'{REPO}'.*may only read")
+    refused("hf_read", "'a/b/c'", hub_model_id="a/b/c")
+    refused("hf_good", f"'{REPO}'.*public", hub_private_repo=True)
 
 
 def test_no_network_at_the_start(tmp_path, tmp_path_factory, caplog):
     with HubServer(tmp_path_factory.mktemp("hub")) as server, server.in_process():
         server.stop()
-        trainer = trained(tmp_path, **PUSHED, hub_strategy="every_save", **EVERY_UPDATE, max_steps=1)
+        trainer = trained(tmp_path, **PUSHED, hub_strategy="every_save", **SAVED, max_steps=1)
         trainer.save_model()
         assert "Training goes on" in caplog.text and f"slas-trl push {tmp_path} {REPO}" in caplog.text
         server.start()
@@ -255,20 +237,23 @@ def test_no_network_at_the_start(tmp_path, tmp_path_factory, caplog):
         assert ADAPTER in server.files(REPO)
 
 
-# Beside the weights
-
-
 def test_facts_are_beside_every_set_of_weights(tmp_path):
-    trainer = trained(tmp_path, **EVERY_UPDATE, **BEST, greater_is_better=False, max_steps=3, learning_rate=1e-2)
+    settings = {**SAVED, **BEST, "greater_is_better": False, "max_steps": 3, "eval_on_start": True}
+    trainer = trained(tmp_path, **settings, learning_rate=1e-2)
     assert [read_facts(tmp_path / f"checkpoint-{i}").step for i in (1, 2, 3)] == [1, 2, 3]
     best = trainer.state.best_global_step
     trainer.save_model()
     facts = read_facts(tmp_path)
     assert (facts.step, facts.max_steps, facts.samples) == (best, best, [])
-    assert facts.evaluation is not None and facts.evaluation.metrics[0].value == trainer.state.best_metric
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
     assert f"after {best} updates" in card and f"`updates` **{best}**" in card and "(training.png)" in card
+    [metric] = metadata_of(card)["model-index"][0]["results"][0]["metrics"]
+    [log] = [log for log in trainer.state.log_history if log["step"] == best and "eval_reward" in log]
+    half = log["eval_rewards/redness/half_width"]
+    assert metric["type"] == "redness" and metric["value"] == trainer.state.best_metric == log["eval_reward"]
+    assert metric["args"]["confidence_interval_95"] == pytest.approx([metric["value"] - half, metric["value"] + half])
+    assert metric["args"]["prompts"] == 6 and metric["args"]["before_training"] != metric["value"]
 
 
 def test_a_card_that_no_run_has_written_stays(tmp_path):
@@ -276,17 +261,6 @@ def test_a_card_that_no_run_has_written_stays(tmp_path):
     trainer = trained(tmp_path, max_steps=1)
     trainer.save_model()
     assert (tmp_path / "README.md").read_text() == "mine" and read_facts(tmp_path).step == 1
-
-
-def test_evaluations_are_in_the_card_with_their_intervals(tmp_path):
-    trainer = trained(tmp_path, **EVALUATED, eval_on_start=True)
-    trainer.create_model_card()
-    [metric] = metadata_of((tmp_path / "README.md").read_text())["model-index"][0]["results"][0]["metrics"]
-    last = trainer.state.log_history[-2]
-    half = last["eval_rewards/redness/half_width"]
-    assert metric["type"] == "redness" and metric["value"] == last["eval_reward"]
-    assert metric["args"]["confidence_interval_95"] == pytest.approx([metric["value"] - half, metric["value"] + half])
-    assert metric["args"]["prompts"] == 6 and metric["args"]["before_training"] != metric["value"]
 
 
 def test_what_a_reward_says_of_itself_is_in_the_card(tmp_path):
@@ -300,9 +274,6 @@ def test_what_a_reward_says_of_itself_is_in_the_card(tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "| `reward`<br>red | 1 | green |" in card and "| `brightness`<br>how bright" in card
     assert "`theirs`" in card  # an adapter that has to be there too
-
-
-# Loading, by plain diffusers
 
 
 @pytest.mark.parametrize("family", ["sd3", "ovis-image"], ids=["load_lora_weights", "load_lora_adapter"])
@@ -344,23 +315,17 @@ def test_a_pipeline_that_edits(tmp_path, server, online, monkeypatch):
         assert edited.tobytes() == first_picture(trainer, data).tobytes()
 
 
-def test_all_weights_are_a_folder_of_the_denoiser(tmp_path, server, online, monkeypatch):
+def test_all_weights_are_a_folder_of_the_denoiser(tmp_path, server, online):
     base = tmp_path / "secret-place" / "base"
     PIPELINES["flux"][0]().save_pretrained(base)
     model, original = (DiffusionPipeline.from_pretrained(base) for _ in range(2))
-    settings = {**PUSHED, **EVERY_UPDATE, "full": True, "learning_rate": 1e-2, "hub_strategy": "end"}
+    settings = {**PUSHED, **SAVED, "full": True, "learning_rate": 1e-2, "hub_strategy": "end"}
     trainer = trained(tmp_path / "run", "flux", model=model, **settings)
     trainer.push_to_hub()
     files = server.files(REPO)
     names = ["transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"]
     assert [name for name in files if name.startswith("transformer")] == names and ADAPTER not in files
     assert not any(b"secret-place" in content for content in files.values())
-    found: dict = {}
-    monkeypatch.chdir(tmp_path)
-    exec(python_in(card_of(server)).replace('"path/to/base"', repr(str(base))), found)
-    # Where weights lie in memory, read from a file or not, is seen in the last bits.
-    here, there = (np.frombuffer(drawn(pipe, "flux"), np.float32) for pipe in (trainer.pipe, found["pipe"]))
-    np.testing.assert_allclose(there, here, rtol=0, atol=1e-6)
     # The pictures before training were drawn then: there is no adapter to leave out.
     [batch] = trainer.inputs.batches(PROMPTS, [0], [torch.Generator().manual_seed(0)], 1)
     with Image.open(tmp_path / "run" / "samples" / "1_before.png") as shown:
@@ -392,13 +357,10 @@ def test_the_card_names_the_base_model_and_its_license(tmp_path, server, online,
     assert [entry["output"]["url"] in server.files(REPO) for entry in data["widget"]] == [True] * 8
 
 
-# Privacy
-
-
 def test_nothing_of_the_machine_is_pushed(tmp_path, server, online):
     home = tmp_path / "home-of-alice"
     online.setenv("MY_SECRET", "sesame-open-thyself")
-    settings = {**BEST, **EVERY_UPDATE, "log_completions": True, "report_to": ["tensorboard"]}
+    settings = {**BEST, **SAVED, "log_completions": True, "report_to": ["tensorboard"]}
     trainer = tiny_trainer(home / "run", **PUSHED, hub_strategy="checkpoint", hub_token="hf_good", **settings)
     trainer.train()
     trainer.push_to_hub()

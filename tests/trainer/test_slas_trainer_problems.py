@@ -8,43 +8,27 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from tests.tiny_pipelines import nan_in, sd3_pipeline, sd_pipeline, with_safety_checker
-from tests.trainer.tiny_trainers import (
+
+from .tiny_trainers import (
     HELD_OUT,
     PROMPTS,
-    SAVED,
     Watched,
     blueness,
-    logged,
+    column,
     lora,
     redness,
     same,
     tiny_trainer,
+    told,
     trained,
     trained_weights,
 )
-
-
-def told(caplog, part: str) -> list[str]:
-    """The warnings with these words."""
-    return [text for text in (record.getMessage() for record in caplog.records) if part in text]
-
-
-def column(folder, key: str) -> list[float]:
-    """One figure of every update."""
-    return [line[key] for line in logged(folder)]
-
-
-# What does not fit
 
 
 def test_a_folder_that_cannot_be_written_to_is_told_at_the_start(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="output_dir .*file/run' cannot be written to"):
         tiny_trainer(tmp_path / "file" / "run")
-
-
-def without_columns(prompts, images):
-    return [0.5] * len(images)
 
 
 def with_dropout():
@@ -63,7 +47,9 @@ def with_dropout():
         ({"model": with_dropout()}, ValueError, "transformer has dropout"),
         ({"model": sd3_pipeline().transformer}, TypeError, "SD3Transformer2DModel"),
         ({"model": sd3_pipeline().to(torch.bfloat16), "full": True}, ValueError, "torch.bfloat16"),
-        ({"reward_funcs": without_columns}, TypeError, "'without_columns'"),
+        ({"reward_funcs": lambda prompts, images: [0.5] * len(images)}, TypeError, "columns"),
+        ({"eval_reward_funcs": blueness}, ValueError, "eval_dataset"),
+        ({"eval_reward_funcs": redness, "eval_dataset": HELD_OUT}, ValueError, "redness"),
         ({"reward_funcs": [redness, blueness], "reward_weights": [1.0] * 3}, ValueError, "reward_weights.* 3 .* 2 "),
     ],
 )
@@ -89,15 +75,8 @@ def test_a_noisy_denoiser(tmp_path):
     assert calls.count(True) == 3 and same(before, trained_weights(trainer))  # all three steps, and no update
 
 
-# Rewards and pictures
-
-
 def scoreless(prompts, images, **columns):
     return [None] * len(images)
-
-
-def constant(prompts, images, **columns):
-    return [0.5] * len(images)
 
 
 def with_nan(*rows):
@@ -151,15 +130,6 @@ def test_pictures_without_a_score_have_no_part_in_it(tmp_path, caplog):
     assert trainer.evaluate(HELD_OUT)["eval_rewards/picky/nan_share"] > 0
 
 
-def test_a_reward_that_fails_is_named_and_nothing_is_left_half_done(tmp_path):
-    def broken(prompts, images, **columns):
-        raise RuntimeError("no such layer")
-
-    with pytest.raises(ValueError, match="'broken' raised RuntimeError: no such layer"):
-        trained(tmp_path, reward_funcs=broken, **SAVED)
-    assert not list(tmp_path.glob("checkpoint-*"))
-
-
 def test_a_coarse_reward_gets_a_warning(tmp_path, caplog):
     def rounded(prompts, images, **columns):
         return [round(value, 2) for value in redness(prompts, images)]
@@ -173,11 +143,11 @@ def test_a_coarse_reward_gets_a_warning(tmp_path, caplog):
 
 
 def test_rewards_that_differ_in_no_group_are_told_once(tmp_path, caplog):
+    def constant(prompts, images, **columns):
+        return [0.5] * len(images)
+
     trained(tmp_path, reward_funcs=constant, max_steps=3)
     assert len(told(caplog, "In no group do the rewards differ")) == 1
-
-
-# Updates with NaN or infinity
 
 
 class Break(TrainerCallback):
@@ -220,13 +190,6 @@ def test_an_update_with_nan_is_skipped_and_the_image_named(tmp_path, caplog):
     assert all(weight.isfinite().all() for weight in trained_weights(trainer).values())
 
 
-def test_the_last_update_is_never_skipped(tmp_path):
-    """Whoever reads "done" takes the weights that are written for what training made of them."""
-    with pytest.raises(ValueError, match="Update 3 of 3 had NaN"):
-        trained(tmp_path, callbacks=[Break(2)], max_steps=3)
-    assert (tmp_path / "checkpoint-2" / "pytorch_lora_weights.safetensors").is_file()
-
-
 def test_a_loss_that_is_not_finite_is_no_update_even_where_its_gradient_is(tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=1)
     trainer.args.epsilon = math.nan  # min(x, nan) has the gradient of nan, a constant
@@ -236,15 +199,24 @@ def test_a_loss_that_is_not_finite_is_no_update_even_where_its_gradient_is(tmp_p
     assert same(trained_weights(trainer), before)
 
 
-def test_too_many_in_a_row_end_the_run_and_keep_what_was_learned(tmp_path):
-    with pytest.raises(ValueError, match="Update 4 of 9 .*max_skipped_updates"):
-        trained(tmp_path, callbacks=[Break(*range(1, 9))], max_steps=9, max_skipped_updates=2)
-    assert (tmp_path / "checkpoint-3" / "pytorch_lora_weights.safetensors").is_file()
-    assert column(tmp_path, "update_skipped") == [0.0, 1.0, 1.0]
-
-
 def test_nan_before_any_update_is_no_divergence(tmp_path):
     trainer = tiny_trainer(tmp_path)
     next(p for p in trainer.model.parameters() if not p.requires_grad).data.fill_(math.nan)
     with pytest.raises(ValueError, match="before any update"):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("broken", "settings", "said", "left"),
+    [
+        # Whoever reads "done" takes the weights that are written for what training made of them.
+        ([2], {"max_steps": 3}, "Update 3 of 3 had NaN", [0.0, 0.0]),
+        (range(1, 9), {"max_steps": 9, "max_skipped_updates": 2}, "Update 4 of 9 .*max_skipped_upd", [0.0, 1.0, 1.0]),
+    ],
+    ids=["the last", "too many in a row"],
+)
+def test_a_run_that_ends_with_nan_keeps_what_was_learned(tmp_path, broken, settings, said, left):
+    with pytest.raises(ValueError, match=said):
+        trained(tmp_path, callbacks=[Break(*broken)], **settings)
+    assert column(tmp_path, "update_skipped") == left
+    assert (tmp_path / f"checkpoint-{len(left)}" / "pytorch_lora_weights.safetensors").is_file()

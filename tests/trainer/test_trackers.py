@@ -11,10 +11,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from slas_trl.trainer.calibration import CalibrationCallback
-from tests.trainer.tiny_trainers import Watched, tiny_trainer
 
-
-ROOT = Path(__file__).parents[2]
+from .tiny_trainers import Watched, tiny_trainer
 
 
 def recorded(folder: Path) -> EventAccumulator:
@@ -49,12 +47,6 @@ def test_every_tenth_rollout_is_shown(tmp_path):
     small = {"num_inference_steps": 2, "height": 8, "width": 8, "num_generations": 2}
     tiny_trainer(tmp_path, report_to="tensorboard", log_completions=True, max_steps=11, **small).train()
     assert [event.step for event in recorded(tmp_path).Images("samples/0")] == [0, 10]
-
-
-def test_no_pictures_if_they_are_not_wanted(tmp_path):
-    tiny_trainer(tmp_path, report_to="tensorboard", log_completions=False, max_steps=1).train()
-    events = recorded(tmp_path)
-    assert events.Tags()["images"] == [] and events.Scalars("train/reward")
 
 
 @pytest.mark.parametrize("tracker", ["trackio", "wandb"])

@@ -115,7 +115,7 @@ def trained(output_dir: Path, *args: Any, **kwargs: Any) -> SLASTrainer:
     return trainer
 
 
-def resumed(output_dir: Path, checkpoint: Path | bool, *args: Any, **kwargs: Any) -> SLASTrainer:
+def resumed(output_dir: Path, checkpoint: Path | str | bool, *args: Any, **kwargs: Any) -> SLASTrainer:
     """A tiny trainer that has gone on from a checkpoint."""
     trainer = tiny_trainer(output_dir, *args, **kwargs)
     trainer.train(resume_from_checkpoint=checkpoint if isinstance(checkpoint, bool) else str(checkpoint))
@@ -175,7 +175,23 @@ def logged(output_dir: Path, key: str = "loss") -> list[dict[str, Any]]:
     return [line for line in lines if key in line]
 
 
-def untimed(line: dict[str, Any]) -> dict[str, Any]:
-    """A line of a log without what differs from run to run."""
+def column(output_dir: Path, key: str) -> list[float]:
+    """One figure of every update that has it."""
+    return [line[key] for line in logged(output_dir) if key in line]
+
+
+def told(caplog, part: str) -> list[str]:
+    """What was logged with these words."""
+    return [text for text in (record.getMessage() for record in caplog.records) if part in text]
+
+
+def untimed(output_dir: Path) -> list[dict[str, Any]]:
+    """The lines of updates without what differs from run to run."""
     times = ("step_time", "images_per_second")
-    return {key: value for key, value in line.items() if key not in times and not key.endswith("/time")}
+    return [{k: v for k, v in line.items() if k not in times and k[-5:] != "/time"} for line in logged(output_dir)]
+
+
+def alike(one: SLASTrainer, other: SLASTrainer) -> bool:
+    """Whether two runs ended with the same weights to the last bit, and logged the same."""
+    logs = untimed(one.args.run_dir)
+    return same(trained_weights(one), trained_weights(other)) and logs == untimed(other.args.run_dir)
