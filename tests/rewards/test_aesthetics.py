@@ -3,20 +3,21 @@
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from slas_trl import rewards
 from slas_trl.rewards import Aesthetic
 from slas_trl.rewards.resolve import resolve_reward
-from tests.rewards.tiny_models import deep, head_shapes, pictures, random_weights, save_clip
+from tests.rewards.tiny_clips import save_transformers_clip
+from tests.rewards.tiny_models import deep, head_shapes, pictures, random_weights
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """A folder with CLIP and the head, CLIP itself, and the head's tensors."""
     folder = tmp_path_factory.mktemp("aesthetic")
-    clip = save_clip(folder, width=48)
-    head = random_weights(head_shapes(48))
+    clip = CLIPModel.from_pretrained(save_transformers_clip(folder)).requires_grad_(False)
+    head = random_weights(head_shapes(16))
     torch.save(head, folder / "aesthetic-model.pth")
     return folder, clip, head
 
@@ -61,22 +62,11 @@ def test_a_head_in_a_file_of_its_own(published, tmp_path):
     assert reward.__name__ == "aesthetic"
 
 
-def test_what_is_not_there(published, monkeypatch, tmp_path):
-    folder, *_ = published
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    image = Image.new("RGB", (8, 8))
-    with pytest.raises(FileNotFoundError, match="hf download trl-lib/ddpo-aesthetic-predictor aesthetic-model.pth"):
-        rewards.aesthetic(["a cat"], [image])
-    with pytest.raises(FileNotFoundError, match="hf download openai/clip-vit-large-patch14"):
-        Aesthetic(head=str(folder))([""], [image])
-    for model, head in ((folder, tmp_path), (folder, tmp_path / "head.pth"), (tmp_path, folder)):
-        with pytest.raises(FileNotFoundError, match=f"{tmp_path}.*Check the path"):
-            Aesthetic(str(model), str(head))([""], [image])
-
-
-def test_what_does_not_fit_is_not_used(published, tmp_path):
+def test_what_is_not_there_and_what_does_not_fit(published, tmp_path):
     folder, _, head = published
+    for model, place in ((folder, tmp_path), (folder, tmp_path / "head.pth"), (tmp_path, folder)):
+        with pytest.raises(FileNotFoundError, match=f"{tmp_path}.*Check the path"):
+            Aesthetic(str(model), str(place))([""], [Image.new("RGB", (8, 8))])
     torch.save({**head, "layers.8.weight": torch.ones(1, 1)}, tmp_path / "long.pth")
     with pytest.raises(ValueError, match=r"five linear layers.*8\.weight"):
         Aesthetic(str(folder), str(tmp_path / "long.pth"))([""], [Image.new("RGB", (8, 8))])
