@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -84,8 +84,8 @@ def served(reward, token: str | None = None, **limits: int) -> Iterator[str]:
 
 class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        self.server.seen += 1
-        status, body, *headers = self.server.answers[min(self.server.seen, len(self.server.answers)) - 1]
+        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        status, body, *headers = self.server.answer(self.path, self.headers, content)
         if status is None:
             time.sleep(body)
             return
@@ -95,22 +95,26 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.do_GET()
+    do_POST = do_GET
 
     def log_message(self, *args):
         pass
 
 
 @contextlib.contextmanager
-def answering(*answers: tuple) -> Iterator[ThreadingHTTPServer]:
+def answering(*answers: tuple | Callable) -> Iterator[ThreadingHTTPServer]:
     """
     A server that gives these answers, the last one again and again: (status, body, header...), or (`None`, seconds)
-    for none at all. `seen` is the number of requests.
+    for none at all; or what a function of path, headers and body returns. `seen` is the number of requests.
     """
+
+    def answer(*request):
+        server.seen += 1
+        given = answers[min(server.seen, len(answers)) - 1]
+        return given(*request) if callable(given) else given
+
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.seen, server.answers, server.url = 0, answers, f"http://127.0.0.1:{server.server_address[1]}"
+    server.seen, server.answer, server.url = 0, answer, f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield server
