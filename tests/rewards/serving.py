@@ -11,10 +11,6 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from slas_trl.rewards.server import make_app
-from slas_trl.rewards.wire import Limits
-from slas_trl.scripts.serve_reward import listen
-
 
 ROOT = Path(__file__).parents[2]
 HERE = "tests.rewards.served_rewards"
@@ -67,6 +63,10 @@ class ServedProcess:
 def served(reward, token: str | None = None, **limits: int) -> Iterator[str]:
     """The URL of a reward that is served by a thread."""
     import uvicorn
+
+    from slas_trl.rewards.server import make_app
+    from slas_trl.rewards.wire import Limits
+    from slas_trl.scripts.serve_reward import listen
 
     listener = listen("127.0.0.1", 0)
     listener.listen()
