@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, CLIPProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from slas_trl.rewards import ClipScore, PickScore, clip_score, pick_score
+from slas_trl.rewards import ClipScore, HPSv2, PickScore, clip_score, pick_score
 from slas_trl.rewards.clip import load_clip
 from slas_trl.rewards.resolve import resolve_reward
 from tests.rewards.tiny_clips import (
@@ -207,17 +207,24 @@ def test_what_is_no_clip_is_refused(tmp_path, transformers_clip):
 
 
 @pytest.mark.rewards
-@pytest.mark.parametrize("kind", ["transformers", "open_clip"])
-def test_nothing_but_tensors_is_unpickled(kind, tmp_path, monkeypatch, request):
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("transformers_clip", "pytorch_model.bin"),
+        ("open_clip_folder", "open_clip_pytorch_model.bin"),
+        (None, "hps.pt"),
+    ],
+)
+def test_nothing_but_tensors_is_unpickled(source, name, old, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
-    source = Path(request.getfixturevalue("transformers_clip" if kind == "transformers" else "open_clip_folder"))
-    for path in source.iterdir():
+    for path in Path(request.getfixturevalue(source)).iterdir() if source else ():
         if path.suffix != ".safetensors":
             (tmp_path / path.name).symlink_to(path)
-    name = "pytorch_model.bin" if kind == "transformers" else "open_clip_pytorch_model.bin"
-    torch.save({"logit_scale": Harmful()}, tmp_path / name)
+    torch.save({"logit_scale": Harmful()}, tmp_path / name, _use_new_zipfile_serialization=not old)
+    reward = ClipScore(str(tmp_path)) if source else HPSv2(checkpoint=name)
     with pytest.raises((pickle.UnpicklingError, RuntimeError, ValueError), match="(?i)weights.only"):
-        ClipScore(str(tmp_path))(PROMPTS, IMAGES)
+        reward(PROMPTS, IMAGES)
     assert not (tmp_path / "unpickled").exists()
 
 

@@ -13,11 +13,9 @@ from datasets import Dataset
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
-from examples.shapes_pictures import draw
 from slas_trl.rewards.detector import ObjectDetector, box_of, cut_out
 from slas_trl.rewards.geneval import COLORS, Detection
 from slas_trl.rewards.resolve import resolve_reward
-from slas_trl.shapes import verifier, world
 from slas_trl.trainer.prompts import load_prompts
 from tests.rewards.tiny_models import deep
 
@@ -118,7 +116,7 @@ def test_weights_that_are_not_there(tmp_path):
         ObjectDetector(model=str(tmp_path))(["a"], [noise(0)], include=[ANY])
 
 
-# A detector of one's own, which sees what is in the pictures of the shapes world.
+# A detector of one's own, which sees a dog in the middle of every picture.
 
 
 @dataclass(frozen=True)
@@ -135,76 +133,47 @@ class Given(ObjectDetector):
         return self.find(images)
 
 
-def find_shapes(images: list[Image.Image]) -> list[list[Detection]]:
-    return [
-        [Detection(one.shape or "unknown", 0.95, tuple(image.width / 32 * side for side in one.box)) for one in things]
-        for image, things in zip(images, verifier.find(verifier.to_pixels(images)), strict=True)
-    ]
+MIDDLE = (16, 16, 48, 48)
 
 
-def asked(caption: world.Caption) -> dict:
-    """What a caption of the shapes world says, colors aside, in GenEval's format."""
-    include = [{"class": thing.shape, "count": caption.count} for thing in caption.things]
-    row = {"tag": caption.category, "include": include}
-    if caption.relation:
-        # "a left of b" is of a, which must come after what it is left of.
-        row["include"] = [include[1], {**include[0], "position": [caption.relation, 0]}]
-    if caption.category == "counting":
-        row["exclude"] = [{**include[0], "count": caption.count + 1}]
-    return row
+def dog_in_the_middle(images: list[Image.Image]) -> list[list[Detection]]:
+    return [[Detection("dog", 0.95, MIDDLE)] for _ in images]
 
 
-def pictures(category: str) -> tuple[list[world.Caption], list[Image.Image]]:
-    captions = [caption for caption in world.captions_of("test") if caption.category == category]
-    drawn = draw(captions, np.random.default_rng(0))
-    return captions, [Image.fromarray((picture * 255).round().astype(np.uint8)) for picture in drawn]
-
-
-SHAPES = Given(find=find_shapes, classes=world.SHAPES)
-
-
-@pytest.mark.parametrize("category", ["single_object", "two_object", "counting", "position"])
-def test_pictures_of_shapes(category):
-    captions, images = pictures(category)
-    rows = [asked(caption) for caption in captions]
-    scores = SHAPES([caption.text for caption in captions], images, metadata=rows)
-    assert np.mean(scores["strict"]) > 0.95  # shapes that touch may be taken for one
-    # Another picture shows something else.
-    half = len(images) // 2
-    images = images[half:] + images[:half]
-    graded = SHAPES([""] * len(rows), images, metadata=rows)
-    assert np.mean(graded["strict"]) < 0.5
-    assert np.mean(graded["strict"]) <= np.mean(graded["reward"]) < np.mean(scores["reward"])
-    strict = dataclasses.replace(SHAPES, strict=True)([""] * len(rows), images, metadata=rows)
-    assert strict["reward"] == strict["strict"] == graded["strict"]
+SEES_DOGS = Given(find=dog_in_the_middle)
+DOG, LEFT_CAT = {"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]}
+ROWS = [
+    {"tag": "single_object", "include": [DOG]},
+    {"tag": "counting", "include": [{"class": "dog", "count": 2}], "exclude": [{"class": "dog", "count": 3}]},
+    {"tag": "position", "include": [DOG, LEFT_CAT]},
+]
+IMAGES = [noise(seed) for seed in range(3)]
 
 
 def test_the_specification_may_be_columns_or_one_column(tmp_path):
     """Rows of GenEval's kind differ in their keys; tables fill the gaps."""
-    kinds = [pictures(category) for category in ("counting", "position", "single_object")]
-    images = [image for _, of_kind in kinds for image in of_kind[:4]]
-    rows = [{"prompt": one.text, **asked(one)} for of_kind, _ in kinds for one in of_kind[:4]]
-    expected = SHAPES([""] * len(rows), images, metadata=rows, completions=images, trainer_state=None)
-    assert set(expected["strict"]) == {1.0}
-    assert SHAPES([""] * len(rows), images, metadata=[json.dumps(row) for row in rows]) == expected
+    scores = SEES_DOGS([""] * 3, IMAGES, metadata=ROWS, completions=IMAGES, trainer_state=None)
+    assert scores == {"reward": [1, 1 / 2, 1 / 3], "strict": [1, 0, 0]}
+    strict = dataclasses.replace(SEES_DOGS, strict=True)([""] * 3, IMAGES, metadata=ROWS)
+    assert strict == {"reward": [1, 0, 0], "strict": [1, 0, 0]}
+    assert SEES_DOGS([""] * 3, IMAGES, metadata=[json.dumps(row) for row in ROWS]) == scores
 
-    (file := tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (file := tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": "a", **row}) + "\n" for row in ROWS))
     data = load_prompts(str(file))
     columns = {key: [row[key] for row in data] for key in data.column_names if key != "prompt"}
-    assert SHAPES(data["prompt"][:], images, **columns) == expected
+    assert SEES_DOGS(data["prompt"][:], IMAGES, **columns) == scores
     # Without positions, Arrow has a column for each key, and None in it.
-    data = Dataset.from_list([{key: row.get(key) for key in ("tag", "include", "exclude")} for row in rows[:4]])
-    assert set(SHAPES([""] * 4, images[:4], **{key: data[key][:] for key in data.features})["strict"]) == {1.0}
+    data = Dataset.from_list([{key: row.get(key) for key in ("tag", "include", "exclude")} for row in ROWS[:2]])
+    found = SEES_DOGS([""] * 2, IMAGES[:2], **{key: data[key][:] for key in data.features})
+    assert found == {name: values[:2] for name, values in scores.items()}
 
 
 def test_rows_of_which_nothing_is_asked_have_no_score():
     """And without colors, no CLIP is loaded."""
-    _, images = pictures("single_object")
-    rows = [{"include": [{"class": "circle"}]}, None, {"include": None}]
-    for scores in SHAPES([""] * 3, images[:3], metadata=rows).values():
-        assert scores[0] is not None and scores[1:] == [None, None]
+    rows = [ROWS[0], None, {"include": None}]
+    assert SEES_DOGS([""] * 3, IMAGES, metadata=rows) == {"reward": [1, None, None], "strict": [1, None, None]}
     with pytest.raises(ValueError, match="metadata"):
-        SHAPES([""] * 3, images[:3], category=["colors"] * 3)
+        SEES_DOGS([""] * 3, IMAGES, category=["colors"] * 3)
 
 
 # Colors
@@ -242,13 +211,6 @@ def square(color: str, background: str = "white") -> Image.Image:
     image = Image.new("RGB", (64, 64), RGB[background])
     ImageDraw.Draw(image).rectangle((16, 16, 47, 47), fill=RGB[color])
     return image
-
-
-MIDDLE = (16, 16, 48, 48)
-
-
-def dog_in_the_middle(images: list[Image.Image]) -> list[list[Detection]]:
-    return [[Detection("dog", 0.9, MIDDLE)] for _ in images]
 
 
 def a_dog(color: str) -> list[dict]:
