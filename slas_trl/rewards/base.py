@@ -34,8 +34,7 @@ class Reward(ABC):
     Attributes:
         name (`str`, *optional*): The name in the logs; by default that of the reward.
         measures, blind_to (`str`):
-            For the model card: what the reward measures, and what it cannot see, which a policy that is trained on it
-            alone gives up. Any callable may have these two.
+            For the model card: what the reward measures, and what it cannot see. Any callable may have these two.
         sees_videos (`bool`): Whether it is given all frames of a video in a list, rather than the middle one.
     """
 
@@ -124,7 +123,6 @@ def check_pairs(prompts: Sequence[str], images: Sequence[Image]) -> None:
 
 
 def in_batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
-    """Successive slices of at most `size`."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
 

@@ -1,13 +1,9 @@
-"""
-CLIPScore and PickScore, how well a picture fits its prompt, and the loading of a CLIP for all rewards that have one.
-
-A repository or folder with `open_clip_config.json` is read by open_clip, which has the authors' own preprocessing; any
-other by transformers, with its PIL backend, since a score must not change because torchvision was installed.
-"""
+"""CLIPScore and PickScore, how well a picture fits its prompt; and the CLIP of all rewards that have one."""
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,12 @@ from .base import ModelReward, from_hub, hub_file, in_batches, load_once, load_p
 
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's pixel values
+
+
+def normalized(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixel values `(3, H, W)` from [0, 1] to what OpenAI's CLIP was trained with."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return (pixels - mean) / std
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,9 @@ class ClipEncoder:
     _tokenizing: Any = field(default_factory=threading.Lock)
 
     def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Features `(N, D)`."""
         return self.model.get_image_features(pixel_values=pixels).pooler_output
 
     def embed_texts(self, tokens: Any) -> torch.Tensor:
-        """Features `(N, D)`."""
         return self.model.get_text_features(**tokens).pooler_output
 
     def images(self, images: Sequence[Image], batch_size: int) -> torch.Tensor:
@@ -134,7 +134,10 @@ def load_clip(
     device: torch.device | str = "cpu",
     processor: str | None = None,
 ) -> ClipEncoder:
-    """A CLIP as [`ClipScore`] names it; `processor` has its preprocessing, if the model has not."""
+    """
+    A CLIP as [`ClipScore`] names it, by open_clip where there is an `open_clip_config.json`, else by transformers;
+    `processor` has its preprocessing, if the model has not.
+    """
     folder = Path(model).is_dir()
     if "/" not in model and not folder:
         return _open_clip(model, pretrained, dtype, device)
@@ -164,15 +167,13 @@ def _open_clip(name: str, pretrained: str | None, dtype: torch.dtype, device: to
 def _transformers_clip(name: str, processor: str, dtype: torch.dtype, device: torch.device | str) -> ClipEncoder:
     model = load_pretrained(CLIPModel, name, dtype)
     with from_hub(processor):
-        image_processor = AutoImageProcessor.from_pretrained(processor, backend="pil")
+        image_processor = AutoImageProcessor.from_pretrained(processor, backend="pil")  # as without torchvision
         tokenizer = AutoTokenizer.from_pretrained(processor)
-    limit = {"truncation": True, "max_length": model.config.text_config.max_position_embeddings}
+    options = {"padding": True, "return_tensors": "pt", "return_token_type_ids": False, "truncation": True}
+    tokenize = partial(tokenizer, max_length=model.config.text_config.max_position_embeddings, **options)
 
     def prepare(images: list[Image]) -> torch.Tensor:
         # Said, not guessed: an image that is three pixels high looks like one with its channels first.
         return image_processor(images, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
-
-    def tokenize(texts: list[str]) -> Any:
-        return tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False, **limit)
 
     return ClipEncoder(model.to(device), prepare, tokenize)

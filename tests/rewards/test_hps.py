@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from slas_trl.rewards import HPSv2, hpsv2
-from slas_trl.rewards.hps import FILES, SIZE, _normalized, _padded, _resized
+from slas_trl.rewards.clip import normalized
+from slas_trl.rewards.hps import FILES, SIZE, _padded, _resized
 from slas_trl.rewards.resolve import resolve_reward
 from tests.rewards.tiny_clips import OPEN_CLIP_ARCHITECTURE, picture, spread_out
 from tests.rewards.tiny_models import deep
@@ -51,7 +52,7 @@ def package(tmp_path_factory) -> ModuleType:
 def hpsv2_preprocess(image: Image.Image) -> torch.Tensor:
     """As the package does: a picture whose longer side is 224 is neither resized nor padded, and stays narrow."""
     pixels = _resized(image)
-    return _normalized(pixels if max(image.size) == SIZE else _padded(pixels))
+    return normalized(pixels if max(image.size) == SIZE else _padded(pixels))
 
 
 @pytest.fixture
