@@ -37,10 +37,6 @@ def rewards(names):
     return [names[name] for name in ("sharpness", "wanted_color", "exposure", "asked_elsewhere")] + [closeness]
 
 
-def test_there_are_five():
-    assert len(EXAMPLES) == 5
-
-
 def test_their_scores(rewards):
     images = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "white", "black")]
     stripes = Image.new("L", (8, 8))

@@ -43,11 +43,6 @@ class ServedProcess:
         assert found, line + self.log.read_text()
         self.name, self.url, self.port = found[1], found[2], int(found[3])
 
-    def stop(self) -> int:
-        """Its status, once it has ended."""
-        self.process.terminate()
-        return self.process.wait(20)
-
     def kill(self) -> None:
         self.process.kill()
         self.process.communicate()

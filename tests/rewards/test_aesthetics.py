@@ -36,7 +36,7 @@ def expected_scores(folder, clip, head, images):
     return scores
 
 
-def test_features_of_clip_and_a_linear_head(published):
+def test_features_of_clip_and_a_linear_head(published, tmp_path):
     folder, clip, head = published
     images = pictures()
     expected = expected_scores(folder, clip, head, images)
@@ -51,15 +51,9 @@ def test_features_of_clip_and_a_linear_head(published):
     assert half != scores and half == pytest.approx(scores, abs=0.01)
     assert reward([""], [deep(images[1])]) == reward([""], [images[1].convert("L")])
     assert reward([], []) == []
-
-
-def test_a_head_in_a_file_of_its_own(published, tmp_path):
-    folder, _, head = published
-    torch.save(head, tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
-    images = pictures()[:2]
-    reward = resolve_reward(f"aesthetic:model={folder},head={tmp_path / 'sac+logos+ava1-l14-linearMSE.pth'}")
-    assert reward(["", ""], images) == Aesthetic(str(folder), str(folder))(["", ""], images)
-    assert reward.__name__ == "aesthetic"
+    torch.save(head, file := tmp_path / "sac+logos+ava1-l14-linearMSE.pth")  # a head in a file of its own
+    by_name = resolve_reward(f"aesthetic:model={folder},head={file}")
+    assert by_name([""], images[:1]) == reward([""], images[:1]) and by_name.__name__ == "aesthetic"
 
 
 def test_what_is_not_there_and_what_does_not_fit(published, tmp_path):

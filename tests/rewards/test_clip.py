@@ -86,8 +86,7 @@ def test_cosine_of_transformers(transformers_clip):
     assert all(isinstance(score, float) and abs(score) <= 1 for score in scores)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_pick_score_of_its_authors(pick_score_folders, batch_size):
+def test_pick_score_of_its_authors(pick_score_folders):
     model = CLIPModel.from_pretrained(pick_score_folders[0]).eval()
     images = CLIPImageProcessorPil.from_pretrained(pick_score_folders[1])
     processor = CLIPProcessor(images, clip_tokenizer())
@@ -98,7 +97,7 @@ def test_pick_score_of_its_authors(pick_score_folders, batch_size):
         with torch.no_grad():
             out = model(**inputs)
         expected.append(out.logits_per_image.item())  # exp(logit_scale) times the cosine
-    scores = PickScore(*pick_score_folders, batch_size=batch_size)(PROMPTS, IMAGES)
+    scores = PickScore(*pick_score_folders, batch_size=4)(PROMPTS, IMAGES)
     # To 1e-6 of the cosine: the scale is 100.
     assert [score / 100 for score in scores] == pytest.approx([score / 100 for score in expected], abs=1e-6)
     assert max(scores) - min(scores) > 3
@@ -137,7 +136,7 @@ def test_architectures_of_open_clip_have_their_weights_named(open_clip_folder, t
     named = ClipScore("ViT-tiny", str(weights))(PROMPTS, IMAGES)
     assert named != ClipScore(open_clip_folder)(PROMPTS, IMAGES)  # other preprocessing
     assert len(set(named)) == len(named)
-    # The activation function of weights that open_clip knows is theirs, whatever the architecture has.
+    # The activation function of weights that open_clip knows is theirs.
     for name in ("ViT-gelu", "ViT-any"):
         monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, {**config, "quick_gelu": False})
     assert ClipScore("ViT-gelu", str(weights))(PROMPTS, IMAGES) != named
@@ -168,7 +167,6 @@ def test_a_prompt_is_embedded_once_for_all_its_images(transformers_clip):
 
 
 def test_threads_share_a_model(transformers_clip):
-    """As rewards do that are scored at the same time."""
     reward = ClipScore(transformers_clip)
     prompts = [[f"{letter} {prompt}" for prompt in PROMPTS] for letter in "abcdefgh"]
     with ThreadPoolExecutor(8) as pool:
@@ -177,7 +175,6 @@ def test_threads_share_a_model(transformers_clip):
 
 
 def test_what_makes_no_difference(transformers_clip):
-    """16 bits of gray, and a training step's autocast; but a coarser model does."""
     reward = ClipScore(transformers_clip)
     assert reward(PROMPTS, [deep(image) for image in IMAGES]) == reward(PROMPTS, [i.convert("L") for i in IMAGES])
     expected = reward(PROMPTS, IMAGES)

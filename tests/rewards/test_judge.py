@@ -61,9 +61,9 @@ def asked(server):
     return [body["messages"][0]["content"][1]["text"] for _, _, body, _ in server.requests]
 
 
-def read(content, logprobs=None, finish_reason="stop", **options):
+def read(content, logprobs=None, finish_reason="stop", model="another-model", **options):
     """What a judge makes of an answer, without a server."""
-    judge = VLMJudge("http://127.0.0.1:1", "another-model", **options)
+    judge = VLMJudge("http://127.0.0.1:1", model, **options)
     choice = {"message": {"content": content}, "logprobs": logprobs, "finish_reason": finish_reason}
     try:
         return judge._read({"choices": [choice]})
@@ -212,14 +212,10 @@ def test_an_answer_that_is_cut_off(reason):
     assert read("There is a cat with no", finish_reason=reason) is None
 
 
-def test_without_log_probabilities(server, caplog):
-    words = ["Yes, it does.", "NO", "**yes**", "I cannot say", "", "yesterday"]
-    server.judge = lambda number, attempt: says(words[number])
-    judge = VLMJudge(server.url, "a-quiet-model", concurrency=1)
-    for _ in range(2):
-        assert judge(PROMPTS, IMAGES) == [1.0, 0.0, 1.0, None, None, None]
-    once, *others = warnings(caplog)
-    assert "log-probabilities" in once and len(others) == 2
+def test_without_log_probabilities(caplog):
+    assert [read(text, model="a-quiet-model") for text in ("Yes, it does.", "NO", "I cannot say")] == [1, 0, None]
+    (once,) = warnings(caplog)
+    assert "log-probabilities" in once
 
 
 def candidates(*logprobs):

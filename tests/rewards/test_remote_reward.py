@@ -123,8 +123,7 @@ def test_columns_that_json_does_not_have(url):
 
 def test_by_name(url):
     reward = resolve_reward(f"remote:url={url},name=hps,timeout=20,columns=first+second")
-    assert reward == remote(url, timeout=20, columns="first+second", name="hps")
-    assert reward_name(reward) == "hps"
+    assert reward == remote(url, timeout=20, columns="first+second", name="hps") and reward_name(reward) == "hps"
     for wrong in ("", ":url=x", f":url={url},token=two words"):
         with pytest.raises(ValueError, match="remote"):
             resolve_reward(f"remote{wrong}")

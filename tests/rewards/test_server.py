@@ -221,7 +221,8 @@ def test_what_is_not_answered_when_it_stops_is_to_be_asked_again(tmp_path):
                 time.sleep(0.05)
             time.sleep(0.5)
             start = time.monotonic()
-            assert server.stop() == 143
+            server.process.terminate()
+            assert server.process.wait(20) == 143
             assert time.monotonic() - start < 6  # rather than when the reward is done
             assert half.recv(100).startswith(b"HTTP/1.1 503")
         for answer in answers:

@@ -72,45 +72,33 @@ def image_reward_shapes(
     """Names and shapes of the tensors in ImageReward.pt."""
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def linear(name: str, rows: int, columns: int) -> None:
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (rows, columns), (rows,)
-
-    def norm(name: str, width: int) -> None:
-        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
+    def add(block: str, **sizes: tuple[int, ...]) -> None:
+        for name, size in sizes.items():
+            name = f"{block}.{name.replace('__', '.')}"
+            shapes.update({f"{name}.weight": size, f"{name}.bias": size[:1]})
 
     eye, reader = "blip.visual_encoder", "blip.text_encoder"
     shapes[f"{eye}.cls_token"] = (1, 1, vision)
     shapes[f"{eye}.pos_embed"] = (1, (224 // patch) ** 2 + 1, vision)
-    shapes[f"{eye}.patch_embed.proj.weight"] = (vision, 3, patch, patch)
-    shapes[f"{eye}.patch_embed.proj.bias"] = (vision,)
+    add(eye, patch_embed__proj=(vision, 3, patch, patch))
     for i in range(vision_layers):
         block = f"{eye}.blocks.{i}"
-        norm(f"{block}.norm1", vision)
-        linear(f"{block}.attn.qkv", 3 * vision, vision)
-        linear(f"{block}.attn.proj", vision, vision)
-        norm(f"{block}.norm2", vision)
-        linear(f"{block}.mlp.fc1", 4 * vision, vision)
-        linear(f"{block}.mlp.fc2", vision, 4 * vision)
-    norm(f"{eye}.norm", vision)
+        add(block, norm1=(vision,), attn__qkv=(3 * vision, vision), attn__proj=(vision, vision))
+        add(block, norm2=(vision,), mlp__fc1=(4 * vision, vision), mlp__fc2=(vision, 4 * vision))
+    add(eye, norm=(vision,))
 
     shapes[f"{reader}.embeddings.word_embeddings.weight"] = (vocabulary, text)
     shapes[f"{reader}.embeddings.position_embeddings.weight"] = (positions, text)
-    norm(f"{reader}.embeddings.LayerNorm", text)
+    add(f"{reader}.embeddings", LayerNorm=(text,))
     for i in range(text_layers):
+        layer = f"{reader}.encoder.layer.{i}"
         for attention, width in (("attention", text), ("crossattention", vision)):
-            block = f"{reader}.encoder.layer.{i}.{attention}"
-            linear(f"{block}.self.query", text, text)
-            linear(f"{block}.self.key", text, width)
-            linear(f"{block}.self.value", text, width)
-            linear(f"{block}.output.dense", text, text)
-            norm(f"{block}.output.LayerNorm", text)
-        block = f"{reader}.encoder.layer.{i}"
-        linear(f"{block}.intermediate.dense", 4 * text, text)
-        linear(f"{block}.output.dense", text, 4 * text)
-        norm(f"{block}.output.LayerNorm", text)
+            block = f"{layer}.{attention}"
+            add(block, self__query=(text, text), self__key=(text, width), self__value=(text, width))
+            add(block, output__dense=(text, text), output__LayerNorm=(text,))
+        add(layer, intermediate__dense=(4 * text, text), output__dense=(text, 4 * text), output__LayerNorm=(text,))
 
-    linear("blip.vision_proj", 256, vision)
-    linear("blip.text_proj", 256, text)
+    add("blip", vision_proj=(256, vision), text_proj=(256, text))
     return {**shapes, **head_shapes(text, "mlp.layers.")}
 
 
