@@ -21,8 +21,7 @@ class Aesthetic(ModelReward):
 
     Args:
         model (`str`, *optional*): CLIP, repository or folder. The head is made for the default.
-        head (`str`, *optional*, defaults to `"trl-lib/ddpo-aesthetic-predictor"`):
-            Repository or folder with `aesthetic-model.pth`, or a file, as LAION's `sac+logos+ava1-l14-linearMSE.pth`.
+        head (`str`, *optional*): Repository or folder with `aesthetic-model.pth`, or a file such as LAION's.
     """
 
     default_name = "aesthetic"

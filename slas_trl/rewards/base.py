@@ -78,8 +78,7 @@ class ModelReward(Reward):
 
     Args:
         device (`str`, *optional*): Where the model runs; by default the current GPU, or the CPU where there is none.
-        dtype (`str`, *optional*, defaults to `"float32"`):
-            Of weights and activations. Features are compared in float32 in any case, but bfloat16 makes them coarse.
+        dtype (`str`, *optional*, defaults to `"float32"`): Of weights and activations. bfloat16 is coarse.
         batch_size (`int`, *optional*, defaults to `16`): Images at a time.
     """
 

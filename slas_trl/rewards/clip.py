@@ -31,8 +31,7 @@ class ClipScore(ModelReward):
     [-1, 1], and neither times 100 nor times 2.5. Texts are cut off at the model's context, mostly 77 tokens.
 
     Args:
-        model (`str`, *optional*, defaults to `"openai/clip-vit-large-patch14"`):
-            Hub id or folder of a CLIP of transformers or open_clip; or an architecture of open_clip, as "ViT-B-32".
+        model (`str`, *optional*): Of transformers or open_clip, Hub id or folder; or an architecture, as "ViT-B-32".
         pretrained (`str`, *optional*): Weights of that architecture: a tag that open_clip knows, or a file.
     """
 
@@ -57,9 +56,8 @@ class PickScore(ModelReward):
     at 77 tokens, and only the square in the middle of an image counts.
 
     Args:
-        model (`str`, *optional*, defaults to `"yuvalkirstain/PickScore_v1"`): Hub id or folder of its weights.
-        processor (`str`, *optional*, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`):
-            Hub id or folder of its tokenizer and preprocessing.
+        model (`str`, *optional*): Hub id or folder of its weights.
+        processor (`str`, *optional*): Hub id or folder of its tokenizer and preprocessing.
     """
 
     default_name = "pick_score"
@@ -99,7 +97,6 @@ class ClipEncoder:
         return self._unit_vectors(self.embed_images(some.to(like.device, like.dtype)) for some in pixels)
 
     def texts(self, texts: Sequence[str], batch_size: int) -> torch.Tensor:
-        """Unit vectors `(N, D)` in float32."""
         # Rewards run in threads, and a fast tokenizer fails when two of them set its truncation at once.
         with self._tokenizing:
             tokens = [self.tokenize(list(batch)) for batch in in_batches(texts, batch_size)]

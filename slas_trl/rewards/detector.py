@@ -69,12 +69,10 @@ class ObjectDetector(ModelReward):
         return {"reward": list(strict) if self.strict else graded, "strict": strict}
 
     def _known_classes(self) -> set[str]:
-        """Canonical names of the detector's classes."""
         model, _ = _load_detector(self.model, self.torch_device, self.torch_dtype)
         return {canonical(name) for name in model.config.id2label.values()}
 
     def _detect(self, images: dict[int, Image.Image], names: dict[int, set[str]]) -> dict[int, list[Detection]]:
-        """Objects of the classes that are asked for in each image."""
         # A batch is of images of one size: padding would make an object depend on what else is in the batch.
         found, sizes = {}, {i: image.size for i, image in images.items()}
         for size in sorted({*sizes.values()}):

@@ -291,5 +291,4 @@ def _probabilities(logprobs: Any, text: str, place: int) -> dict[str, float]:
 
 
 def _word(token: str) -> str:
-    """Without the blanks, quotes and full stops that tokens come with."""
-    return re.sub(r"[\W_▁Ġ]+", "", token).lower()
+    return re.sub(r"[\W_▁Ġ]+", "", token).lower()  # tokens come with blanks, quotes and full stops

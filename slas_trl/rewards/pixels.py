@@ -10,7 +10,6 @@ from ..images import to_rgb
 from .base import describe
 
 
-_QUALITY = 95  # that of DDPO, https://huggingface.co/papers/2305.13301
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 _REST = "everything else, the prompt included"
 
@@ -35,5 +34,5 @@ def brightness(prompts: list[str], images: list[Image.Image], **columns: Any) ->
 
 def _kilobytes(image: Image.Image) -> float:
     file = BytesIO()
-    to_rgb(image).save(file, format="JPEG", quality=_QUALITY)
+    to_rgb(image).save(file, format="JPEG", quality=95)  # as DDPO, https://huggingface.co/papers/2305.13301
     return file.tell() / 1000

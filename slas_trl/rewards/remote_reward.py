@@ -83,7 +83,6 @@ class RemoteReward(Reward):
         )
 
     def _encoded(self, columns: dict[str, Any]) -> dict[str, list[Any]]:
-        """The columns to send, as JSON."""
         columns = {k: v for k, v in columns.items() if isinstance(v, (list, tuple)) and k != "completions"}
         names = self.columns.split("+") if isinstance(self.columns, str) else self.columns
         encoded = {}

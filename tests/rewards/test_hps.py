@@ -108,7 +108,6 @@ def test_preprocessing_of_an_alpha_channel(authors_preprocess):
 
 
 def test_an_image_with_nothing_left_of_its_width(authors_preprocess):
-    """An odd request, and no reason for a run to end."""
     image = picture(1000, 1)
     with pytest.raises(RuntimeError, match="should be greater than 0"):
         authors_preprocess(image)
