@@ -1,20 +1,17 @@
 """
-Rewards: plain callables of prompts and images.
+Rewards: plain callables of prompts and images, as `clip_score`, or `ClipScore(model=...)` with other options.
 
     def reward(prompts: list[str], images: list[PIL.Image.Image], **columns) -> list[float | None]
 
 `columns` are the other columns of the data set, and whatever else the trainer passes; `None` means "no score". A
 dictionary of such lists has named components, each of which is logged. A reward must not write into its arguments.
-
-`clip_score` and its like are such callables, with their default options; `ClipScore(model=...)` has others. No file
-here has the name of a reward, which importing the file would replace by the file.
 """
 
 from importlib import import_module
 from typing import Any
 
 
-# The file of each. Its libraries are imported when it is asked for, not because of another one.
+# The file of each, imported when it is asked for. None has the name of a reward, which importing it would replace.
 _FILES = {
     "aesthetics": ("Aesthetic", "aesthetic"),
     "blip": ("ImageReward", "image_reward"),

@@ -17,13 +17,11 @@ from .clip import ClipEncoder, load_clip
 class Aesthetic(ModelReward):
     """
     LAION's aesthetic predictor, as DDPO (https://huggingface.co/papers/2305.13301) uses it: CLIP's image features, of
-    length 1, and a linear head of five layers that was trained on ratings of photographs, drawings and logos. Its
-    scores are on the scale of the ratings, 1 to 10, of which most pictures are between 4 and 7. Prompts are not read.
+    length 1, and a linear head trained on ratings from 1 to 10. Most pictures are between 4 and 7.
 
     Args:
         model (`str`, *optional*): CLIP, repository or folder. The head is made for the default.
-        head (`str`, *optional*, defaults to `"trl-lib/ddpo-aesthetic-predictor"`):
-            Repository or folder with `aesthetic-model.pth`, or a file, as LAION's `sac+logos+ava1-l14-linearMSE.pth`.
+        head (`str`, *optional*): Repository or folder with `aesthetic-model.pth`, or a file such as LAION's.
     """
 
     default_name = "aesthetic"

@@ -34,8 +34,7 @@ class Reward(ABC):
     Attributes:
         name (`str`, *optional*): The name in the logs; by default that of the reward.
         measures, blind_to (`str`):
-            For the model card: what the reward measures, and what it cannot see, which a policy that is trained on it
-            alone gives up. Any callable may have these two.
+            For the model card: what the reward measures, and what it cannot see. Any callable may have these two.
         sees_videos (`bool`): Whether it is given all frames of a video in a list, rather than the middle one.
     """
 
@@ -79,8 +78,7 @@ class ModelReward(Reward):
 
     Args:
         device (`str`, *optional*): Where the model runs; by default the current GPU, or the CPU where there is none.
-        dtype (`str`, *optional*, defaults to `"float32"`):
-            Of weights and activations. Features are compared in float32 in any case, but bfloat16 makes them coarse.
+        dtype (`str`, *optional*, defaults to `"float32"`): Of weights and activations. bfloat16 is coarse.
         batch_size (`int`, *optional*, defaults to `16`): Images at a time.
     """
 
@@ -124,7 +122,6 @@ def check_pairs(prompts: Sequence[str], images: Sequence[Image]) -> None:
 
 
 def in_batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
-    """Successive slices of at most `size`."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
 

@@ -13,10 +13,9 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 from ..images import to_rgb
 from .aesthetics import linear_head
 from .base import ModelReward, hub_file, in_batches, load_once, load_weights, put_weights
-from .clip import MEAN, STD
+from .clip import normalized
 
 
-_MAX_TOKENS = 35
 _SCORE_MEAN, _SCORE_STD = 0.16717362830052426, 1.0333394966054072  # before normalization, over its training set
 
 # From the names of the checkpoint to those of transformers' BLIP; within the text encoder they are the same.
@@ -34,10 +33,9 @@ _NOT_NEEDED = re.compile(r"blip\.((text|vision)_proj\.(weight|bias)|text_encoder
 @dataclass(frozen=True)
 class ImageReward(ModelReward):
     """
-    ImageReward (https://huggingface.co/papers/2304.05977): a vision transformer sees the square in the middle of the
-    picture, BLIP's text encoder reads the first 33 tokens of the prompt and looks at what was seen, and a linear head
-    scores its first token. Over its training set the scores have mean 0 and standard deviation 1. They are those of
-    the `image-reward` package, which is not needed.
+    ImageReward (https://huggingface.co/papers/2304.05977), with the scores of the `image-reward` package, which is not
+    needed: over its training set of mean 0 and standard deviation 1. It sees the square in the middle of the picture,
+    and reads the first 33 tokens of the prompt.
 
     Args:
         model (`str`, *optional*): Repository or folder with `ImageReward.pt`, or a file with the same tensors.
@@ -53,7 +51,7 @@ class ImageReward(ModelReward):
     def _scores(self, prompts: list[str], images: list[Image.Image], columns: dict[str, Any]) -> list[float]:
         device, dtype = self.torch_device, self.torch_dtype
         scorer, tokenizer = _load(self.model, self.tokenizer, device, dtype)
-        options = {"padding": "max_length", "truncation": True, "max_length": _MAX_TOKENS, "return_tensors": "pt"}
+        options = {"padding": "max_length", "truncation": True, "max_length": 35, "return_tensors": "pt"}
         scores = []
         for batch in in_batches(list(zip(prompts, images, strict=True)), self.batch_size):
             texts, pictures = zip(*batch, strict=True)
@@ -71,10 +69,9 @@ class Scorer(torch.nn.Module):
 
     def __init__(self, weights: dict[str, torch.Tensor]):
         super().__init__()
-        config = _text_config(weights)
         self.vision: Any = BlipVisionModel(_vision_config(weights))
-        self.text: torch.nn.Module = BlipTextModel(config, add_pooling_layer=False)
-        self.head = linear_head(config.hidden_size)
+        self.text: Any = BlipTextModel(_text_config(weights), add_pooling_layer=False)
+        self.head = linear_head(self.text.config.hidden_size)
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
         """Scores `(B,)`, in float32, of tokens `(B, L)`, a mask that is 0 for padding, and pixels `(B, 3, S, S)`."""
@@ -90,8 +87,7 @@ def to_pixels(image: Image.Image, size: int) -> torch.Tensor:
     width, height = (int(size * side / short) for side in image.size)  # of a long side, the fraction is cut off
     left, top = round((width - size) / 2), round((height - size) / 2)
     image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    return normalized(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255)
 
 
 def _vision_config(weights: dict[str, torch.Tensor]) -> BlipVisionConfig:

@@ -19,11 +19,8 @@ from .base import RewardFunc, load_once, unwrapped
 
 @torch.no_grad()
 def call_reward(reward: RewardFunc, prompts: list[str], images: list[Image], columns: dict[str, list[Any]]) -> Any:
-    """
-    What the reward returns, once it is there, as plain Python objects. The package's own rewards see the middle frame
-    of a video, and others all frames, in a list.
-    """
-    if not getattr(unwrapped(reward), "sees_videos", True):
+    """What the reward returns, once it is there, as plain Python objects."""
+    if not getattr(unwrapped(reward), "sees_videos", True):  # rewards of users are given all frames
         images = [still(image) for image in images]
     result = reward(prompts=prompts, images=images, completions=images, **columns)
     if inspect.isawaitable(result):

@@ -1,13 +1,9 @@
-"""
-CLIPScore and PickScore, how well a picture fits its prompt, and the loading of a CLIP for all rewards that have one.
-
-A repository or folder with `open_clip_config.json` is read by open_clip, which has the authors' own preprocessing; any
-other by transformers, with its PIL backend, since a score must not change because torchvision was installed.
-"""
+"""CLIPScore and PickScore, how well a picture fits its prompt; and the CLIP of all rewards that have one."""
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,12 @@ from .base import ModelReward, from_hub, hub_file, in_batches, load_once, load_p
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's pixel values
 
 
+def normalized(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixel values `(3, H, W)` from [0, 1] to what OpenAI's CLIP was trained with."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return (pixels - mean) / std
+
+
 @dataclass(frozen=True)
 class ClipScore(ModelReward):
     """
@@ -29,8 +31,7 @@ class ClipScore(ModelReward):
     [-1, 1], and neither times 100 nor times 2.5. Texts are cut off at the model's context, mostly 77 tokens.
 
     Args:
-        model (`str`, *optional*, defaults to `"openai/clip-vit-large-patch14"`):
-            Hub id or folder of a CLIP of transformers or open_clip; or an architecture of open_clip, as "ViT-B-32".
+        model (`str`, *optional*): Of transformers or open_clip, Hub id or folder; or an architecture, as "ViT-B-32".
         pretrained (`str`, *optional*): Weights of that architecture: a tag that open_clip knows, or a file.
     """
 
@@ -55,9 +56,8 @@ class PickScore(ModelReward):
     at 77 tokens, and only the square in the middle of an image counts.
 
     Args:
-        model (`str`, *optional*, defaults to `"yuvalkirstain/PickScore_v1"`): Hub id or folder of its weights.
-        processor (`str`, *optional*, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`):
-            Hub id or folder of its tokenizer and preprocessing.
+        model (`str`, *optional*): Hub id or folder of its weights.
+        processor (`str`, *optional*): Hub id or folder of its tokenizer and preprocessing.
     """
 
     default_name = "pick_score"
@@ -85,11 +85,9 @@ class ClipEncoder:
     _tokenizing: Any = field(default_factory=threading.Lock)
 
     def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Features `(N, D)`."""
         return self.model.get_image_features(pixel_values=pixels).pooler_output
 
     def embed_texts(self, tokens: Any) -> torch.Tensor:
-        """Features `(N, D)`."""
         return self.model.get_text_features(**tokens).pooler_output
 
     def images(self, images: Sequence[Image], batch_size: int) -> torch.Tensor:
@@ -99,7 +97,6 @@ class ClipEncoder:
         return self._unit_vectors(self.embed_images(some.to(like.device, like.dtype)) for some in pixels)
 
     def texts(self, texts: Sequence[str], batch_size: int) -> torch.Tensor:
-        """Unit vectors `(N, D)` in float32."""
         # Rewards run in threads, and a fast tokenizer fails when two of them set its truncation at once.
         with self._tokenizing:
             tokens = [self.tokenize(list(batch)) for batch in in_batches(texts, batch_size)]
@@ -134,7 +131,10 @@ def load_clip(
     device: torch.device | str = "cpu",
     processor: str | None = None,
 ) -> ClipEncoder:
-    """A CLIP as [`ClipScore`] names it; `processor` has its preprocessing, if the model has not."""
+    """
+    A CLIP as [`ClipScore`] names it, by open_clip where there is an `open_clip_config.json`, else by transformers;
+    `processor` has its preprocessing, if the model has not.
+    """
     folder = Path(model).is_dir()
     if "/" not in model and not folder:
         return _open_clip(model, pretrained, dtype, device)
@@ -164,15 +164,13 @@ def _open_clip(name: str, pretrained: str | None, dtype: torch.dtype, device: to
 def _transformers_clip(name: str, processor: str, dtype: torch.dtype, device: torch.device | str) -> ClipEncoder:
     model = load_pretrained(CLIPModel, name, dtype)
     with from_hub(processor):
-        image_processor = AutoImageProcessor.from_pretrained(processor, backend="pil")
+        image_processor = AutoImageProcessor.from_pretrained(processor, backend="pil")  # as without torchvision
         tokenizer = AutoTokenizer.from_pretrained(processor)
-    limit = {"truncation": True, "max_length": model.config.text_config.max_position_embeddings}
+    options = {"padding": True, "return_tensors": "pt", "return_token_type_ids": False, "truncation": True}
+    tokenize = partial(tokenizer, max_length=model.config.text_config.max_position_embeddings, **options)
 
     def prepare(images: list[Image]) -> torch.Tensor:
         # Said, not guessed: an image that is three pixels high looks like one with its channels first.
         return image_processor(images, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
-
-    def tokenize(texts: list[str]) -> Any:
-        return tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False, **limit)
 
     return ClipEncoder(model.to(device), prepare, tokenize)

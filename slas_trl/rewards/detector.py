@@ -16,7 +16,6 @@ from .clip import load_clip
 from .geneval import COLORS, Detection, Specification, canonical, judge, read_specification
 
 
-_BACKGROUND = (0x99, 0x99, 0x99)  # what is outside of an object's mask when its color is judged
 _TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
 
 
@@ -24,16 +23,14 @@ _TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a 
 class ObjectDetector(ModelReward):
     """
     GenEval's checks with any of transformers' models for object detection or instance segmentation: which objects, how
-    many, of which color (by CLIP, on what is cut out of the picture), on which side of each other. Demands are columns
-    "include", "exclude" and "tag", or a column "metadata" of such rows or their JSON, in
-    [GenEval's format](https://github.com/djghosh13/geneval); prompts are not read:
+    many, of which color (by CLIP), on which side of each other. Demands are columns "include", "exclude" and "tag", or
+    a column "metadata" of such rows or their JSON, in [GenEval's format](https://github.com/djghosh13/geneval):
 
         {"tag": "position", "include": [{"class": "dog", "count": 1},
                                         {"class": "cat", "count": 1, "color": "black", "position": ["left of", 0]}]}
 
-    "reward" is the share of demands that are met, in [0, 1], see [`~slas_trl.rewards.geneval.judge`]; "strict" is
-    GenEval's verdict, 0 or 1; both are `None` for a row without demands. The default model is not the detector of the
-    benchmark's published numbers, though of its architecture: do not compare.
+    "reward" is the share of demands that are met, see [`~slas_trl.rewards.geneval.judge`]; "strict" is GenEval's
+    verdict, 0 or 1; both are `None` for a row without demands. The detector is not that of the published numbers.
 
     Args:
         model (`str`, *optional*): Repository or folder. With masks, colors are judged without the background.
@@ -72,12 +69,10 @@ class ObjectDetector(ModelReward):
         return {"reward": list(strict) if self.strict else graded, "strict": strict}
 
     def _known_classes(self) -> set[str]:
-        """Canonical names of the detector's classes."""
         model, _ = _load_detector(self.model, self.torch_device, self.torch_dtype)
         return {canonical(name) for name in model.config.id2label.values()}
 
     def _detect(self, images: dict[int, Image.Image], names: dict[int, set[str]]) -> dict[int, list[Detection]]:
-        """Objects of the classes that are asked for in each image."""
         # A batch is of images of one size: padding would make an object depend on what else is in the batch.
         found, sizes = {}, {i: image.size for i, image in images.items()}
         for size in sorted({*sizes.values()}):
@@ -120,7 +115,7 @@ object_detector = ObjectDetector()
 def cut_out(image: Image.Image, one: Detection) -> Image.Image:
     """An object's part of a picture, on gray where its mask tells it from the background."""
     if one.mask is not None:
-        gray = Image.new("RGB", image.size, _BACKGROUND)
+        gray = Image.new("RGB", image.size, (0x99, 0x99, 0x99))
         image = Image.composite(image, gray, Image.fromarray(np.asarray(one.mask, dtype=bool)))
     left, top = (min(max(int(low), 0), size - 1) for low, size in zip(one.box[:2], image.size, strict=True))
     right, bottom = (int(np.ceil(high)) for high in one.box[2:])
@@ -128,7 +123,6 @@ def cut_out(image: Image.Image, one: Detection) -> Image.Image:
 
 
 def _specifications(name: str, n: int, columns: dict[str, Any]) -> dict[int, Specification]:
-    """What is asked, by the index of the image."""
     present = {key: columns[key] for key in ("include", "exclude", "tag") if columns.get(key) is not None}
     rows = columns.get("metadata")
     if rows is None and not present.keys() & {"include", "exclude"}:
@@ -141,13 +135,12 @@ def _specifications(name: str, n: int, columns: dict[str, Any]) -> dict[int, Spe
 
 
 def box_of(mask: np.ndarray) -> tuple[float, float, float, float]:
-    """The box around all that is in a mask `(H, W)`."""
+    """Around all that is in a mask `(H, W)`."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
 def _boxes(model: Any, result: dict[str, torch.Tensor], asked: set[str]) -> list[Detection]:
-    """Objects of these classes, without masks."""
     labels = [model.config.id2label[index] for index in result["labels"].tolist()]
     found = zip(labels, result["scores"].tolist(), result["boxes"].tolist(), strict=True)
     return [Detection(label, score, tuple(box)) for label, score, box in found if canonical(label) in asked]

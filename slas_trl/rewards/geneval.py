@@ -1,7 +1,4 @@
-"""
-What GenEval (https://huggingface.co/papers/2310.11513) asks of a picture, and whether the objects that were detected
-in it fulfil that: which objects, how many, of which color, and where. Nothing here looks at pixels.
-"""
+"""GenEval (https://huggingface.co/papers/2310.11513): what it asks of the objects that were detected in a picture."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +14,6 @@ RELATIONS = ("left of", "right of", "above", "below")
 
 _KEYS = ("class", "count", "color", "position")  # of an entry of include; exclude has the first two
 _MARGIN = 0.1  # of the sizes of both objects: their centers may differ by so much before one is beside the other
-_MAX_OBJECTS = 16  # of a class; weaker detections are dropped
 
 # What GenEval, COCO, VOC and Open Images call the same things; the first is GenEval's name.
 _SYNONYMS = (
@@ -131,13 +127,11 @@ def judge(
     For GenEval the `count` most confident objects of each entry of `include` must all have the color, and be on that
     side of all those of the other entry, which must be right itself; and there must be fewer objects than each entry
     of `exclude` has. The share is the mean over what is asked for, as in
-    [Flow-GRPO](https://huggingface.co/papers/2505.05470): `max(0, 1 - |n - count| / count)` of `n` objects, so that
-    too many are as bad as too few; the share of objects with the color; 1 or 0 for a position, and for an entry of
-    `exclude` whose class is not included.
+    [Flow-GRPO](https://huggingface.co/papers/2505.05470): `max(0, 1 - |n - count| / count)` of `n` objects; the share
+    of objects with the color; 1 or 0 for a position, and for an entry of `exclude` whose class is not included.
 
     Args:
-        wanted, detections: What was asked for, and what was found, in any order.
-        colors_of (`Callable`): The colors of objects of one class, one of `COLORS` for each.
+        colors_of (`Callable`): The colors of objects of one class.
         threshold, counting_threshold (`float`, *optional*):
             Detections up to this confidence do not count; and up to the other one, if numbers are asked for.
     """
@@ -145,7 +139,7 @@ def judge(
     found: dict[str, list[Detection]] = {}
     for one in sorted(detections, key=lambda detection: -detection.score):
         of_class = found.setdefault(canonical(one.label), [])
-        if one.score > limit and len(of_class) < _MAX_OBJECTS:
+        if one.score > limit and len(of_class) < 16:
             of_class.append(one)
 
     shares: list[float] = []

@@ -1,9 +1,4 @@
-"""
-HPSv2 (https://huggingface.co/papers/2306.09341): a CLIP ViT-H/14 trained on what people preferred, in float32.
-
-Its preprocessing is not that of any CLIP library: the float image is resized with its longer side to 224, antialiased
-as in torchvision since 0.17, and padded to a square with black before it is normalized.
-"""
+"""HPSv2 (https://huggingface.co/papers/2306.09341): a CLIP ViT-H/14 trained on what people preferred."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +10,7 @@ from PIL.Image import Image
 
 from ..images import to_rgb
 from .base import ModelReward, hub_file, load_once, load_weights, put_weights, require
-from .clip import MEAN, STD, ClipEncoder, OpenClipEncoder
+from .clip import ClipEncoder, OpenClipEncoder, normalized
 
 
 SIZE = 224
@@ -31,8 +26,7 @@ class HPSv2(ModelReward):
 
     Args:
         version (`str`, *optional*, defaults to `"v2.1"`): Of its weights: "v2.0" or "v2.1".
-        checkpoint (`str`, *optional*):
-            File of weights, or folder with it; by default that of the version, of `xswu/HPSv2` on the Hub.
+        checkpoint (`str`, *optional*): File of weights, or folder with it; by default of `xswu/HPSv2` on the Hub.
     """
 
     default_name = "hpsv2"
@@ -55,8 +49,11 @@ hpsv2 = HPSv2()
 
 
 def _square(image: Image) -> torch.Tensor:
-    """Pixel values `(3, 224, 224)`. The package does not pad an image of 224 × 150, at which its model fails."""
-    return _normalized(_padded(_resized(image)))
+    """
+    Pixel values `(3, 224, 224)`: the float image with its longer side resized to 224, antialiased as in torchvision
+    since 0.17, and padded with black. The package does not pad an image of 224 × 150, at which its model fails.
+    """
+    return normalized(_padded(_resized(image)))
 
 
 def _resized(image: Image) -> torch.Tensor:
@@ -72,11 +69,6 @@ def _padded(pixels: torch.Tensor) -> torch.Tensor:
     height, width = (SIZE - side for side in pixels.shape[1:])
     left, top = width // 2, height // 2
     return torch.nn.functional.pad(pixels, (left, width - left, top, height - top))
-
-
-def _normalized(pixels: torch.Tensor) -> torch.Tensor:
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    return (pixels - mean) / std
 
 
 @load_once

@@ -35,7 +35,6 @@ UNIFIED_REWARD_PROMPT = _FILE.read_text(encoding="utf-8").removesuffix("\n")
 
 _AXES = ("alignment", "coherence", "style")
 _MAX_FAILED_CALLS = 5  # in a row, in which no image had a score
-_TOP_LOGPROBS = 20  # the most that OpenAI and vLLM give
 _REFUSED = (400, 413, 422, 451)  # what servers answer to one image: their policy, its size; not a wrong key or address
 _CUT = re.compile(r"(?i)length|max_tokens|filter|error|abort")  # how answers end that are not whole
 _THOUGHT = re.compile(r"(?is)\A.*[<◁]/think\w*[>▷]|[<◁]think\w*[>▷].*")
@@ -86,8 +85,7 @@ class VLMJudge(Reward):
             More for the body of each request, as a dictionary, JSON, or a file that ends in .json; null takes out what
             is sent otherwise: {"max_completion_tokens": 16, "max_tokens": null, "temperature": null}.
         concurrency (`int`, *optional*, defaults to `8`): Requests at a time.
-        timeout, retries (*optional*, default to `60`, `6`):
-            Seconds for one attempt, and further attempts where the server is busy or away.
+        timeout, retries (*optional*, default to `60`, `6`): Seconds for an attempt, and attempts after the first.
 
     Raises:
         `RewardUnavailableError`: when the last attempt was not answered either, for any image.
@@ -191,7 +189,7 @@ class VLMJudge(Reward):
             "max_tokens": self.max_tokens or _ANSWERS[self.answer][1],
         }
         if self.answer == "yes_no":
-            body |= {"logprobs": True, "top_logprobs": _TOP_LOGPROBS}
+            body |= {"logprobs": True, "top_logprobs": 20}  # the most that OpenAI and vLLM give
         return {key: value for key, value in (body | extra).items() if extra.get(key, value) is not None}
 
     def _read(self, answer: Any) -> Any:
@@ -293,5 +291,4 @@ def _probabilities(logprobs: Any, text: str, place: int) -> dict[str, float]:
 
 
 def _word(token: str) -> str:
-    """Without the blanks, quotes and full stops that tokens come with."""
-    return re.sub(r"[\W_▁Ġ]+", "", token).lower()
+    return re.sub(r"[\W_▁Ġ]+", "", token).lower()  # tokens come with blanks, quotes and full stops

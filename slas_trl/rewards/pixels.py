@@ -1,7 +1,4 @@
-"""
-Rewards that look at pixels alone, and not at prompts: of no use for pictures, but of much for tests and first runs,
-since it is plain to see whether the policy follows them.
-"""
+"""Rewards that look at pixels alone, for tests and first runs: it is plain to see whether the policy follows them."""
 
 from io import BytesIO
 from typing import Any
@@ -13,23 +10,19 @@ from ..images import to_rgb
 from .base import describe
 
 
-_QUALITY = 95  # that of DDPO, https://huggingface.co/papers/2305.13301
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 _REST = "everything else, the prompt included"
 
 
 @describe("how little there is to see in a picture, by its size as JPEG", _REST)
 def jpeg_compressibility(prompts: list[str], images: list[Image.Image], **columns: Any) -> list[float | None]:
-    """
-    Minus the size of a picture as JPEG at quality 95, in kB (1000 bytes): DDPO's reward. It is higher the less there
-    is to see. Compare pictures of one size only.
-    """
+    """DDPO's reward: minus the size as JPEG of quality 95, in kB (1000 bytes). Compare pictures of one size only."""
     return [-_kilobytes(image) for image in images]
 
 
 @describe("how much detail or noise a picture has, by its size as JPEG", _REST)
 def incompressibility(prompts: list[str], images: list[Image.Image], **columns: Any) -> list[float | None]:
-    """DDPO's other reward: the same size without the minus, which is higher the more detail or noise there is."""
+    """DDPO's other reward: the same size without the minus."""
     return [_kilobytes(image) for image in images]
 
 
@@ -41,5 +34,5 @@ def brightness(prompts: list[str], images: list[Image.Image], **columns: Any) ->
 
 def _kilobytes(image: Image.Image) -> float:
     file = BytesIO()
-    to_rgb(image).save(file, format="JPEG", quality=_QUALITY)
+    to_rgb(image).save(file, format="JPEG", quality=95)  # as DDPO, https://huggingface.co/papers/2305.13301
     return file.tell() / 1000

@@ -30,20 +30,17 @@ _STRAIGHT = str.maketrans("‘’“”", "''\"\"")
 class OCR(Reward):
     """
     How much of the text that a prompt quotes is to be read in its picture: the reward of
-    [Flow-GRPO](https://huggingface.co/papers/2505.05470), with another reader. The text is the first one in double
-    quotes of any kind, without them the first in single ones; or what a column `target_text` has, if anything. A
-    prompt without any has no score.
+    [Flow-GRPO](https://huggingface.co/papers/2505.05470), with another reader. The text is the first in double quotes
+    of any kind, or in single ones; or what a column `target_text` has. A prompt without any has no score.
 
     1 if the text is there, whatever else is; otherwise `1 - d / n`, where `d` is the edit distance between all that is
     read and the text, at most its length `n`. Spaces, case, the kind of quotes and the width of a character do not
-    matter. Text without contrast or smaller than some 8 pixels is not read at all. The weights, of PP-OCRv6, come with
-    the package rapidocr: nothing is downloaded.
+    matter. Text without contrast or smaller than some 8 pixels is not read. Nothing is downloaded.
 
     Args:
-        threads (`int`, *optional*): Threads of the reader, which runs on the CPU; by default as many as PyTorch's.
+        threads (`int`, *optional*): Of the reader, which runs on the CPU; by default as many as PyTorch's.
         min_confidence (`float`, *optional*, defaults to `0.5`): Text that is read with less is left out: noise.
-        min_side (`int`, *optional*, defaults to `736`):
-            The shorter side that smaller pictures are enlarged to: less is quicker, and enough for large letters.
+        min_side (`int`, *optional*, defaults to `736`): The shorter side that smaller pictures are enlarged to.
     """
 
     default_name = "ocr"
@@ -91,7 +88,6 @@ def quoted_text(prompt: str) -> str | None:
 
 
 def text_score(target: str, read: str) -> float:
-    """1 if `target` is in `read`, and less the more characters of all that is read differ from it."""
     distance = require("rapidfuzz.distance", "ocr").Levenshtein.distance
     target, read = _plain(target), _plain(read)
     if target in read:

@@ -33,15 +33,13 @@ _LIMITS = ("--max_batch_size", "1000000", "--max_image_pixels", "100000000", "--
 @dataclass(frozen=True)
 class RemoteReward(Reward):
     """
-    Asks a server that `slas-trl serve-reward` runs. The scores, to the bit, and the errors are those of the reward
-    there. While the server is away or full, it is asked again, for about two minutes with the default of `retries`.
-    May be called from several threads.
+    Asks a server that `slas-trl serve-reward` runs: scores, to the bit, and errors are those of the reward there.
+    While the server is away or full, it is asked again, for about two minutes with the default of `retries`.
 
     Args:
         url (`str`): The server's, as it prints it: http://127.0.0.1:8000.
         token (`str`, *optional*): By default that in the environment, as `SLAS_TRL_REWARD_TOKEN`.
-        timeout (`float`, *optional*, defaults to `300`): Seconds for one attempt, with the wait in the server's queue.
-        retries (`int`, *optional*, defaults to `10`): Further attempts after the first.
+        timeout, retries (*optional*, default to `300`, `10`): Seconds for an attempt, and attempts after the first.
         columns (`str` or `list[str]`, *optional*):
             Columns to send, as a list or "first+second"; "" sends none. By default all: values that JSON has, images.
 
@@ -85,7 +83,6 @@ class RemoteReward(Reward):
         )
 
     def _encoded(self, columns: dict[str, Any]) -> dict[str, list[Any]]:
-        """The columns to send, as JSON."""
         columns = {k: v for k, v in columns.items() if isinstance(v, (list, tuple)) and k != "completions"}
         names = self.columns.split("+") if isinstance(self.columns, str) else self.columns
         encoded = {}
@@ -133,14 +130,12 @@ remote = RemoteReward
 @dataclass(frozen=True)
 class ProcessReward(Reward):
     """
-    Runs `slas-trl serve-reward` at a free port of this machine, from the first call until this process ends, and asks
-    it as [`~slas_trl.rewards.RemoteReward`] does, one batch at a time. If the process dies or does not answer in time,
-    it is started again, and the batch tried once more. Rewards with a model run on this thread's GPU. The process
-    prints to this one's standard error.
+    Runs `slas-trl serve-reward` on this machine, from the first call until this process ends, and asks it one batch at
+    a time. If it dies or does not answer in time, it is started again, and the batch tried once more. Rewards with a
+    model run on this thread's GPU. What it prints goes to this process' standard error.
 
     Args:
-        reward (`str`):
-            A reward by name, with its options. Other users can see it, so keys belong in the environment.
+        reward (`str`): By name, with its options. Other users can see it, so keys belong in the environment.
         timeout (`float`, *optional*, defaults to `600`): Seconds for a start, and for a call.
 
     Raises:
@@ -202,10 +197,10 @@ class ProcessReward(Reward):
 
 @dataclass
 class _Running:
-    """What a reward keeps of its process: how to ask it, and what ends it."""
+    """What a reward keeps of its process."""
 
     remote: RemoteReward | None = None
-    end: Any = None
+    end: Any = None  # kills it
     lock: Any = field(default_factory=threading.Lock)
 
 

@@ -1,7 +1,4 @@
-"""
-The server of `slas-trl serve-reward`: `GET /health` says which reward this is and what the limits are; `POST /score`
-takes and answers what `wire.py` describes. An error is `{"detail": message}`, and the server lives on.
-"""
+"""The server of `slas-trl serve-reward`. An error is `{"detail": message}`, and the server lives on."""
 
 import asyncio
 import hmac
@@ -28,8 +25,6 @@ logger = logging.get_logger(__name__)
 
 
 class ScoreRequest(BaseModel):
-    """What is scored: as it came, and with pictures once it has been decoded."""
-
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
     id: str = Field(min_length=1, max_length=200)
     prompts: list[str] = Field(min_length=1)

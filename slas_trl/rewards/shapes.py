@@ -1,8 +1,6 @@
-"""
-Rewards for pictures of the shapes world: its exact verifier, a learned reward that can be fooled, and a spurious one.
-"""
+"""Rewards for pictures of the shapes world: its exact verifier, a learned one that can be fooled, a spurious one."""
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -14,17 +12,12 @@ from .base import check_pairs, describe, load_pretrained
 from .clip import ClipEncoder
 
 
-_MAX_TOKENS = 16  # what the encoder was trained with
-_BATCH = 256  # pictures at a time
 _PLAIN = "everything outside its world of plain shapes"
 
 
 @describe("the share of its prompt's demands that a picture of shapes meets, exactly", _PLAIN)
 def shapes_verifier(prompts: list[str], images: list[Image.Image], **columns: Any) -> list[float | None]:
-    """
-    Share of its prompt's demands that a picture of any size meets, in [0, 1], see
-    [`~slas_trl.shapes.verifier.verify`], which raises `ValueError` for a prompt that is not of this world.
-    """
+    """Share of its prompt's demands that a picture meets, in [0, 1], by [`~slas_trl.shapes.verifier.verify`]."""
     return [verdict.graded for verdict in verifier.verify(prompts, images)]
 
 
@@ -36,10 +29,7 @@ def shapes_verifier_strict(prompts: list[str], images: list[Image.Image], **colu
 
 @describe("how much of a picture is colored", "everything else, the prompt included")
 def shapes_coloured_area(prompts: list[str], images: list[Image.Image], **columns: Any) -> list[float | None]:
-    """
-    Share of a picture's pixels that are colored, in [0, 1]: nothing that a prompt asks for, so what a policy gains
-    here beside another reward shows how far it follows spurious differences.
-    """
+    """Share of the pixels that are colored, in [0, 1], which no prompt asks for: a gain shows spurious differences."""
     return verifier.colored(verifier.to_pixels(images)).mean((1, 2)).tolist()
 
 
@@ -53,7 +43,7 @@ def shapes_clip(prompts: list[str], images: list[Image.Image], **columns: Any) -
     world with some wrong captions. It comes with the package, runs in float32 on the CPU, and reads 16 tokens.
     """
     check_pairs(prompts, images)
-    return _encoder().cosines(prompts, images, _BATCH).tolist() if images else []
+    return _encoder().cosines(prompts, images, 256).tolist() if images else []
 
 
 @cache
@@ -64,13 +54,11 @@ def _encoder() -> ClipEncoder:
     with quiet():
         model = load_pretrained(CLIPModel, folder, torch.float32)
     tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    # Padding is not masked, as in its training.
-    options = {"padding": "max_length", "max_length": _MAX_TOKENS, "truncation": True, "return_attention_mask": False}
+    # As in its training: 16 tokens, of which padding is not masked.
+    options = {"padding": "max_length", "max_length": 16, "truncation": True, "return_attention_mask": False}
+    tokenize = partial(tokenizer, return_tensors="pt", return_token_type_ids=False, **options)
 
     def prepare(images: list[Image.Image]) -> torch.Tensor:
         return torch.from_numpy(verifier.to_pixels(images)).permute(0, 3, 1, 2).float() / 255 * 2 - 1
-
-    def tokenize(texts: list[str]) -> Any:
-        return tokenizer(texts, return_tensors="pt", return_token_type_ids=False, **options)
 
     return ClipEncoder(model, prepare, tokenize)

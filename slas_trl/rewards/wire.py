@@ -1,11 +1,11 @@
 """
-Pictures and columns as JSON, between [`~slas_trl.rewards.RemoteReward`] and `slas-trl serve-reward`: PNG in base64,
-and nothing that would have to be unpickled.
+Pictures and columns as JSON, between [`~slas_trl.rewards.RemoteReward`] and `slas-trl serve-reward`:
 
+    GET /health     which reward this is, and the limits
     POST /score     {"id": text, "prompts": [text], "images": [base64], "columns": {name: [value]}}
     answer          {"id": text, "scores": [number or null]}, or an object of such lists for components
 
-A video is a list of pictures, and a picture within a column is {"image/png": base64}.
+Pictures are PNG files, a video is a list of them, and within a column they are {"image/png": base64}.
 """
 
 import base64
@@ -75,7 +75,7 @@ def _marked(picture: Any) -> dict[str, str]:
 
 
 def decode_picture(text: Any, where: str, opened: list[Image.Image]) -> Any:
-    """A picture, or a list of them for a video. Only the headers are read; the pictures are added to `opened`."""
+    """A picture, or a list of them for a video, of which only headers are read; also added to `opened`."""
     if isinstance(text, list):
         return [decode_picture(frame, where, opened) for frame in text]
     try:

@@ -7,13 +7,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-
-from slas_trl.rewards.server import make_app
-from slas_trl.rewards.wire import Limits
-from slas_trl.scripts.serve_reward import listen
 
 
 ROOT = Path(__file__).parents[2]
@@ -47,11 +43,6 @@ class ServedProcess:
         assert found, line + self.log.read_text()
         self.name, self.url, self.port = found[1], found[2], int(found[3])
 
-    def stop(self) -> int:
-        """Its status, once it has ended."""
-        self.process.terminate()
-        return self.process.wait(20)
-
     def kill(self) -> None:
         self.process.kill()
         self.process.communicate()
@@ -67,6 +58,10 @@ class ServedProcess:
 def served(reward, token: str | None = None, **limits: int) -> Iterator[str]:
     """The URL of a reward that is served by a thread."""
     import uvicorn
+
+    from slas_trl.rewards.server import make_app
+    from slas_trl.rewards.wire import Limits
+    from slas_trl.scripts.serve_reward import listen
 
     listener = listen("127.0.0.1", 0)
     listener.listen()
@@ -84,8 +79,8 @@ def served(reward, token: str | None = None, **limits: int) -> Iterator[str]:
 
 class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        self.server.seen += 1
-        status, body, *headers = self.server.answers[min(self.server.seen, len(self.server.answers)) - 1]
+        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        status, body, *headers = self.server.answer(self.path, self.headers, content)
         if status is None:
             time.sleep(body)
             return
@@ -95,22 +90,26 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.do_GET()
+    do_POST = do_GET
 
     def log_message(self, *args):
         pass
 
 
 @contextlib.contextmanager
-def answering(*answers: tuple) -> Iterator[ThreadingHTTPServer]:
+def answering(*answers: tuple | Callable) -> Iterator[ThreadingHTTPServer]:
     """
     A server that gives these answers, the last one again and again: (status, body, header...), or (`None`, seconds)
-    for none at all. `seen` is the number of requests.
+    for none at all; or what a function of path, headers and body returns. `seen` is the number of requests.
     """
+
+    def answer(*request):
+        server.seen += 1
+        given = answers[min(server.seen, len(answers)) - 1]
+        return given(*request) if callable(given) else given
+
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.seen, server.answers, server.url = 0, answers, f"http://127.0.0.1:{server.server_address[1]}"
+    server.seen, server.answer, server.url = 0, answer, f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield server

@@ -3,20 +3,21 @@
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from slas_trl import rewards
 from slas_trl.rewards import Aesthetic
 from slas_trl.rewards.resolve import resolve_reward
-from tests.rewards.tiny_models import deep, head_shapes, pictures, random_weights, save_clip
+from tests.rewards.tiny_clips import save_transformers_clip
+from tests.rewards.tiny_models import deep, head_shapes, pictures, random_weights
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """A folder with CLIP and the head, CLIP itself, and the head's tensors."""
     folder = tmp_path_factory.mktemp("aesthetic")
-    clip = save_clip(folder, width=48)
-    head = random_weights(head_shapes(48))
+    clip = CLIPModel.from_pretrained(save_transformers_clip(folder)).requires_grad_(False)
+    head = random_weights(head_shapes(16))
     torch.save(head, folder / "aesthetic-model.pth")
     return folder, clip, head
 
@@ -35,7 +36,7 @@ def expected_scores(folder, clip, head, images):
     return scores
 
 
-def test_features_of_clip_and_a_linear_head(published):
+def test_features_of_clip_and_a_linear_head(published, tmp_path):
     folder, clip, head = published
     images = pictures()
     expected = expected_scores(folder, clip, head, images)
@@ -50,33 +51,16 @@ def test_features_of_clip_and_a_linear_head(published):
     assert half != scores and half == pytest.approx(scores, abs=0.01)
     assert reward([""], [deep(images[1])]) == reward([""], [images[1].convert("L")])
     assert reward([], []) == []
+    torch.save(head, file := tmp_path / "sac+logos+ava1-l14-linearMSE.pth")  # a head in a file of its own
+    by_name = resolve_reward(f"aesthetic:model={folder},head={file}")
+    assert by_name([""], images[:1]) == reward([""], images[:1]) and by_name.__name__ == "aesthetic"
 
 
-def test_a_head_in_a_file_of_its_own(published, tmp_path):
+def test_what_is_not_there_and_what_does_not_fit(published, tmp_path):
     folder, _, head = published
-    torch.save(head, tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
-    images = pictures()[:2]
-    reward = resolve_reward(f"aesthetic:model={folder},head={tmp_path / 'sac+logos+ava1-l14-linearMSE.pth'}")
-    assert reward(["", ""], images) == Aesthetic(str(folder), str(folder))(["", ""], images)
-    assert reward.__name__ == "aesthetic"
-
-
-def test_what_is_not_there(published, monkeypatch, tmp_path):
-    folder, *_ = published
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    image = Image.new("RGB", (8, 8))
-    with pytest.raises(FileNotFoundError, match="hf download trl-lib/ddpo-aesthetic-predictor aesthetic-model.pth"):
-        rewards.aesthetic(["a cat"], [image])
-    with pytest.raises(FileNotFoundError, match="hf download openai/clip-vit-large-patch14"):
-        Aesthetic(head=str(folder))([""], [image])
-    for model, head in ((folder, tmp_path), (folder, tmp_path / "head.pth"), (tmp_path, folder)):
+    for model, place in ((folder, tmp_path), (folder, tmp_path / "head.pth"), (tmp_path, folder)):
         with pytest.raises(FileNotFoundError, match=f"{tmp_path}.*Check the path"):
-            Aesthetic(str(model), str(head))([""], [image])
-
-
-def test_what_does_not_fit_is_not_used(published, tmp_path):
-    folder, _, head = published
+            Aesthetic(str(model), str(place))([""], [Image.new("RGB", (8, 8))])
     torch.save({**head, "layers.8.weight": torch.ones(1, 1)}, tmp_path / "long.pth")
     with pytest.raises(ValueError, match=r"five linear layers.*8\.weight"):
         Aesthetic(str(folder), str(tmp_path / "long.pth"))([""], [Image.new("RGB", (8, 8))])

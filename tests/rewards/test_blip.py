@@ -121,7 +121,7 @@ def test_scores_are_those_of_its_own_package(folder, original, monkeypatch):
 @pytest.mark.rewards
 def test_full_size_scores_are_those_of_its_own_package(tmp_path, original, monkeypatch):
     save_bert_tokenizer(tmp_path)
-    weights = image_reward_weights(**PUBLISHED)
+    weights = image_reward_weights(PUBLISHED)
     assert sum(tensor.nbytes for tensor in weights.values()) == pytest.approx(1.79e9, rel=0.005)  # as it is published
     scorer = original_scorer(original, tmp_path, monkeypatch, weights)
     torch.save(weights, tmp_path / "ImageReward.pt")
@@ -142,12 +142,11 @@ def test_scores_are_those_recorded(folder):
 @pytest.mark.rewards
 def test_preprocessing_is_that_of_its_own_package():
     transforms = pytest.importorskip("torchvision.transforms")
-    clip = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     steps = [
         transforms.Resize(224, interpolation=transforms.InterpolationMode.BICUBIC),
         transforms.CenterCrop(224),
         transforms.ToTensor(),
-        transforms.Normalize(*clip),
+        transforms.Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     ]
     for image in pictures([(w, h) for w in (224, 225, 227, 511, 1024) for h in (224, 226, 230, 337, 95)]):
         assert torch.equal(to_pixels(image, 224), transforms.Compose(steps)(image)), image.size
@@ -161,8 +160,6 @@ def test_prompt_and_picture_both_count(folder):
     grays = [deep(images[1]), images[1].convert("L").convert("RGBA")]
     assert score(folder, ["a cat"] * 2, grays) == score(folder, ["a cat"] * 2, [images[1].convert("L")] * 2)
 
-
-def test_by_name(folder):
     reward = resolve_reward(f"image_reward:model={folder / 'ImageReward.pt'},tokenizer={folder},batch_size=2")
     scores = reward(PROMPTS, pictures(), completions=pictures(), category=["colors"] * 6)
     assert scores == score(folder, batch_size=2) == pytest.approx(score(folder), abs=1e-5)
@@ -171,26 +168,12 @@ def test_by_name(folder):
     assert half != scores and half == pytest.approx(scores, abs=0.1)
 
 
-def test_what_is_not_there(folder, monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    for reward, command in (
-        (ImageReward(tokenizer=str(folder)), "zai-org/ImageReward ImageReward.pt"),
-        (ImageReward(str(folder)), "google-bert/bert-base-uncased vocab.txt"),
-    ):
-        with pytest.raises(FileNotFoundError, match=f"hf download {command}"):
-            reward(["a cat"], [Image.new("RGB", (8, 8))])
-
-
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("blip.visual_encoder.blocks.1.attn.qkv.bias", None, r"layers\.1\.self_attn\.qkv"),
-        ("blip.text_encoder.encoder.layer.1.output.dense.bias", None, "output.dense.bias"),
-        ("mlp.layers.7.bias", None, r"7\.bias"),
         ("blip.visual_encoder.extra", torch.ones(1), "extra"),
         ("mlp.layers.7.weight", torch.ones(1, 8), "size mismatch"),
-        ("mlp.layers.7.weight", object, "weights"),
     ],
 )
 def test_what_does_not_fit_is_not_used(folder, tmp_path, name, value, message):

@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, CLIPProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from slas_trl.rewards import ClipScore, PickScore, clip_score, pick_score
+from slas_trl.rewards import ClipScore, HPSv2, PickScore, clip_score, pick_score
 from slas_trl.rewards.clip import load_clip
 from slas_trl.rewards.resolve import resolve_reward
 from tests.rewards.tiny_clips import (
@@ -62,18 +62,11 @@ def pick_score_folders(tmp_path_factory) -> tuple[str, str]:
     return str(model), str(processor)
 
 
-def test_defaults():
-    assert resolve_reward("pick_score") == pick_score and pick_score.__name__ == "pick_score"
-    assert (clip_score.model, clip_score.__name__) == ("openai/clip-vit-large-patch14", "clip_score")
-    paper = resolve_reward("clip_score:model=apple/DFN5B-CLIP-ViT-H-14-378,device=cpu")
-    assert paper == ClipScore("apple/DFN5B-CLIP-ViT-H-14-378", device="cpu")
-
-
 @pytest.mark.parametrize(("option", "value"), [("device", "gpu"), ("dtype", "int8")])
 def test_options_of_all_models_are_checked_before_one_is_loaded(option, value):
     with pytest.raises(ValueError, match=value):
         resolve_reward(f"clip_score:{option}={value}")
-    assert ClipScore(device="cuda:7").device == "cuda:7"  # whether there is one is seen where it runs
+    assert resolve_reward("clip_score:device=cuda:7") == ClipScore(device="cuda:7")  # seen where it runs
 
 
 def test_cosine_of_transformers(transformers_clip):
@@ -93,8 +86,7 @@ def test_cosine_of_transformers(transformers_clip):
     assert all(isinstance(score, float) and abs(score) <= 1 for score in scores)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_pick_score_of_its_authors(pick_score_folders, batch_size):
+def test_pick_score_of_its_authors(pick_score_folders):
     model = CLIPModel.from_pretrained(pick_score_folders[0]).eval()
     images = CLIPImageProcessorPil.from_pretrained(pick_score_folders[1])
     processor = CLIPProcessor(images, clip_tokenizer())
@@ -105,15 +97,11 @@ def test_pick_score_of_its_authors(pick_score_folders, batch_size):
         with torch.no_grad():
             out = model(**inputs)
         expected.append(out.logits_per_image.item())  # exp(logit_scale) times the cosine
-    scores = PickScore(*pick_score_folders, batch_size=batch_size)(PROMPTS, IMAGES)
+    scores = PickScore(*pick_score_folders, batch_size=4)(PROMPTS, IMAGES)
     # To 1e-6 of the cosine: the scale is 100.
     assert [score / 100 for score in scores] == pytest.approx([score / 100 for score in expected], abs=1e-6)
     assert max(scores) - min(scores) > 3
-    assert all(isinstance(score, float) for score in scores)
-    by_name = resolve_reward(
-        f"pick_score:model={pick_score_folders[0]},processor={pick_score_folders[1]},batch_size={batch_size}"
-    )
-    assert by_name(PROMPTS, IMAGES) == scores
+    assert all(isinstance(score, float) for score in scores) and pick_score.__name__ == "pick_score"
 
 
 @pytest.mark.rewards
@@ -148,7 +136,7 @@ def test_architectures_of_open_clip_have_their_weights_named(open_clip_folder, t
     named = ClipScore("ViT-tiny", str(weights))(PROMPTS, IMAGES)
     assert named != ClipScore(open_clip_folder)(PROMPTS, IMAGES)  # other preprocessing
     assert len(set(named)) == len(named)
-    # The activation function of weights that open_clip knows is theirs, whatever the architecture has.
+    # The activation function of weights that open_clip knows is theirs.
     for name in ("ViT-gelu", "ViT-any"):
         monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, {**config, "quick_gelu": False})
     assert ClipScore("ViT-gelu", str(weights))(PROMPTS, IMAGES) != named
@@ -179,7 +167,6 @@ def test_a_prompt_is_embedded_once_for_all_its_images(transformers_clip):
 
 
 def test_threads_share_a_model(transformers_clip):
-    """As rewards do that are scored at the same time."""
     reward = ClipScore(transformers_clip)
     prompts = [[f"{letter} {prompt}" for prompt in PROMPTS] for letter in "abcdefgh"]
     with ThreadPoolExecutor(8) as pool:
@@ -188,7 +175,6 @@ def test_threads_share_a_model(transformers_clip):
 
 
 def test_what_makes_no_difference(transformers_clip):
-    """16 bits of gray, and a training step's autocast; but a coarser model does."""
     reward = ClipScore(transformers_clip)
     assert reward(PROMPTS, [deep(image) for image in IMAGES]) == reward(PROMPTS, [i.convert("L") for i in IMAGES])
     expected = reward(PROMPTS, IMAGES)
@@ -218,75 +204,77 @@ def test_what_is_no_clip_is_refused(tmp_path, transformers_clip):
 
 
 @pytest.mark.rewards
-@pytest.mark.parametrize("kind", ["transformers", "open_clip"])
-def test_nothing_but_tensors_is_unpickled(kind, tmp_path, monkeypatch, request):
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("transformers_clip", "pytorch_model.bin"),
+        ("open_clip_folder", "open_clip_pytorch_model.bin"),
+        (None, "hps.pt"),
+    ],
+)
+def test_nothing_but_tensors_is_unpickled(source, name, old, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
-    source = Path(request.getfixturevalue("transformers_clip" if kind == "transformers" else "open_clip_folder"))
-    for path in source.iterdir():
+    for path in Path(request.getfixturevalue(source)).iterdir() if source else ():
         if path.suffix != ".safetensors":
             (tmp_path / path.name).symlink_to(path)
-    name = "pytorch_model.bin" if kind == "transformers" else "open_clip_pytorch_model.bin"
-    torch.save({"logit_scale": Harmful()}, tmp_path / name)
+    torch.save({"logit_scale": Harmful()}, tmp_path / name, _use_new_zipfile_serialization=not old)
+    reward = ClipScore(str(tmp_path)) if source else HPSv2(checkpoint=name)
     with pytest.raises((pickle.UnpicklingError, RuntimeError, ValueError), match="(?i)weights.only"):
-        ClipScore(str(tmp_path))(PROMPTS, IMAGES)
+        reward(PROMPTS, IMAGES)
     assert not (tmp_path / "unpickled").exists()
 
 
-def run(code: str, names: list[str], **environ: str) -> dict:
-    """In a process of its own: what is installed, and whether there is a network, is looked at on import."""
-    code = f"""
-import json, sys
-{code}
-from slas_trl.rewards.resolve import resolve_reward
-from tests.rewards.tiny_clips import picture
-from tests.rewards.test_clip import IMAGES, PROMPTS
-said = {{}}
-for name in json.loads(sys.argv[1]):
-    try:
-        said[name] = resolve_reward(name)(PROMPTS, IMAGES)
-    except Exception as error:
-        said[name] = f"{{type(error).__name__}}: {{error}}"
-print(json.dumps(said))
-"""
-    command, environ = [sys.executable, "-c", code, json.dumps(names)], {**os.environ, **environ}
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.mark.rewards
-def test_offline(tmp_path, transformers_clip, open_clip_folder):
+def test_offline(tmp_path, monkeypatch, transformers_clip, open_clip_folder):
     """From the cache where it is there; and otherwise, which repository goes where."""
-    in_hub_cache(tmp_path, "someone/clip", Path(transformers_clip))
-    in_hub_cache(tmp_path, "someone/open-clip", Path(open_clip_folder))
-    config_alone = tmp_path / "config"
-    config_alone.mkdir()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for repository, folder in {"someone/clip": transformers_clip, "someone/open-clip": open_clip_folder}.items():
+        in_hub_cache(tmp_path, repository, Path(folder))
+        assert ClipScore(repository)(PROMPTS, IMAGES) == ClipScore(folder)(PROMPTS, IMAGES)
+    (config_alone := tmp_path / "config").mkdir()
     (config_alone / "open_clip_config.json").symlink_to(Path(open_clip_folder) / "open_clip_config.json")
     in_hub_cache(tmp_path, "someone/half-of-it", config_alone)
-    missing = {
+    (head := tmp_path / "head.pth").touch()
+    for name, files in {
         "clip_score": "openai/clip-vit-large-patch14",
         "clip_score:model=someone/half-of-it": "someone/half-of-it",
         "clip_score:model=ViT-B-32,pretrained=laion2b_s34b_b79k": "laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
         "pick_score:model=someone/clip": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
         "hpsv2": "xswu/HPSv2 HPS_v2.1_compressed.pt",
-    }
-    names = ["clip_score:model=someone/clip", "clip_score:model=someone/open-clip", *missing]
-    environ = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
-    said = run("", names, **environ)
-    assert said["clip_score:model=someone/clip"] == ClipScore(transformers_clip)(PROMPTS, IMAGES)
-    assert said["clip_score:model=someone/open-clip"] == ClipScore(open_clip_folder)(PROMPTS, IMAGES)
-    for name, files in missing.items():
-        assert said[name].startswith("FileNotFoundError: "), said[name]
-        assert f"`hf download {files}`" in said[name]
+        "aesthetic": "trl-lib/ddpo-aesthetic-predictor aesthetic-model.pth",
+        f"aesthetic:head={head}": "openai/clip-vit-large-patch14",
+        "image_reward": "zai-org/ImageReward ImageReward.pt",
+        f"image_reward:model={head}": "google-bert/bert-base-uncased vocab.txt",
+        "object_detector:model=nobody/nothing": "nobody/nothing",
+    }.items():
+        with pytest.raises(FileNotFoundError, match=f"`hf download {files}`"):
+            resolve_reward(name)(PROMPTS, IMAGES, include=[[{"class": "cat"}]] * 6)
 
 
 @pytest.mark.slow
 def test_without_the_optional_packages(transformers_clip, tmp_path):
     """The same scores without torchvision; and without open_clip, the command that installs it."""
     (tmp_path / "open_clip_config.json").write_text("{}", encoding="utf-8")
-    kinds = [f"clip_score:model={transformers_clip}", f"clip_score:model={tmp_path}", "clip_score:model=ViT-B-32"]
-    said = run("sys.modules.update(torchvision=None, open_clip=None, timm=None)", [*kinds, "hpsv2"])
-    assert said[kinds[0]] == ClipScore(transformers_clip)(PROMPTS, IMAGES)
-    for name in [*kinds[1:], "hpsv2"]:
-        assert said[name].startswith("ImportError: The package open_clip is needed")
-        assert 'pip install "slas-trl[rewards]"' in said[name]
+    (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))
+    for i, image in enumerate(IMAGES):
+        image.save(tmp_path / f"{i}.png")
+    code = f"""
+import json, sys
+sys.modules.update(torchvision=None, open_clip=None, timm=None)
+from PIL import Image
+from slas_trl.rewards.resolve import resolve_reward
+prompts, images = json.load(open("prompts.json")), [Image.open(f"{{i}}.png") for i in range(6)]
+print(json.dumps(resolve_reward("clip_score:model={transformers_clip}")(prompts, images)))
+for name in ("clip_score:model={tmp_path}", "clip_score:model=ViT-B-32", "hpsv2"):
+    try:
+        resolve_reward(name)(prompts, images)
+    except ImportError as error:
+        print(error)
+"""
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    printed = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, env=environ, text=True, timeout=300)
+    scores, *errors = printed.splitlines()
+    assert json.loads(scores) == ClipScore(transformers_clip)(PROMPTS, IMAGES) and len(errors) == 3
+    assert all("The package open_clip is needed" in said and "slas-trl[rewards]" in said for said in errors)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from slas_trl.rewards.geneval import Detection, canonical, judge, read_specification, relations
+from slas_trl.rewards.geneval import Detection, judge, read_specification, relations
 
 
 def at(label: str, x: float = 50, y: float = 50, score: float = 0.95, size: float = 10) -> Detection:
@@ -28,27 +28,20 @@ LEFT_CAT = {"class": "cat", "count": 1, "position": ["left of", 0]}
 LEFT = {"include": [{"class": "dog", "count": 1}, LEFT_CAT], "tag": "position"}
 
 
-def test_presence():
-    assert judged(DOG, at("dog"), at("cat")) == (1, True)
-    assert judged(DOG, at("cat")) == judged(DOG) == (0, False)
-    assert judged(TWO, at("dog")) == (0.5, False)
-
-
-def test_confidence_must_exceed_the_threshold():
+def test_confident_objects_are_counted():
     assert judged(DOG, at("dog", score=0.31)) == (1, True)
     assert judged(DOG, at("dog", score=0.3)) == (0, False)
     # Where numbers are asked for, GenEval counts sure detections only.
     assert judged(CLOCKS, *[at("clock", score=0.91)] * 3, at("clock", score=0.9)) == (1, True)
-    strict = read_specification(DOG)
-    assert judge(strict, [at("dog", score=0.31)], no_colors, threshold=0.5) == (0, False)
-
-
-def test_counting():
+    assert judge(read_specification(DOG), [at("dog", score=0.31)], no_colors, threshold=0.5) == (0, False)
     shares = [judged(CLOCKS, *[at("clock")] * n) for n in range(8)]
     assert shares == [(s, n == 3) for n, s in enumerate([0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3, 0, 0])]
 
 
 def test_more_than_asked_for_is_right_for_geneval_and_not_for_the_share():
+    assert judged(DOG, at("dog"), at("cat")) == (1, True)
+    assert judged(DOG, at("cat")) == judged(DOG) == (0, False)
+    assert judged(TWO, at("dog")) == (0.5, False)
     # GenEval asks for "at least", which a policy learns to exploit; Flow-GRPO's grading is exact.
     assert judged(DOG, at("dog"), at("dog")) == (0, True)
     assert judged(TWO, at("dog"), at("cat"), at("cat"), at("cat")) == (0.5, True)
@@ -74,15 +67,9 @@ def test_colors():
     two = {"include": [{"class": "dog", "count": 2, "color": "red"}], "tag": "colors"}
     assert judged(two, at("dog"), at("dog"), colors=lambda group: ["red", "blue"]) == (0.75, False)
     assert judged(two, at("dog")) == (0.25, False)
-
-
-def test_colors_are_those_of_the_most_confident_objects():
-    def colors(group):
-        return ["red" if one.score > 0.9 else "blue" for one in group]
-
-    sure, unsure = at("dog", score=0.95), at("dog", score=0.5)
-    assert judged(RED_DOG, unsure, sure, colors=colors)[1]
-    assert not judged(RED_DOG, unsure, at("dog", score=0.8), colors=colors)[1]
+    # Those of the most confident objects count.
+    unsure, sure = at("dog", score=0.5), at("dog", score=0.8)
+    assert judged(RED_DOG, unsure, sure, colors=lambda group: ["red" if one is sure else "blue" for one in group])[1]
 
 
 @pytest.mark.parametrize(
@@ -128,15 +115,13 @@ def test_position_of_several_is_that_of_all():
     [("computer mouse", "mouse"), ("tv", "tvmonitor"), ("teddy bear", "Teddy_Bear"), ("cell phone", "Mobile phone")],
 )
 def test_classes_go_by_several_names(asked, label):
-    assert canonical(asked) == canonical(label)
     assert judged({"include": [{"class": asked, "count": 1}]}, at(label)) == (1, True)
 
 
 def test_rows_as_tables_give_them():
     entry = {"class": "dog", "count": None, "color": None, "position": None, "another": None}
-    assert read_specification({"include": [entry], "exclude": None, "tag": None}) == read_specification(
-        {"include": [{"class": "dog"}]}
-    )
+    plain = read_specification({"include": [{"class": "dog"}]})
+    assert read_specification({"include": [entry], "exclude": None, "tag": None}) == plain
     assert read_specification(json.dumps(LEFT)) == read_specification(LEFT)
     text = {"include": [{"class": "dog"}, {"class": "cat", "position": ["left of", "0"]}]}
     assert read_specification(text) == read_specification({**LEFT, "tag": None})

@@ -12,9 +12,6 @@ from slas_trl.rewards.http import AnswerError, Endpoint, check_url, is_loopback
 from tests.rewards.serving import answering
 
 
-pytest.importorskip("fastapi")
-
-
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
     monkeypatch.setattr("slas_trl.rewards.http._FIRST_WAIT", 0.01)
@@ -43,7 +40,7 @@ def test_it_is_not_asked_again_where_there_is_none(status):
     assert server.seen == 1 and error.value.status == status
 
 
-@pytest.mark.parametrize("answer", [b"", b"<html>", b"{", b"[" * 50_000])
+@pytest.mark.parametrize("answer", [b"", b"<html>", b"[" * 50_000])
 def test_answers_that_are_no_json(answer):
     with answering((200, answer)) as server, pytest.raises(ValueError, match=f"{server.url} answered something else"):
         ask(server.url)
@@ -75,8 +72,5 @@ def test_what_is_no_url(url):
     with pytest.raises(ValueError, match="url") as error:
         check_url(url, "taste")
     assert "pa55" not in str(error.value)
-
-
-def test_what_is_right():
     assert check_url("http://host:80/v1/", "taste") == "http://host:80/v1"
     assert all(map(is_loopback, ("localhost", "127.0.0.1", "::1"))) and not is_loopback("example.org")

