@@ -165,6 +165,8 @@ def hub_file(place: str, file: str) -> Path:
     if path.is_file():
         return path
     with from_hub(place, file):
+        if Path(place).is_dir():
+            raise FileNotFoundError("it is not in this folder.")
         return Path(hf_hub_download(place, file))
 
 

@@ -5,7 +5,7 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import exp
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ UNIFIED_REWARD_PROMPT = _FILE.read_text(encoding="utf-8").removesuffix("\n")
 
 _AXES = ("alignment", "coherence", "style")
 _MAX_FAILED_CALLS = 5  # in a row, in which no image had a score
+_LEAST_MASS = 0.1  # of yes and no together, below which their tokens are parts of words
 _REFUSED = (400, 413, 422, 451)  # what servers answer to one image: their policy, its size; not a wrong key or address
 _CUT = re.compile(r"(?i)length|max_tokens|filter|error|abort")  # how answers end that are not whole
 _THOUGHT = re.compile(r"(?is)\A.*[<◁]/think\w*[>▷]|[<◁]think\w*[>▷].*")
@@ -120,6 +121,8 @@ class VLMJudge(Reward):
             raise ValueError(f"answer of {name} must be one of {', '.join(_ANSWERS)}, but it is {self.answer!r}.")
         if (self.low is None) != (self.high is None):
             raise ValueError(f"{name} needs low and high, or neither, but they are {self.low} and {self.high}.")
+        if self.low is not None and self.high is not None and self.low >= self.high:
+            raise ValueError(f"low of {name} must be below high, but they are {self.low} and {self.high}.")
         if "{prompt}" not in self._text():
             raise ValueError(f"template of {name} has no {{prompt}} in it: {self._text()[:200]!r}.")
         self._extra()
@@ -132,10 +135,11 @@ class VLMJudge(Reward):
         results: list[Any] = []  # as they come
 
         def ask(prompt: str, image: Image.Image) -> Any:
-            if results and all(isinstance(result, RewardUnavailableError) for result in results):
-                return results[0]  # it is the server, not the image
+            # If nothing was answered yet, one attempt shows whether it is the image or the server.
+            is_away = bool(results) and all(isinstance(result, RewardUnavailableError) for result in results)
+            asked = replace(endpoint, retries=0) if is_away else endpoint
             try:
-                result = endpoint.request(self._read, self._body(template.replace("{prompt}", prompt), image, extra))
+                result = asked.request(self._read, self._body(template.replace("{prompt}", prompt), image, extra))
             except (RewardUnavailableError, _NoScoreError, AnswerError) as error:
                 if isinstance(error, AnswerError) and error.status not in _REFUSED:
                     raise
@@ -218,7 +222,7 @@ class VLMJudge(Reward):
         if said not in ({"yes"}, {"no"}):
             raise _NoScoreError(f"One is {text[:200]!r}; expected yes or no.")
         mass = _probabilities(logprobs, text, found[-1][1])
-        if (total := mass["yes"] + mass["no"]) > 0:  # NaN is not
+        if (total := mass["yes"] + mass["no"]) >= _LEAST_MASS:  # NaN is not
             return mass["yes"] / total
         logger.warning_once(f"{self.__name__}: {self.model} gives no log-probabilities; yes and no count as 1 and 0.")
         return float(said == {"yes"})
@@ -284,9 +288,9 @@ def _probabilities(logprobs: Any, text: str, place: int) -> dict[str, float]:
         for token in logprobs["content"]:  # which may begin with what a judge has thought
             if (place := place - len(token["token"])) < 0:
                 break
-        for word, probability in [(_word(one["token"]), exp(one["logprob"])) for one in token["top_logprobs"]]:
-            if word in mass:
-                mass[word] += probability
+        for one in token["top_logprobs"]:
+            if (word := _word(one["token"])) in mass and one["logprob"] is not None:  # null is what became of -inf
+                mass[word] += exp(min(one["logprob"], 0.0))
     return mass
 
 

@@ -9,7 +9,7 @@ import shutil
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -344,4 +344,6 @@ class BaseTrainer(Trainer, ABC):
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """An older checkpoint had the default of a setting that it does not know."""
-    return ", ".join(f"{name} {then[name]} -> {now[name]}" for name in now if then.get(name, now[name]) != now[name])
+    defaults = {field.name: field.default for field in fields(SLASConfig)}
+    then = {name: then.get(name, defaults.get(name, now[name])) for name in now}
+    return ", ".join(f"{name} {then[name]} -> {now[name]}" for name in now if then[name] != now[name])

@@ -155,7 +155,9 @@ def try_writing(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"0")
     except OSError as error:
-        raise OSError(f"The output_dir {str(folder)!r} cannot be written to ({error.strerror}).") from error
+        raise OSError(
+            f"The output_dir {str(folder)!r} cannot be written to ({error.strerror}); name another."
+        ) from error
 
 
 def lost(what: str, output_dir: Path, error: Exception) -> OSError:

@@ -39,6 +39,8 @@ def load_prompts(name_or_path: str, split: str = "train") -> Dataset:
     if path.suffix.lower() in SUFFIXES and not path.is_file():
         raise FileNotFoundError(f"There is no prompt file {str(path)!r}; check the path.")
     try:
+        if not name_or_path:
+            raise ValueError("the name is empty")
         data = _read(path) if path.is_file() else datasets.load_dataset(name_or_path, split=split)
     except Exception as error:  # from the Hub, the cache or the file: too many kinds to name
         expected = f"Expected a data set on the Hub, or a file ({', '.join(SUFFIXES)}) in UTF-8"
@@ -64,6 +66,8 @@ def _read(path: Path) -> Any:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return datasets.load_dataset("parquet", data_files=str(path), split="train")
+    if suffix not in SUFFIXES:
+        raise ValueError("the end of its name is of no format that is read")
     text = path.read_text(encoding="utf-8-sig")
     if "\0" in text:
         raise UnicodeError("it has zero bytes, as UTF-16 has")

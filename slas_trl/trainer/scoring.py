@@ -48,9 +48,12 @@ class RewardScorer:
     @property
     def options(self) -> list[int]:
         """A checksum of each reward's options, which may hold what is not to be written down."""
-        given = (f.keywords if isinstance(f, partial) else f for f in self.functions)
-        given = (repr(one) if isinstance(one, dict | Reward) else one.__module__ for one in given)
-        return [zlib.crc32(text.encode()) for text in given]
+        texts = []
+        for one in self.functions:
+            given = one.keywords if isinstance(one, partial) else vars(one) if isinstance(one, Reward) else {}
+            plain = {name: given[name] for name in sorted(given) if isinstance(given[name], str | int | float | None)}
+            texts.append(repr(plain) if given else one.__module__)
+        return [zlib.crc32(text.encode()) for text in texts]
 
     def check(self, data: Dataset) -> None:
         """Raises `TypeError` for a reward that cannot be called with prompts, images and the columns of `data`."""

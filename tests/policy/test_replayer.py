@@ -115,16 +115,6 @@ def test_other_noise_than_the_default(family, options, steps):
             replayer.replay(rollout, 3)
 
 
-def test_under_no_grad_there_is_no_graph():
-    replayer, rollout = replayer_and_rollout("sd3")
-    replayer.pipe.transformer.requires_grad_(True)
-    with torch.no_grad():
-        step = replayer.replay(rollout, 1)
-    assert not step.log_prob.requires_grad and not step.model_output.requires_grad
-    assert replayer.replay(rollout, 1).log_prob.requires_grad
-    assert not rollout.log_probs.requires_grad and not any(step.sample.requires_grad for step in rollout.steps)
-
-
 def test_the_gradient_is_that_of_a_step_of_sd3_written_out():
     pipe = sd3_pipeline()
     replayer = PipelineReplayer(pipe)
@@ -270,16 +260,6 @@ def test_with_a_noise_generator_each_a_sample_does_not_depend_on_its_batch(famil
     alone = replayer.sample(**call_of(family, prompt=PROMPTS[1:], generator=seeded(1)), noise_generator=seeded(11))
     for both, one in zip(together.steps, alone.steps, strict=True):
         torch.testing.assert_close(both.prev_sample[1:], one.prev_sample, rtol=1e-3, atol=1e-3)
-
-
-def test_prompts_may_come_as_embeddings():
-    pipe = sd_pipeline()
-    embeds, negative = pipe.encode_prompt(PROMPTS, "cpu", 1, True)
-    replayer = PipelineReplayer(pipe)
-    rollout = replayer.sample(**call_of("sd", prompt=None), prompt_embeds=embeds, negative_prompt_embeds=negative)
-    as_text = replayer.sample(**call_of("sd"))
-    assert torch.equal(rollout.log_probs, as_text.log_probs)
-    assert torch.equal(log_probs_of(replayer, rollout), rollout.log_probs)
 
 
 def test_as_many_noise_generators_as_images():

@@ -140,18 +140,6 @@ def test_standalone_in_a_pipeline(family):
     assert torch.equal(images(0.7), noisy) and not torch.equal(images(0.7, seed=1), noisy)
 
 
-def test_from_config_and_back():
-    stock = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, max_shift=0.9)
-    ours = FlowSDEScheduler.from_config(stock.config, noise_schedule="cps", noise_level=0.4)
-    assert ours.config.noise_schedule == "cps" and ours.config.noise_level == 0.4
-    assert {key: ours.config[key] for key in stock.config if not key.startswith("_")} == {
-        key: value for key, value in stock.config.items() if not key.startswith("_")
-    }
-    assert FlowSDEScheduler.from_config(ours.config).config.noise_schedule == "cps"
-    again = FlowMatchEulerDiscreteScheduler.from_config(ours.config)
-    assert type(again) is FlowMatchEulerDiscreteScheduler and again.config.max_shift == 0.9
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -168,18 +156,6 @@ def test_arguments_without_a_policy_are_refused(arguments):
         if "per_token_timesteps" in arguments:
             scheduler_with("flow_grpo").step(randn(1, 4, 4), 1000.0, randn(1, 4, 4), **arguments)
         FlowSDEScheduler(**arguments)
-
-
-def test_cps_with_level_1_is_stochastic_sampling():
-    """As the error message of `stochastic_sampling=True` says."""
-    stock = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
-    stock.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
-    ours = scheduler_with("cps", 1.0)
-    x, v = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)
-    for t in ours.timesteps:
-        expected = stock.step(v, t, x, generator=torch.Generator().manual_seed(2)).prev_sample
-        got = ours.step(v, t, x, generator=torch.Generator().manual_seed(2)).prev_sample
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_the_embedded_world():
         ("prompts.json", '[{"prompt": "a c', "cannot be read"),
         ("prompts.parquet", "a cat", "cannot be read"),
         ("prompts.csv", "prompt\na cat, asleep\n", "more fields than its header; quote"),
-        ("script.py", "a cat", "no column 'prompt'"),
+        ("script.py", "a cat", "of no format that is read"),
         ("prompts.jsonl", '{"caption": "a cat", "tag": "cat"}', r"no column 'prompt'.*\['caption', 'tag'\]"),
     ],
 )

@@ -4,6 +4,7 @@ import diffusers
 import transformers
 from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
 from diffusers.pipelines.prx.pipeline_prx import TextPreprocessor
+from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
 from tests.tiny_pipelines import clip_config, clip_tokenizer, t5_encoder, t5_tokenizer
 
@@ -183,7 +184,7 @@ def prx() -> diffusers.PRXPipeline:
         in_channels=4, context_in_dim=16, hidden_size=16, mlp_ratio=2.0, num_heads=2, depth=2, axes_dim=[4, 4]
     )
     config = transformers.T5GemmaModuleConfig(**DECODER, query_pre_attn_scalar=8)
-    t5_gemma = transformers.T5GemmaEncoder(transformers.T5GemmaConfig(encoder=config, decoder=config).encoder)
+    t5_gemma = T5GemmaEncoder(transformers.T5GemmaConfig(encoder=config, decoder=config).encoder)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     pipe = with_language_model(
         diffusers.PRXPipeline, filled(transformer), scheduler, t5_gemma, tokenizer=gemma_tokenizer()
