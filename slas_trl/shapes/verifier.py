@@ -75,31 +75,12 @@ class Verdict:
         return sum(self.demands.values()) / len(self.demands)
 
 
-def to_pixels(pictures: Sequence[Image.Image] | np.ndarray) -> np.ndarray:
+def to_pixels(pictures: Sequence[Image.Image]) -> np.ndarray:
     """
-    Bring pictures to what the verifier works on.
-
-    Args:
-        pictures (`Sequence[PIL.Image.Image]` or `np.ndarray`):
-            N images of any mode and size, resized to 32x32; or an array `(N, 32, 32, 3)`, floating point in [0, 1].
-
-    Returns `(N, 32, 32, 3)`, uint8; arrays are rounded as PIL images are, so both give the same verdicts. Raises
-    `ValueError` or `TypeError` for an array of another shape, type or range, and for what is no PIL image.
+    N images of any mode and size, resized to 32x32, as the verifier works on them: `(N, 32, 32, 3)`, uint8. Raises
+    `TypeError` for what is no PIL image.
     """
     side = world.RESOLUTION
-    if isinstance(pictures, np.ndarray):
-        if pictures.shape[1:] != (side, side, 3) or not np.issubdtype(pictures.dtype, np.floating):
-            raise ValueError(
-                f"Expected floating point of shape (N, {side}, {side}, 3), got {pictures.dtype} of {pictures.shape}. "
-                "Pass PIL images for anything else."
-            )
-        # Rounding errors of a decoder are fine, [-1, 1] or [0, 255] is not; NaN fails every comparison.
-        if pictures.size and not (pictures.min() >= -1e-3 and pictures.max() <= 1 + 1e-3):
-            raise ValueError(
-                f"Expected pictures in [0, 1], but they range from {pictures.min():.3g} to {pictures.max():.3g}. "
-                "Rescale them, (x + 1) / 2 for a decoder's [-1, 1]."
-            )
-        return (np.clip(pictures, 0, 1) * 255).round().astype(np.uint8)
     pixels = np.empty((len(pictures), side, side, 3), dtype=np.uint8)
     for i, picture in enumerate(pictures):
         if not isinstance(picture, Image.Image):
@@ -247,20 +228,14 @@ def _judge(caption: world.Caption, found: list[Found], ground: str | None) -> Ve
     return Verdict(caption.category, demands)
 
 
-def verify(prompts: Sequence[str], images: Sequence[Image.Image] | np.ndarray) -> list[Verdict]:
+def verify(prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Verdict]:
     """
-    Judge pictures by what their prompts demand.
+    Judge N pictures, of any size, by what their prompts, sentences of [`world.all_captions`], demand.
 
     The demands: each named thing's presence, its color and its size if it has one, the number if it is not one
     (`1 - |found - n| / n`, at least 0), the relation, the ground, and that there is nothing else, which is met only
     when at least one of the things asked for is there. Found things stand for named ones so that most demands are met.
-
-    Args:
-        prompts (`Sequence[str]`): N sentences of the world, see [`world.all_captions`].
-        images (`Sequence[PIL.Image.Image]` or `np.ndarray`): N pictures, see [`to_pixels`].
-
-    Raises:
-        `ValueError`: for a prompt that is not of this world, and for numbers of prompts and images that differ.
+    Raises `ValueError` for a prompt of another world, and for numbers of prompts and images that differ.
     """
     if len(prompts) != len(images):
         raise ValueError(f"Expected a prompt for each image, got {len(prompts)} prompts and {len(images)} images.")

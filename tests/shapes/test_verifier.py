@@ -25,12 +25,12 @@ def scene(*things: tuple[str, str, float, float, float], ground: str = "dark") -
 
 
 def judge(prompt: str, picture: np.ndarray):
-    (verdict,) = verify([prompt], picture[None])
+    (verdict,) = verify([prompt], as_pil(picture[None]))
     return verdict
 
 
-def find_things(pictures: list[Image.Image] | np.ndarray) -> list[list[Found]]:
-    return find(to_pixels(pictures))
+def find_things(pictures: np.ndarray) -> list[list[Found]]:
+    return find(to_pixels(as_pil(pictures)))
 
 
 def as_pil(pictures: np.ndarray) -> list[Image.Image]:
@@ -44,13 +44,13 @@ BLUE_SQUARE = ("blue", "square", 24, 22, 9)
 @pytest.mark.parametrize("split", world.SPLITS)
 def test_ground_truth_is_perfect(split):
     prompts, pictures = sample_pictures(400, np.random.default_rng(0), split=split)
-    verdicts = verify(prompts, pictures)
+    verdicts = verify(prompts, as_pil(pictures))
     assert not [v.demands for v in verdicts if not (v.lenient and v.strict and v.graded == 1.0)]
 
 
 def test_pictures_that_differ_from_their_caption_are_seen():
     prompts, pictures = sample_pictures(400, np.random.default_rng(0), wrong=1.0)
-    verdicts = verify(prompts, pictures)
+    verdicts = verify(prompts, as_pil(pictures))
     # Not none: of two things on a diagonal, GenEval's rule lets one be both left of and above the other.
     assert np.mean([verdict.strict for verdict in verdicts]) < 0.01
     assert 0.3 < np.mean([verdict.graded for verdict in verdicts]) < 0.8
@@ -198,15 +198,13 @@ def test_relations(x, y, expected):
     assert relations(thing_at(x, y), thing_at(16, 16)) == expected
 
 
-def test_images_and_arrays_give_the_same():
+def test_kinds_of_images():
     rng = np.random.default_rng(0)
     prompts, pictures = sample_pictures(100, rng, wrong=0.3)
-    pictures = np.clip(pictures + rng.normal(0, 0.1, pictures.shape), 0, 1)
-    expected = verify(prompts, pictures)
+    images = as_pil(np.clip(pictures + rng.normal(0, 0.1, pictures.shape), 0, 1))
+    expected = verify(prompts, images)
     assert {verdict.strict for verdict in expected} == {True, False}
     assert all(verdict.strict == (verdict.graded == 1) <= verdict.lenient for verdict in expected)
-    images = as_pil(pictures)
-    assert verify(prompts, images) == expected
     assert verify(prompts, [image.convert("RGBA") for image in images]) == expected
     assert verify(prompts, [image.resize((64, 64), Image.Resampling.NEAREST) for image in images]) == expected
 
@@ -218,10 +216,10 @@ def test_sizes_of_images():
         (verdict,) = verify(["a red circle and a blue square on a dark background"], [large])
         assert verdict.strict
     (verdict,) = verify(["a red circle"], [Image.new("L", (32, 32), 128)])
-    assert verdict.graded == 0 and verify([], []) == verify([], np.zeros((0, 32, 32, 3))) == []
+    assert verdict.graded == 0 and verify([], []) == []
 
 
-PICTURE = scene(RED_CIRCLE)[None]
+PICTURE = as_pil(scene(RED_CIRCLE)[None])
 
 
 @pytest.mark.parametrize(
@@ -229,11 +227,7 @@ PICTURE = scene(RED_CIRCLE)[None]
     [
         (["a dog"], PICTURE, ValueError, "a dog"),
         (["a circle"] * 2, PICTURE, ValueError, "2 prompts and 1 images"),
-        (["a circle"], PICTURE * 2 - 1, ValueError, "-1 to"),
-        (["a circle"], np.full_like(PICTURE, np.nan), ValueError, "nan"),
-        (["a circle"], PICTURE.transpose(0, 3, 1, 2), ValueError, r"\(1, 3, 32, 32\)"),
-        (["a circle"], (PICTURE * 255).astype(np.uint8), ValueError, "uint8"),
-        (["a circle"], [PICTURE[0]], TypeError, "ndarray"),
+        (["a circle"], [scene(RED_CIRCLE)], TypeError, "ndarray"),
     ],
 )
 def test_errors(prompts, pictures, error, named):
