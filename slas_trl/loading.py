@@ -97,11 +97,8 @@ def load_with_adapter(
 def load_adapter(pipe: DiffusionPipeline, source: str, token: str | None = None) -> None:
     """
     Load a LoRA adapter as plain diffusers does, and that of a second denoiser, if the trainer has written one.
-
-    Args:
-        pipe ([`~diffusers.DiffusionPipeline`]): the pipeline that the adapter was trained on.
-        source (`str`): a folder, a `.safetensors` file, or a Hub id, which may end in `"@branch"`.
-        token (`str`, *optional*): for a private repository, by default that of `hf auth login`.
+    `source` is a folder, a `.safetensors` file, or a Hub id, which may end in `"@branch"`, and `token` for a private
+    repository, by default that of `hf auth login`.
 
     Raises:
         `ValueError`, `FileNotFoundError`: when there is none, or it does not fit.
@@ -139,19 +136,13 @@ def _load_into(pipe: Any, name: str, into: dict[str, Any], source: str, file: Pa
     keys = {key.removeprefix(prefix) for key in load_file(file) if key.startswith(prefix) and ".lora_A." in key}
     loaded = get_peft_model_state_dict(cast(Any, denoiser), adapter_name=denoiser.active_adapters()[-1])
     if left_out := sorted(keys - loaded.keys()):
-        raise ValueError(
-            f"{source} does not fit this pipeline: it changes {len(left_out)} layers that {name} does not have, such "
-            f"as {left_out[0].partition('.lora_A.')[0]}. Was it trained from another one?"
-        )
+        raise ValueError(f"{source} changes {len(left_out)} layers that {name} does not have, such as {left_out[0]}.")
 
 
 def base_model_of(source: str, token: str | None = None) -> str | None:
     """
-    The one model on the Hub that an adapter's card says it was trained on; `None` if the card names none, or there is
-    no card. `source` and `token` are those of [`load_adapter`].
-
-    Raises:
-        `ValueError`: when there is no such adapter.
+    The one model on the Hub that the card of an adapter, see [`load_adapter`], says it was trained on; `None` without
+    any. Raises `ValueError` when there is no such adapter.
     """
     if Path(source).is_file() or not (card := _folder_of(source, token, "README.md") / "README.md").is_file():
         return None
@@ -174,10 +165,7 @@ def _adapter_files(source: str, names: list[str], token: str | None) -> dict[str
         folder = _folder_of(source, token, "*.safetensors")
         others = [file for file in folder.glob("*.safetensors") if file.name not in usual.values()]
         if len(others) != 1:
-            raise FileNotFoundError(
-                f"{source} holds no adapter: expected a file {ADAPTER}, or one other .safetensors file, but there are "
-                f"{len(others)}."
-            )
+            raise FileNotFoundError(f"{source} holds no adapter: no {ADAPTER}, and there are {len(others)} others.")
         found = {names[0]: others[0], **found}
     return found
 

@@ -7,7 +7,7 @@ beyond.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,6 +95,33 @@ def mean_over_seeds_and_prompts(values: np.ndarray) -> Estimate:
     freedom = total**2 / sum(square**2 / n for square, n in zip((seeds, prompts, rest), freedoms, strict=True))
     se = math.sqrt(total / (s * p))
     return Estimate(float(mean), se, t_quantile(max(1.0, freedom)) * se, p)
+
+
+Comparison = Mapping[str, Mapping[str, Estimate]]  # by score: "before", "after" and "change"
+
+
+def compare_scores(
+    before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]
+) -> dict[str, dict[str, Estimate]]:
+    """
+    By reward, the mean "before", "after", and the "change", prompt by prompt. Scores are `(P,)`; NaN is no score.
+    """
+    return {
+        name: {
+            "before": mean_over_prompts(before[name]),
+            "after": mean_over_prompts(after[name]),
+            "change": mean_over_prompts(np.subtract(after[name], before[name])),
+        }
+        for name in before
+    }
+
+
+def score_rows(comparison: Comparison, first: str = "reward", spec: str = ".4f") -> list[list[str]]:
+    """The cells of the table of a comparison, whose `first` column has the names; the first row is the head."""
+    rows = [[first, "before", "after", "change"]]
+    for name, estimates in comparison.items():
+        rows.append([name, *(f"{estimates[column]:{'+' * (column == 'change')}{spec}}" for column in rows[0][1:])])
+    return rows
 
 
 def t_quantile(freedom: float, level: float = 0.025) -> float:

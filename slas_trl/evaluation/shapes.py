@@ -115,10 +115,7 @@ def evaluate_shapes(
     for prompt in prompts:
         world.parse_caption(prompt)  # before time is spent on sampling
     if not prompts or len(set(prompts)) < len(prompts):
-        raise ValueError(
-            f"Expected prompts that differ, got {len(prompts)} with {len(set(prompts))} different ones. For more "
-            "images of a prompt, raise images_per_prompt."
-        )
+        raise ValueError("Expected different prompts; for more images of a prompt, raise images_per_prompt.")
     if images_per_prompt < 1 or batch_size < 1:
         raise ValueError(f"Expected at least 1, got {images_per_prompt=} and {batch_size=}.")
     if clash := [name for name in _OURS if name in call]:
@@ -138,16 +135,12 @@ def evaluate_shapes(
 
 def paired_difference(before: ShapesReport, after: ShapesReport) -> ShapesDifference:
     """
-    The change, prompt by prompt, between two pipelines that were evaluated on the same prompts with the same seeds:
-    the standard error is without what makes a prompt hard for both. Raises `ValueError` when prompts, seeds or numbers
-    of images differ.
+    The change, prompt by prompt, between two pipelines on the same prompts with the same seeds: the standard error is
+    without what makes a prompt hard for both. Raises `ValueError` when prompts, seeds or numbers of images differ.
     """
     for name in ("prompts", "seed", "images_per_prompt"):
         if getattr(before, name) != getattr(after, name):
-            raise ValueError(
-                f"Only reports on equal {name} can be paired, but these two differ. Evaluate one of them again with "
-                f"the other's {name}."
-            )
+            raise ValueError(f"Only reports on equal {name} can be paired; evaluate one of them again.")
     was, now = ({name: scores.mean(1, keepdims=True) for name, scores in r.scores.items()} for r in (before, after))
     return ShapesDifference(before.prompts, {name: now[name] - was[name] for name in SCORES}, before.seed)
 

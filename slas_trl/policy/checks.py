@@ -29,28 +29,19 @@ def check_pipeline(pipe: DiffusionPipeline) -> None:
         `ValueError`: when it cannot be recorded and replayed; the message says why, and what to do.
     """
     if not isinstance(pipe, DiffusionPipeline):
-        raise TypeError(
-            f"Expected a diffusers pipeline, but got a {type(pipe).__name__}. Load one with "
-            "`DiffusionPipeline.from_pretrained(...)`."
-        )
+        raise TypeError(f"Expected a diffusers pipeline, as from `from_pretrained`, got a {type(pipe).__name__}.")
     name, denoisers = type(pipe).__name__, denoisers_of(pipe)
     if "Combined" in name:
         raise ValueError(f"{name} runs several pipelines in one; pass the one that denoises, not the wrapper.")
     if "SAG" in name or "AttendAndExcite" in name:
         raise ValueError(f"{name} reads attention maps, which a replay does not have; use another kind of guidance.")
     if not denoisers:
-        raise ValueError(
-            f"{name} has no denoiser: expected a component named one of {DENOISERS}, but its components are "
-            f"{sorted(pipe.components)}."
-        )
+        raise ValueError(f"{name} has no denoiser: expected one of {DENOISERS} in {sorted(pipe.components)}.")
     scheduler: Any = pipe.components.get("scheduler")
     if scheduler is None:
         raise ValueError(f"{name} has no scheduler, so there are no steps to train.")
     if scheduler.order != 1:
-        raise ValueError(
-            f"{type(scheduler).__name__} takes {scheduler.order} model calls per step; expected one. Load the "
-            "pipeline with a first-order scheduler."
-        )
+        raise ValueError(f"{type(scheduler).__name__} takes {scheduler.order} model calls per step; expected 1.")
     for component, module in denoisers.items():
         _check_denoiser(component, module)
 
@@ -58,20 +49,13 @@ def check_pipeline(pipe: DiffusionPipeline) -> None:
 def _check_denoiser(name: str, module: nn.Module) -> None:
     if not isinstance(module, ModelMixin):
         raise ValueError(
-            f"{name} is a {type(module).__name__}, no model of diffusers: put the model within it in its place (that "
-            "of a PeftModel by `.merge_and_unload()` or `.unload()`), and leave peft_config and torch_compile to the "
-            "trainer."
+            f"{name} is a {type(module).__name__}: put the model within in its place (of a PeftModel by `.unload()`), "
+            "and leave peft_config and torch_compile to the trainer."
         )
     if _is_cached(module):
-        raise ValueError(
-            f"A cache is enabled on {name}: it returns outputs of earlier steps, so a step cannot be evaluated on its "
-            f"own. Call `pipe.{name}.disable_cache()` first."
-        )
+        raise ValueError(f"A cache on {name} returns outputs of earlier steps; call `pipe.{name}.disable_cache()`.")
     if dropped := find_dropout(module):
-        raise ValueError(
-            f"{name} has dropout in {len(dropped)} place(s), the first {dropped[0]!r}; then the ratio is not 1 before "
-            "an update. Set dropout (lora_dropout too) to 0."
-        )
+        raise ValueError(f"{name} has dropout in {len(dropped)} places, as {dropped[0]}; set it or lora_dropout to 0.")
 
 
 def _is_cached(module: nn.Module) -> bool:

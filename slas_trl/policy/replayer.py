@@ -75,10 +75,7 @@ class PipelineReplayer:
     def __init__(self, pipe: DiffusionPipeline, scheduler: StochasticScheduler | None = None):
         check_pipeline(pipe)
         if scheduler is not None and not isinstance(scheduler, StochasticScheduler):
-            raise TypeError(
-                f"scheduler must be a FlowSDEScheduler or a DDIMSDEScheduler, but it is a {type(scheduler).__name__}. "
-                "Leave it out to convert the pipeline's own."
-            )
+            raise TypeError(f"Expected a FlowSDEScheduler or DDIMSDEScheduler, got {type(scheduler).__name__}.")
         self.pipe: Any = pipe  # DiffusionPipeline itself declares no __call__
         if scheduler is None:
             own = pipe.scheduler
@@ -120,12 +117,9 @@ class PipelineReplayer:
             raise ValueError(
                 f"{type(self.pipe).__name__} finished without calling scheduler.step, so it has no steps to train."
             )
-        images, samples = output[0], len(recording.log_probs[0])
+        images, samples, name = output[0], len(recording.log_probs[0]), type(self.pipe).__name__
         if len(images) != samples:
-            raise ValueError(
-                f"{type(self.pipe).__name__} denoises {samples} samples for {len(images)} images; expected one for "
-                "each image."
-            )
+            raise ValueError(f"{name} denoises {samples} samples for {len(images)} images; expected one for each.")
         return Rollout(
             images=images,
             problems=problems,

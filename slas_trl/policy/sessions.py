@@ -97,16 +97,12 @@ class Recording:
         self, scheduler: StochasticScheduler, model_output: torch.Tensor, sample: torch.Tensor, index: int
     ) -> torch.Tensor:
         if not self._outputs:
-            raise ValueError(
-                f"The scheduler was stepped at index {index} without a call of the denoiser; pipelines that step a "
-                "scheduler several times for one prediction cannot be replayed."
-            )
+            raise ValueError(f"The pipeline steps at index {index} without a call of the denoiser; it has no replay.")
         mean, std = scheduler.transition(model_output, sample, index)
         if std > 0:
-            if isinstance(self.noise_generator, list) and len(self.noise_generator) != len(sample):
+            if isinstance(given := self.noise_generator, list) and len(given) != len(sample):
                 raise ValueError(
-                    f"The pipeline denoises {len(sample)} samples, but {len(self.noise_generator)} noise generators "
-                    "were given; expected one for each image of the call."
+                    f"The pipeline denoises {len(sample)} samples, but {len(given)} noise generators came"
                 )
             noise = randn_tensor(mean.shape, generator=self.noise_generator, device=mean.device, dtype=mean.dtype)
             # Rounded to the latent's dtype before its log-probability is taken: the replay sees the rounded value.
@@ -137,10 +133,7 @@ class Replaying:
     def denoise(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
         recorded = self.rollout.steps[self._step].outputs
         if self._calls >= len(recorded):
-            raise ReplayError(
-                f"At step {self._step} the pipeline called the denoiser more often than the {len(recorded)} time(s) "
-                f"recorded. {CHANGED}"
-            )
+            raise ReplayError(f"Step {self._step} has more calls than the {len(recorded)} recorded. {CHANGED}")
         self._calls += 1
         if self._step < self.target:
             return copied(recorded[self._calls - 1])

@@ -42,14 +42,9 @@ def share_by_std(
     Share of Σ|A| that groups get between quantiles of their std, relative to the mean std of their rollout. Groups of
     equal std share alike, and one across an edge counts on both sides in proportion.
 
-    Args:
-        stds (`Sequence[Sequence[float | None]]`):
-            By rollout, std of each group. Groups without a difference (0) or a score (`None`, NaN) are left out.
-        advantages (`Sequence[Sequence[float]]`): The same groups' Σ|A|.
-        edges (`Sequence[float]`): Quantiles in [0, 1], rising; `np.linspace(0, 1, 11)` for deciles.
-
-    Returns:
-        `np.ndarray`: `len(edges) - 1` shares; NaN where no group has a std, or none an advantage.
+    `stds` and `advantages` have the std and Σ|A| of each group, by rollout; groups without a difference (0) or a score
+    (`None`, NaN) are left out. `edges` are quantiles in [0, 1], rising. Returns `len(edges) - 1` shares; NaN where no
+    group has a std, or none an advantage.
     """
     widths, pushes = [], []
     for std, advantage in zip(stds, advantages, strict=True):

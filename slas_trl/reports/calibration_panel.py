@@ -33,8 +33,7 @@ def plot_calibration(
         metrics_path (`str` or `Path`, *optional*): Its `metrics.jsonl`; by default the one beside it, if any.
         output_path (`str` or `Path`, *optional*): The picture; by default `calibration.png` in the same folder.
 
-    Returns:
-        [`~slas_trl.reports.calibration.Reading`]: that of the fourth picture.
+    Returns the [`~slas_trl.reports.calibration.Reading`] of the fourth picture.
     """
     calibration_path = Path(calibration_path)
     rollouts = read_rollouts(calibration_path)

@@ -73,13 +73,8 @@ def save_samples(
     of 6, before and after side by side, and the input pictures of the first prompt if they are 4 at most. Photographs
     are JPEG of at most 768 pixels (inputs: 1,024), so that a card has a megabyte or two.
 
-    Args:
-        after (`Sequence[PIL.Image.Image]`): A picture of each of P `prompts`; the i-th was drawn with seed i.
-        before (`Sequence[PIL.Image.Image]`, *optional*): The same prompts and seeds before training.
-        inputs (`Sequence[Mapping]`, *optional*): By argument of the call, the picture to edit, or a list of them.
-
-    Returns:
-        `tuple[list[Sample], str]`: the samples and the sheet, their paths relative to `run_dir`.
+    `after` and `before` have a picture of each of P `prompts`, the i-th drawn with seed i, and `inputs`, by argument
+    of the call, the picture to edit, or a list of them. Returns samples and sheet, by paths relative to `run_dir`.
     """
     folder = Path(run_dir) / SAMPLES
     folder.mkdir(parents=True, exist_ok=True)

@@ -33,13 +33,10 @@ _WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 def resolve_reward(reward: RewardFunc | str) -> RewardFunc:
     """
-    A reward function from a string, or the function itself.
-
-    Args:
-        reward (`Callable` or `str`):
-            A callable; a name in `slas_trl.rewards`; "package.module:function", "package.module.function" or
-            "folder/file.py:function". Options follow after a colon, as in "hpsv2:version=v2.0,device=cuda:1":
-            keyword arguments of the function or class, and `process=true` for a process of its own.
+    A reward function: a callable itself; a name in `slas_trl.rewards`; "package.module:function",
+    "package.module.function" or "folder/file.py:function". Options follow after a colon, as in
+    "hpsv2:version=v2.0,device=cuda:1": keyword arguments of the function or class, and `process=true` for a process
+    of its own.
 
     Raises:
         `ValueError`: for a reward that does not exist, and options that do not fit.

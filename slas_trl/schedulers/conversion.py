@@ -56,9 +56,8 @@ def stochastic_scheduler(
         converted.register_to_config(variance_type="fixed_small")
         return converted
     raise ValueError(
-        f"{type(scheduler).__name__} cannot be turned into a stochastic policy: expected a flow-matching scheduler, "
-        "or one with a beta schedule and epsilon, v or sample prediction, and not of a consistency model. Load the "
-        "pipeline with one of these, or pass `scheduler=FlowSDEScheduler(...)` or `scheduler=DDIMSDEScheduler(...)`."
+        f"{type(scheduler).__name__} has neither flow matching nor betas with epsilon, v or sample prediction. "
+        "Load the pipeline with such a one, or pass `scheduler=FlowSDEScheduler(...)` or `DDIMSDEScheduler(...)`."
     )
 
 

@@ -74,10 +74,7 @@ class FlowSDEScheduler(StochasticScheduler, FlowMatchEulerDiscreteScheduler):
         if invert_sigmas:
             raise ValueError("invert_sigmas=True runs from data to noise; its steps are not supported as a policy.")
         if stochastic_sampling:
-            raise ValueError(
-                "stochastic_sampling=True draws all noise anew at every step, whatever noise_level is; leave it out. "
-                "noise_schedule='cps' with noise_level=1 takes the same steps."
-            )
+            raise ValueError("stochastic_sampling=True ignores noise_level; noise_schedule='cps' at 1 is the same.")
         FlowMatchEulerDiscreteScheduler.__init__(
             self,
             num_train_timesteps=num_train_timesteps,

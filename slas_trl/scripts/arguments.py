@@ -133,11 +133,8 @@ def parse(
     """
     Settings from the command line, over those of the YAML file after `--config`, over the defaults.
 
-    Args:
-        argv (`Sequence[str]`): Command line without the program's name, which is `prog`.
-        one_process (`bool`, *optional*, defaults to `False`):
-            Whether the command is for one process, which reads a file for several as one of them does.
-        settings (`Mapping[str, Any]`, *optional*): In place of a YAML file, see [`take_config`].
+    `argv` is without the program's name, which is `prog`; a command for `one_process` reads a file for several as one
+    of them does; `settings` are in place of a YAML file, see [`take_config`].
 
     Raises:
         `ValueError`, `FileNotFoundError`: for unknown fields, values that do not fit, and no such YAML file.

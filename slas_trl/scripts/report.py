@@ -8,10 +8,9 @@ from datasets import Dataset
 
 from ..evaluation.shapes import OVERALL, ShapesReport, compare, evaluate_shapes, paired_difference
 from ..publishing.facts import Evaluation, Metric
-from ..reports.scores import compare_scores, score_rows
 from ..run_files import EVALUATION, write_text
 from ..shapes import shapes_prompts
-from ..statistics import Estimate, evenly_spaced, text_table
+from ..statistics import Estimate, compare_scores, evenly_spaced, score_rows, text_table
 from ..trainer import SLASTrainer
 from ..trainer.publisher import PICTURES
 

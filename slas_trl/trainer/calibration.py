@@ -45,10 +45,7 @@ def _short(value: float) -> float | None:
 
 @dataclass(eq=False)
 class CalibrationCallback(StepFileCallback):
-    """
-    Draws at every checkpoint, at the end of training, and when a run is interrupted. Its place is before the trackers,
-    some of which end with training.
-    """
+    """Draws at checkpoints, at the end and when a run is interrupted; before the trackers, some of which end then."""
 
     handler: CallbackHandler
     file: ClassVar = ROLLOUTS

@@ -60,8 +60,7 @@ class PipelineInputs:
 
     A column whose name is an argument of the pipeline's call reaches it if `args.pipeline_columns` lists it or, with
     `None`, if it holds text or images. Where not only texts are among them, each call is of one row, repeated by
-    `num_images_per_prompt`: what a list of images means, one for each prompt or several for one, differs between
-    pipelines.
+    `num_images_per_prompt`: pipelines differ in what a list of images means.
     """
 
     def __init__(self, pipe: DiffusionPipeline, args: SLASConfig):

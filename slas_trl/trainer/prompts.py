@@ -22,11 +22,9 @@ def load_prompts(name_or_path: str, split: str = "train") -> Dataset:
     """
     Load prompts, a data set with a column "prompt"; the others are for the rewards and the pipeline.
 
-    Args:
-        name_or_path (`str`):
-            `"shapes"` for the embedded world; a file (.txt with a prompt a line; .json, .jsonl, .csv, .tsv, .parquet
-            with a column "prompt") in UTF-8, whose paths of images are relative to its folder; or a Hub id.
-        split (`str`, *optional*, defaults to `"train"`): split of the embedded world or of the Hub's data set.
+    They are `"shapes"` for the embedded world; a file (.txt with a prompt a line; .json, .jsonl, .csv, .tsv, .parquet
+    with a column "prompt") in UTF-8, whose paths of images are relative to its folder; or a Hub id. `split` is that of
+    the embedded world or of the Hub's data set.
 
     Raises:
         `FileNotFoundError`, `ValueError`: when there is no such file, or no prompt in it.

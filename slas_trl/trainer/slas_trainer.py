@@ -79,15 +79,6 @@ class SLASTrainer(BaseTrainer):
         eval_reward_funcs (`Callable`, `str` or a list of them, *optional*):
             Held-out rewards: scored and logged in evaluation, never trained on.
 
-    Attributes:
-        trained ([`TrainedModel`]): what is trained, on disk, averaged, and as the reference policy.
-        inputs ([`PipelineInputs`]): makes rows of a data set inputs of the pipeline.
-        replayer ([`~slas_trl.policy.PipelineReplayer`]): the pipeline as a policy.
-        scorer, eval_scorer ([`RewardScorer`]): the trained rewards; these and the held-out ones.
-        evaluator ([`Evaluator`]): draws pictures as users will, and scores them.
-        gamma ([`GammaControl`]): chooses γ for each rollout.
-        publisher ([`Publisher`]): the facts of the run, beside its weights and on the Hub.
-
     Raises:
         `ValueError`, `TypeError`: when something does not fit.
     """
@@ -419,16 +410,9 @@ class SLASTrainer(BaseTrainer):
         Push the trained weights, the model card and its pictures, in one commit, to `args.hub_model_id` (by default a
         repository by the name of `args.output_dir`). Collective: every rank must call this.
 
-        Args:
-            commit_message (`str`, *optional*, defaults to `"End of training"`): of the commit.
-            blocking (`bool`, *optional*, defaults to `True`): whether to wait; otherwise a `Future` is returned.
-            token, revision, private (*optional*):
-                by default `args.hub_token`, `args.hub_revision`, `args.hub_private_repo`. A branch or repository that
-                is not there is made.
-            kwargs: of [`~SLASTrainer.create_model_card`].
-
-        Returns:
-            `CommitInfo` on the main process, or its `Future`; `None` on the others.
+        Returns `CommitInfo` on the main process (its `Future`, unless `blocking`) and `None` on the others. `token`,
+        `revision` and `private` are by default those of `args`; a branch or repository that is not there is made.
+        `kwargs` are those of [`~SLASTrainer.create_model_card`].
 
         Raises:
             [`~slas_trl.publishing.repository.PushError`]: when nothing was pushed: why, and how to push it later.

@@ -81,13 +81,6 @@ class TestOptions:
         with pytest.raises(ValueError, match=re.escape(named)):
             launch(PROBE, *split_options(argv))
 
-    def test_help_is_printed_once(self, capsys):
-        with pytest.raises(SystemExit, match="0"):
-            main(["train", "--num_processes", "2", "--help"])
-        printed = capsys.readouterr().out
-        names = ("accelerate_config", "config", "model_name_or_path", "lora_r", "gamma", "output_dir")
-        assert all(f"--{name}" in printed for name in names)
-
     def test_are_for_the_command_line(self, tmp_path):
         (tmp_path / "run.yaml").write_text("num_processes: 2\n")
         with pytest.raises(ValueError, match="num_processes goes on the command line"):

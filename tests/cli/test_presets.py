@@ -98,7 +98,7 @@ def test_amounts(name):
 @pytest.mark.parametrize("name", ["sd14_paper", "flux_paper", "sd35_flowgrpo", "qwen_image_lora"])
 def test_another_number_of_processes_is_an_error_or_the_same_experiment(name):
     with processes(4):
-        with pytest.raises(ValueError, match=r"generation_batch_size \(\d+\) and steps_per_generation .* disagree"):
+        with pytest.raises(ValueError, match="generation_batch_size.*steps_per_generation"):
             load(name)
         # What the file's head says.
         text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")

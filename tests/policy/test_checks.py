@@ -22,11 +22,6 @@ def sample(replayer: PipelineReplayer, family: str):
     return replayer.sample(prompt=["a dog"] * 2, num_inference_steps=3, generator=generator, **call)
 
 
-def test_what_is_no_pipeline():
-    with pytest.raises(TypeError, match="SD3Transformer2DModel"):
-        check_pipeline(sd3_pipeline().transformer)
-
-
 class StableDiffusionCombinedPipeline(diffusers.StableDiffusionPipeline):
     pass
 
@@ -63,7 +58,7 @@ def test_dropout():
     pipe = sd3_pipeline()
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], lora_dropout=0.05))
     assert len(find_dropout(pipe.transformer)) == 2  # one for each block
-    with pytest.raises(ValueError, match="transformer has dropout in 2 .*'transformer_blocks.0.*lora_dropout"):
+    with pytest.raises(ValueError, match="transformer has dropout in 2 .*transformer_blocks.0.*lora_dropout"):
         PipelineReplayer(pipe)
 
 
@@ -127,14 +122,6 @@ def test_dropout_that_came_after_the_check_is_measured():
     replayer.pipe.transformer.train()
     report = measure_ratio(replayer, sample(replayer, "sd3"), steps=(1, 2))
     assert list(report.deviations) == [1, 2] and report.worst[1] > 1e-6
-
-
-def test_an_update_is_measured():
-    replayer = PipelineReplayer(sd3_pipeline())
-    rollout = sample(replayer, "sd3")
-    with torch.no_grad():
-        replayer.pipe.transformer.proj_out.bias += 0.1
-        assert measure_ratio(replayer, rollout).worst[1] > 1e-4
 
 
 def test_a_deviating_ratio_is_a_problem():

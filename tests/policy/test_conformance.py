@@ -1,19 +1,16 @@
 """Every family of the zoo, through the same checks and without a line of code for any of them."""
 
-import re
 from pathlib import Path
 
 import pytest
 import torch
 
-import slas_trl
 from slas_trl.policy.checks import denoisers_of
 
 from .zoo.all import FAMILIES
 from .zoo.checks import PROMPTS, attention_weights, free_frozen_components, identities, largest_error, sampled
 
 
-PACKAGE = Path(slas_trl.__file__).parent
 PAGE = Path(__file__).parents[2] / "docs" / "source" / "pipelines.md"
 families = pytest.mark.parametrize("name", FAMILIES)
 
@@ -64,22 +61,3 @@ def test_the_documentation_has_a_row_for_each_family():
     assert {row[6] for row in rows} == {"0.0"}
     assert [row[3] for row in rows] == [family.task for family in FAMILIES.values()]
     assert all((row[7] == "yes") == (row[3] == "text-to-image") for row in rows)
-
-
-NAMES = (
-    r"stable.?diffusion|sd[123]|sd-?xl|pix2pix|flux|kontext|klein|chroma|qwen|z-?image|ovis|krea|sana|pix-?art|lumina|"
-    r"aura-?flow|hidream|cogview|hunyuan|kandinsky|wan(?![a-z])|ltx|bria|prx"
-)
-
-
-@pytest.mark.parametrize("room", ["policy", "trainer"])
-def test_no_line_names_a_family(room):
-    """Apart from the conversion of schedulers."""
-    pattern = re.compile(rf"\b({NAMES})", re.IGNORECASE)
-    found = [
-        f"{path.name}:{number}: {line.strip()}"
-        for path in sorted((PACKAGE / room).glob("*.py"))
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        if pattern.search(line)
-    ]
-    assert not found

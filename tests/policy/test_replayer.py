@@ -241,18 +241,6 @@ def test_the_kinds_of_generator(generator):
     assert not torch.equal(following[0] - x[0], following[1] - x[1])
 
 
-def test_a_generator_that_is_used_again_gives_new_noise():
-    replayer, (generator,) = PipelineReplayer(sd3_pipeline()), seeded(0)
-    rollouts = [replayer.sample(**call_of("sd3", generator=generator)) for _ in range(2)]
-    noise = []
-    for rollout in rollouts:
-        assert torch.equal(log_probs_of(replayer, rollout), rollout.log_probs)  # from the state that it had
-        step = replayer.replay(rollout, 0)
-        noise.append(((rollout.steps[0].prev_sample - step.mean) / step.std).flatten())
-    correlations = torch.corrcoef(torch.stack([rollouts[0].steps[0].sample.flatten(), *noise]))
-    assert correlations[0, 1].abs() < 0.2 and correlations[1, 2].abs() < 0.2
-
-
 @families
 def test_with_a_noise_generator_each_a_sample_does_not_depend_on_its_batch(family):
     replayer = PipelineReplayer(built(family))
@@ -446,7 +434,7 @@ def test_randomness_between_steps_is_replayed_if_it_is_torch_s(by_torch):
             r"2 denoiser call\(s\), but the replay .* after 1",
         ),
         ("flux", {}, GUIDED, 1, "called 'encode_prompt' where sampling called nothing"),
-        ("flux", GUIDED, {}, 1, r"step 0 .* more often than the 1 time\(s\) recorded"),
+        ("flux", GUIDED, {}, 1, "Step 0 has more calls than the 1 recorded"),
     ],
 )
 def test_another_call_than_the_recorded_one(family, sampled, changes, step, message):

@@ -107,20 +107,6 @@ def test_without_noise_a_trajectory_is_that_of_the_stock_scheduler(noise_schedul
         assert torch.equal(x, y)
 
 
-def test_set_begin_index_starts_in_the_middle_as_img2img_does():
-    scheduler = scheduler_with("dance_grpo")
-    scheduler.set_begin_index(2)
-    x, v = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1)
-    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    for index in (2, 3):
-        mean, std = scheduler.transition(v, x, index)
-        generator = torch.Generator().manual_seed(3)
-        torch.testing.assert_close(
-            scheduler.step(v, scheduler.timesteps[index], x, generator=generator).prev_sample, mean + std * noise
-        )
-    assert scheduler.step_index == 4
-
-
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_standalone_in_a_pipeline(family):
     build, call = PIPELINES[family]

@@ -44,13 +44,6 @@ def test_log_prob_is_the_mean_over_elements_of_the_normal_density(kind):
     torch.testing.assert_close(log_prob, Normal(mean, std).log_prob(prev_sample).mean(dim=(1, 2, 3)))
 
 
-@pytest.mark.parametrize("kind", ["cps", "ddim"])
-def test_a_last_step_without_noise_has_no_log_prob(kind):
-    scheduler = ready(kind)
-    mean, std = scheduler.transition(randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1), 3)
-    assert std.item() == 0 and scheduler.log_prob(mean, std, mean).isnan().all()
-
-
 @kinds
 def test_mean_and_std_are_float32_and_the_sample_keeps_its_dtype(kind):
     scheduler = ready(kind)
