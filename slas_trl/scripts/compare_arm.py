@@ -21,6 +21,7 @@ from ..objective import gaussian_kl
 from ..policy import PipelineReplayer
 from ..policy.checks import denoisers_of
 from ..run_files import METRICS, SAMPLES, read_lines, write_text
+from ..seeds import generators, seed_for
 from ..shapes import world
 from ..shapes.verifier import verify
 from ..statistics import evenly_spaced
@@ -69,7 +70,7 @@ class ArmEvaluation(TrainerCallback):
         """By measure, the mean of each prompt."""
         copies, weight_of = self.spec["eval_images_per_prompt"], self.trainer.weight_of
         rows = [row for row in range(len(self.data)) for _ in range(copies)]
-        seeds = [sampling.seed_for(NOISE, row, i % copies) for i, row in enumerate(rows)]
+        seeds = [seed_for(NOISE, row, i % copies) for i, row in enumerate(rows)]
         scored = self.trainer.evaluator.score(self.data, rows, seeds, self.size)
         rewards = scored.rewards.T.view(len(weight_of), -1, copies)  # (K, P, copies)
         weights = torch.tensor([*weight_of.values()], dtype=torch.float64).view(-1, 1, 1)
@@ -85,8 +86,8 @@ class ArmEvaluation(TrainerCallback):
         replayer = PipelineReplayer(trainer.pipe, trainer.replayer.scheduler)
         replayer.scheduler.window = sampling.window_of(args, 0, np.random.default_rng(KL_STEPS))
         rows = evenly_spaced(len(self.data), KL_ROWS)
-        noise = iter(sampling.generators([(KL_STEPS, i) for i in range(len(rows))]))
-        initial = sampling.generators([(KL_NOISE, row) for row in rows])
+        noise = iter(generators([(KL_STEPS, i) for i in range(len(rows))]))
+        initial = generators([(KL_NOISE, row) for row in rows])
         if args.offload_frozen_components:
             trainer.pipe.to(trainer.accelerator.device)
         with trainer.trained.as_published(), trainer.accelerator.autocast():
@@ -102,7 +103,7 @@ class ArmEvaluation(TrainerCallback):
     def save_pictures(self) -> list[str]:
         """Draw a few prompts, which are returned, into the folder `samples`."""
         rows = evenly_spaced(len(self.data), SHOWN)
-        seeds = sampling.generators([(NOISE, row, 0) for row in rows])
+        seeds = generators([(NOISE, row, 0) for row in rows])
         (self.folder / SAMPLES).mkdir(exist_ok=True)
         for i, image in enumerate(self.trainer.evaluator.draw(self.data, rows, seeds, self.size)):
             still(image).save(self.folder / SAMPLES / f"{i}.png")

@@ -23,6 +23,7 @@ from ..advantages import compute_advantages
 from ..policy.checks import denoisers_of
 from ..rewards.resolve import masked
 from ..run_files import read_lines, write_lines, write_text
+from ..seeds import generators
 from ..trainer import SLASConfig, SLASTrainer, sampling
 from ..trainer.pipeline_inputs import as_pictures, is_picture_column
 from ..trainer.prompts import load_prompts
@@ -155,7 +156,7 @@ def _score_rows(trainer: SLASTrainer, rows: Sequence[int], rollout_index: int) -
     rng = np.random.default_rng([args.seed, sampling.TIMESTEPS, rollout_index])
     trainer.replayer.scheduler.window = sampling.window_of(args, rollout_index, rng)
     keys = [(args.seed, sampling.STEP_NOISE, rollout_index, i) for i in range(len(indices))]
-    noise = iter(sampling.generators(keys))
+    noise = iter(generators(keys))
     with Scoring(trainer.scorer) as scoring:
         for batch in trainer.batches(indices, rollout_index):
             rollout = trainer.replayer.sample(noise_generator=[next(noise) for _ in batch.rows], **batch.call)

@@ -6,7 +6,6 @@ import numpy as np
 from trl.trainer.utils import RepeatSampler
 
 from ..policy import Rollout
-from ..seeds import generators, seed_for  # noqa: F401
 from .slas_config import SLASConfig
 
 
