@@ -25,10 +25,10 @@ ROOMS: dict[str, tuple[set[str], int]] = {
     "advantages": (set(), 160),
     "objective": (set(), 40),
     "trust_region": ({"advantages"}, 150),
-    "schedulers": (set(), 255),
-    "policy": ({"schedulers"}, 490),
+    "schedulers": (set(), 250),
+    "policy": ({"schedulers"}, 485),
     "shapes": ({"images"}, 315),
-    "rewards": ({"images", "shapes"}, 1365),
+    "rewards": ({"images", "shapes"}, 1380),
     "evaluation": ({"seeds", "shapes", "statistics"}, 90),
     "reports": ({"statistics", "run_files", "images", "publishing"}, 435),
     "loading": ({"policy", "shapes", "run_files"}, 115),
@@ -40,7 +40,7 @@ ROOMS: dict[str, tuple[set[str], int]] = {
         },
         2385,
     ),
-    "scripts": ({"*"}, 1085),
+    "scripts": ({"*"}, 1080),
     "cli": ({"scripts"}, 180),
 }
 NOT_CORE = {

@@ -154,10 +154,10 @@ def _ended(command: str, number: int) -> int:
 def _report(command: str, failures: "Mapping[int, ProcessFailure]") -> int:
     """Print the error that the others follow from, and return the exit status that belongs to it."""
 
-    # Bad input, or a kill, before what it led to in the others, such as a lost connection, or the launcher's SIGTERM.
+    # Bad input, or a kill, before what it led to in the others: a lost connection, its abort, the launcher's SIGTERM.
     def order(failed: tuple[int, Any]) -> tuple:
         code = failed[1].exitcode
-        return code == -signal.SIGTERM, code != 2, code > 0, failed[1].timestamp
+        return code == -signal.SIGTERM, code == -signal.SIGABRT, code != 2, code > 0, failed[1].timestamp
 
     rank, failure = min(failures.items(), key=order)
     code, recorded = failure.exitcode, cast(Any, failure.message)  # a dictionary where `record` has left one

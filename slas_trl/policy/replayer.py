@@ -114,9 +114,7 @@ class PipelineReplayer:
         with self._installed(recording, self.models):
             output, problems = call_pipeline(self.pipe, copied(call))
         if not recording.steps:
-            raise ValueError(
-                f"{type(self.pipe).__name__} finished without calling scheduler.step, so it has no steps to train."
-            )
+            raise ValueError(f"{type(self.pipe).__name__} finished without calling scheduler.step: it has no steps.")
         images, samples, name = output[0], len(recording.log_probs[0]), type(self.pipe).__name__
         if len(images) != samples:
             raise ValueError(f"{name} denoises {samples} samples for {len(images)} images; expected one for each.")
@@ -151,9 +149,7 @@ class PipelineReplayer:
             `ValueError`: when the step has no density.
         """
         if step not in rollout.trainable_steps:
-            raise ValueError(
-                f"Step {step} has no density; the trainable steps of this rollout are {list(rollout.trainable_steps)}."
-            )
+            raise ValueError(f"Step {step} has no density; the trainable ones are {list(rollout.trainable_steps)}.")
         models = models or {}
         if unknown := models.keys() - self.models.keys():
             raise ValueError(f"models has {sorted(unknown)}, but the pipeline's denoisers are {list(self.models)}.")
@@ -161,9 +157,7 @@ class PipelineReplayer:
         replaying = Replaying(rollout, step, torch.is_grad_enabled(), random)
         self._execute(rollout, call, replaying, {**self.models, **models})
         if replaying.result is None:
-            raise ReplayError(
-                f"The pipeline returned before step {step}; {len(rollout.steps)} steps were recorded. {CHANGED}"
-            )
+            raise ReplayError(f"The pipeline ended before step {step} of {len(rollout.steps)} recorded. {CHANGED}")
         return replaying.result
 
     @torch.no_grad()

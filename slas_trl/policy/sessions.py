@@ -101,9 +101,7 @@ class Recording:
         mean, std = scheduler.transition(model_output, sample, index)
         if std > 0:
             if isinstance(given := self.noise_generator, list) and len(given) != len(sample):
-                raise ValueError(
-                    f"The pipeline denoises {len(sample)} samples, but {len(given)} noise generators came"
-                )
+                raise ValueError(f"Expected a noise generator for each of {len(sample)} samples, got {len(given)}.")
             noise = randn_tensor(mean.shape, generator=self.noise_generator, device=mean.device, dtype=mean.dtype)
             # Rounded to the latent's dtype before its log-probability is taken: the replay sees the rounded value.
             prev_sample = (mean + std * noise).to(sample.dtype)

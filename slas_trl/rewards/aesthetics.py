@@ -50,6 +50,6 @@ def _load(model: str, head: str, device: torch.device, dtype: torch.dtype) -> tu
     path = hub_file(head, "aesthetic-model.pth")
     encoder = load_clip(model, None, dtype, device)
     weights = {name.removeprefix("layers."): tensor for name, tensor in load_weights(path).items()}
-    layers = linear_head(weights["0.weight"].shape[1])
+    layers = linear_head(weights.get("0.weight", torch.empty(0, 768)).shape[1])
     put_weights(layers, weights, path, "five linear layers: features, 1024, 128, 64, 16, 1")
     return encoder, layers.to(device, torch.float32)

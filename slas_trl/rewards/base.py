@@ -44,6 +44,11 @@ class Reward(ABC):
     sees_videos: ClassVar[bool] = False
     name: str | None = None
 
+    def __post_init__(self):
+        for option in ("batch_size", "concurrency", "timeout"):
+            if (value := getattr(self, option, 1)) <= 0:
+                raise ValueError(f"{option} of {self.__name__} must be above 0, but it is {value}.")
+
     @property
     def __name__(self) -> str:
         return self.name or self.default_name
@@ -87,6 +92,7 @@ class ModelReward(Reward):
     batch_size: int = 16
 
     def __post_init__(self):
+        super().__post_init__()
         torch.device(self.device or "cpu")  # raises an error for what is none
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype of {self.__name__} must be one of {', '.join(DTYPES)}, but it is {self.dtype!r}.")

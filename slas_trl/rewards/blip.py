@@ -133,7 +133,10 @@ def _load(model: str, tokenizer: str, device: torch.device, dtype: torch.dtype) 
             for theirs, ours in _NAMES:
                 name = name.replace(theirs, ours)
             weights[name] = tensor
-    scorer = Scorer(weights)
+    try:
+        scorer = Scorer(weights)
+    except KeyError as error:
+        raise ValueError(f"{path} does not fit ImageReward: it has no {error}.") from error
     put_weights(scorer, weights, path, "ImageReward")
     scorer.head.float()
     scorer.vision.to(dtype)

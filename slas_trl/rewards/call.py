@@ -3,9 +3,10 @@
 import asyncio
 import inspect
 import math
+import os
 import sys
 import threading
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -25,7 +26,7 @@ def call_reward(reward: RewardFunc, prompts: list[str], images: list[Image], col
     result = reward(prompts=prompts, images=images, completions=images, **columns)
     if inspect.isawaitable(result):
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-        result = asyncio.run_coroutine_threadsafe(_awaited(result, device), _loop()).result()
+        result = in_background("async rewards", _awaited(result, device))
     if isinstance(result, Mapping):
         return {str(name): _plain(values) for name, values in result.items()}
     return _plain(result)
@@ -40,16 +41,20 @@ async def _awaited(result: Awaitable, device: int | None) -> Any:
         raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
+def in_background(loop: str, work: Coroutine) -> Any:
+    """What `work` returns, in one loop for all calls: clients and locks belong to the loop of their first use."""
+    return asyncio.run_coroutine_threadsafe(work, _loop(os.getpid(), loop)).result()
+
+
 @load_once
-def _loop() -> asyncio.AbstractEventLoop:
-    """One for all calls of async rewards: their clients and locks belong to the loop that they were first used in."""
+def _loop(pid: int, name: str) -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
 
     def run() -> None:
         torch.set_grad_enabled(False)  # of this thread
         loop.run_forever()
 
-    threading.Thread(target=run, daemon=True, name="async rewards").start()
+    threading.Thread(target=run, daemon=True, name=name).start()
     return loop
 
 

@@ -37,9 +37,7 @@ class ClipScore(ModelReward):
 
     default_name = "clip_score"
     measures = "how well a picture fits its prompt, by CLIP"
-    blind_to = (
-        "counts, left and right, which color belongs to what; prompts after 77 tokens; what the center crop removes"
-    )
+    blind_to = "counts, left and right, what has which color; prompts after 77 tokens; what the center crop removes"
     model: str = "openai/clip-vit-large-patch14"
     pretrained: str | None = None
 

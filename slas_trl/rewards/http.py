@@ -1,5 +1,6 @@
 """JSON over HTTP, asked again while there is hope: for rewards and judges that run somewhere else."""
 
+import asyncio
 import itertools
 import os
 import random
@@ -15,6 +16,7 @@ import httpx2
 from transformers.utils import logging
 
 from .base import RewardUnavailableError, load_once
+from .call import in_background
 
 
 logger = logging.get_logger(__name__)
@@ -75,10 +77,11 @@ class Endpoint:
     def _attempt(self, body: Any) -> Any:
         headers = {"Authorization": f"Bearer {self.secret}"} if self.secret else {}
         client = _client(os.getpid(), not is_loopback(urlsplit(self.url).hostname or ""))
-        given: Any = {"json": body, "headers": headers, "timeout": self.timeout}
-        try:
-            response = client.request("GET" if body is None else "POST", self.url, **given)
-        except httpx2.HTTPError as error:
+        answer = client.request("GET" if body is None else "POST", self.url, json=body, headers=headers, timeout=None)
+        try:  # all of it within the time, headers that drip too
+            limited = asyncio.wait_for(answer, self.timeout)
+            response = in_background("http", limited)
+        except (httpx2.HTTPError, TimeoutError) as error:
             raise _Transient(f"{type(error).__name__}, timeout={self.timeout:g}: {error}.", 0) from None
         answer, status = response.json() if response.is_success else None, response.status_code
         if isinstance(answer, dict) and (reported := answer.get("error")):  # a gateway, which has said 200 already
@@ -118,9 +121,9 @@ def is_loopback(host: str) -> bool:
 
 
 @load_once
-def _client(pid: int, trust_env: bool) -> httpx2.Client:
+def _client(pid: int, trust_env: bool) -> httpx2.AsyncClient:
     """One for all threads, but not for a fork, which must not write into its parent's connections."""
-    return httpx2.Client(trust_env=trust_env, limits=httpx2.Limits(max_connections=None))
+    return httpx2.AsyncClient(trust_env=trust_env, limits=httpx2.Limits(max_connections=None))
 
 
 def _message_in(response: httpx2.Response) -> str:
@@ -130,4 +133,4 @@ def _message_in(response: httpx2.Response) -> str:
         answer = response.json()
         found = answer["detail"] if "detail" in answer else answer["error"]["message"]
     text = found if isinstance(found, str) else " ".join(response.text[:2000].split())
-    return text[:2000] or "no message."
+    return text[:2000] or f"no message, but the location {response.headers.get('Location')}."

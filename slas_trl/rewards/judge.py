@@ -114,6 +114,7 @@ class VLMJudge(Reward):
     _failed_calls: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self):
+        super().__post_init__()
         name = self.__name__
         check_url(self.url, name)
         check_token(self.api_key)

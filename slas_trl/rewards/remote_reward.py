@@ -59,6 +59,7 @@ class RemoteReward(Reward):
     columns: str | Sequence[str] | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         check_url(self.url, self.__name__)
         check_token(self.token)
 
@@ -89,7 +90,7 @@ class RemoteReward(Reward):
         for name in columns if names is None else filter(None, names):
             try:
                 encoded[name] = [encode_value(value) for value in columns[name]]
-            except (TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError) as error:
                 advice = "Name those to send: columns=first+second, or columns= for none."
                 raise ValueError(f"{self.__name__}: column {name!r}: {error}. {advice}") from error
         return encoded
@@ -150,6 +151,7 @@ class ProcessReward(Reward):
     _running: "_Running" = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
+        super().__post_init__()
         require("uvicorn", "serve")
         inner = resolve_reward(self.reward)  # refuses a wrong name here and now
         known = {key: getattr(unwrapped(inner), key, None) for key in ("measures", "blind_to")}

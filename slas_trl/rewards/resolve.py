@@ -42,6 +42,8 @@ def resolve_reward(reward: RewardFunc | str) -> RewardFunc:
         `ValueError`: for a reward that does not exist, and options that do not fit.
         `TypeError`: for what cannot be called.
     """
+    if isinstance(reward, type):
+        raise TypeError(f"The reward {reward.__name__} is a class; pass an instance: {reward.__name__}(...).")
     if callable(reward):
         return reward
     if not isinstance(reward, str):

@@ -97,6 +97,8 @@ def make_app(reward: RewardFunc, limits: Limits, token: str | None = None) -> St
         # Also keeps pages of other origins out, whose requests a browser sends without asking only as plain text.
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             raise HTTPException(415, "The body must be JSON, with Content-Type: application/json.")
+        if request.headers.get("content-encoding", "identity") != "identity":
+            raise HTTPException(415, "The body must not be compressed (Content-Encoding).")
         if inside > limits.max_waiting:
             waiting = f"{limits.max_waiting} requests are waiting already (--max_waiting)."
             raise HTTPException(503, waiting, {"Retry-After": "1"})

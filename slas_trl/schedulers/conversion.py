@@ -10,11 +10,7 @@ from .flow_sde import FlowSDEScheduler
 
 
 def stochastic_scheduler(
-    pipe: DiffusionPipeline,
-    *,
-    noise_schedule: str = "flow_grpo",
-    noise_level: float | None = None,
-    eta: float = 1.0,
+    pipe: DiffusionPipeline, *, noise_schedule: str = "flow_grpo", noise_level: float | None = None, eta: float = 1.0
 ) -> FlowSDEScheduler | DDIMSDEScheduler:
     """
     Convert `pipe.scheduler` by its configuration: flow matching becomes [`FlowSDEScheduler`], ε-, v- and x0-prediction

@@ -132,9 +132,7 @@ def _is_finished(folder: Path, spec: dict[str, Any]) -> bool:
         return False
     then = json.loads((folder / SPEC).read_text(encoding="utf-8"))
     if changed := {name: (then.get(name), spec[name]) for name in spec if then.get(name) != spec[name]}:
-        raise ValueError(
-            f"{folder} was run with other settings (then, now): {changed}. Give those, or another --output_dir."
-        )
+        raise ValueError(f"{folder} has other settings (then, now): {changed}. Name another --output_dir.")
     return (folder / RESULT).exists()
 
 

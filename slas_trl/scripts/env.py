@@ -3,7 +3,7 @@
 import argparse
 import platform
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 
 from .. import __version__
 
@@ -22,16 +22,10 @@ def main(argv: Sequence[str]) -> None:
     print(f"- slas-trl: {__version__}")
     print(f"- Python: {platform.python_version()}")
     print(f"- Platform: {platform.platform()}")
+    versions = {found.name: found.version for found in distributions()}
     for package in PACKAGES:
-        print(f"- {package}: {_version(package)}")
+        print(f"- {package}: {versions.get(package, 'not installed')}")
     print(f"- Accelerators: {_accelerators()}")
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _accelerators() -> str:

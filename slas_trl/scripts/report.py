@@ -60,9 +60,7 @@ class RunReport:
             table, rows = compare(before, after), score_rows(comparison, "category", ".3f")
             scores: dict[str, Any] = {"before": before.to_dict(), "after": after.to_dict()}
             judged = "The verifier's graded score, and in brackets its strict one,"
-            in_card = (
-                "Mean share of a prompt's demands that a picture meets (all or nothing: of pictures that meet all),"
-            )
+            in_card = "Mean share of a prompt's demands that a picture meets (all or nothing: that meet all),"
             named = {"shapes_verifier": OVERALL, "shapes_verifier_strict": ALL_OR_NOTHING}
         else:
             comparison = compare_scores(before, after)  # type: ignore[arg-type]

@@ -124,9 +124,7 @@ def _the_active(denoiser: Any, name: str) -> str:
     _refuse_fused(denoiser)
     active = sorted(_active(denoiser))
     if len(active) != 1:
-        raise ValueError(
-            f"{name} has {active or 'none'} of {[*denoiser.peft_config]} active: {SET_ONE}; or {ANOTHER}."
-        )
+        raise ValueError(f"{name} has {active} of {[*denoiser.peft_config]} active: {SET_ONE}, or {ANOTHER}.")
     [adapter] = active
     config = denoiser.peft_config[adapter]
     if not isinstance(config, LoraConfig) or not _is_plain(config):

@@ -155,9 +155,7 @@ def try_writing(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"0")
     except OSError as error:
-        raise OSError(
-            f"The output_dir {str(folder)!r} cannot be written to ({error.strerror}); name another."
-        ) from error
+        raise OSError(f"output_dir {str(folder)!r} cannot be written to ({error.strerror}); name another.") from error
 
 
 def lost(what: str, output_dir: Path, error: Exception) -> OSError:
@@ -268,9 +266,7 @@ def fetch_checkpoint(source: str, output_dir: Path, revision: str | None = None,
             there = sorted((n.split("/")[0] for n in names if n.endswith(f"/{STATE}")), key=lambda n: (len(n), n))
             folder = wanted or (LAST_CHECKPOINT if LAST_CHECKPOINT in there else there[-1] if there else None)
             if folder not in there:
-                raise ValueError(
-                    f"{source!r} is not on the Hub; the checkpoints of {repo_id}: {', '.join(there) or 'none'}."
-                )
+                raise ValueError(f"{source!r} is not on the Hub; {repo_id} has {', '.join(there) or 'no checkpoint'}.")
             download = functools.partial(snapshot_download, repo_id, revision=revision, token=token, local_dir=place)
             download(allow_patterns=f"{folder}/*")
             best = json.loads((place / folder / TRAINER_STATE).read_text()).get("best_model_checkpoint")

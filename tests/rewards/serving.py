@@ -82,7 +82,9 @@ class _Handler(BaseHTTPRequestHandler):
         content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         status, body, *headers = self.server.answer(self.path, self.headers, content)
         if status is None:
-            time.sleep(body)
+            with contextlib.suppress(OSError):  # the client is gone
+                for line in [b"HTTP/1.1 200 OK\r\n", *[b"Drip: 1\r\n"] * round(20 * body)]:
+                    time.sleep(self.wfile.write(line) and 0.05)
             return
         self.send_response(status)
         for name, value in [*headers, ("Content-Length", str(len(body)))]:
@@ -100,7 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
 def answering(*answers: tuple | Callable) -> Iterator[ThreadingHTTPServer]:
     """
     A server that gives these answers, the last one again and again: (status, body, header...), or (`None`, seconds)
-    for none at all; or what a function of path, headers and body returns. `seen` is the number of requests.
+    in which headers drip; or what a function of path, headers and body returns. `seen` is the number of requests.
     """
 
     def answer(*request):

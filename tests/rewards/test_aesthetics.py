@@ -61,6 +61,8 @@ def test_what_is_not_there_and_what_does_not_fit(published, tmp_path):
     for model, place in ((folder, tmp_path), (folder, tmp_path / "head.pth"), (tmp_path, folder)):
         with pytest.raises(FileNotFoundError, match=f"{tmp_path}.*Check the path"):
             Aesthetic(str(model), str(place))([""], [Image.new("RGB", (8, 8))])
+    torch.save({"weight": torch.ones(1)}, tmp_path / "other.pth")
     torch.save({**head, "layers.8.weight": torch.ones(1, 1)}, tmp_path / "long.pth")
-    with pytest.raises(ValueError, match=r"five linear layers.*8\.weight"):
-        Aesthetic(str(folder), str(tmp_path / "long.pth"))([""], [Image.new("RGB", (8, 8))])
+    for name, message in (("long.pth", r"five linear layers.*8\.weight"), ("other.pth", "five linear layers")):
+        with pytest.raises(ValueError, match=message):
+            Aesthetic(str(folder), str(tmp_path / name))([""], [Image.new("RGB", (8, 8))])

@@ -172,6 +172,7 @@ def test_prompt_and_picture_both_count(folder):
     ("name", "value", "message"),
     [
         ("blip.visual_encoder.blocks.1.attn.qkv.bias", None, r"layers\.1\.self_attn\.qkv"),
+        ("blip.visual_encoder.patch_embed.proj.weight", None, "does not fit ImageReward"),
         ("blip.visual_encoder.extra", torch.ones(1), "extra"),
         ("mlp.layers.7.weight", torch.ones(1, 8), "size mismatch"),
     ],

@@ -52,7 +52,7 @@ def test_nobody_answers():
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
     with pytest.raises(RewardUnavailableError, match=f"{url} did not answer in 3 attempts.*ConnectError"):
         ask(url, retries=2)
-    with answering((None, 1.0)) as server, pytest.raises(RewardUnavailableError, match="timeout=0.1"):
+    with answering((None, 1.0)) as server, pytest.raises(RewardUnavailableError, match="TimeoutError, timeout=0.1"):
         ask(server.url, timeout=0.1)
 
 

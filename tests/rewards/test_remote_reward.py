@@ -115,7 +115,7 @@ def test_columns_that_json_does_not_have(url):
             reward(["a", "b"], images, strange=[1, value], usual=[1, 2])
     for columns in ("usual", ["usual"], ""):
         assert RemoteReward(url, columns=columns)(["a", "b"], images, strange=[1, object()], usual=[1, 2]) == [1, 1]
-    with pytest.raises(KeyError, match="usal"):
+    with pytest.raises(ValueError, match="'usal': .*columns=first"):
         RemoteReward(url, columns="usal")(["a", "b"], images, usual=[1, 2])
     with pytest.raises(ValueError, match="longer"):
         reward(["a", "b"], images, usual=[1, 2, 3])

@@ -113,6 +113,7 @@ def test_without_the_token(post, given):
 def test_garbage(post, body):
     refused(post(body), 400, "not understood")
     refused(post(GOOD, **{"Content-Type": "text/plain"}), 415, "must be JSON")
+    refused(post(GOOD, **{"Content-Encoding": "gzip"}), 415, "compressed")
 
 
 def test_lengths(server, post):

@@ -235,7 +235,7 @@ def replace_by(config):
     ("change", "message"),
     [
         (add_another, r"\['default_0', 'second'\].*set_adapters"),
-        (lambda pipe: pipe.disable_lora(), r"none of \['default_0'\] active"),
+        (lambda pipe: pipe.disable_lora(), r"\[\] of \['default_0'\] active"),
         (lambda pipe: pipe.set_adapters("default_0", 0.7), "weight 0.7"),
         (add_to_text_encoder, "text_encoder"),
         (lambda pipe: pipe.fuse_lora(), "fused"),
