@@ -84,10 +84,8 @@ def mean_over_seeds_and_prompts(values: np.ndarray) -> Estimate:
         return Estimate(math.nan, math.nan, math.nan, 0)
     mean, of_seeds, of_prompts = values.mean(), values.mean(axis=1, keepdims=True), values.mean(axis=0, keepdims=True)
     freedoms = max(1, s - 1), max(1, p - 1), max(1, (s - 1) * (p - 1))
-    seeds, prompts = (
-        p * np.square(of_seeds - mean).sum() / freedoms[0],
-        s * np.square(of_prompts - mean).sum() / freedoms[1],
-    )
+    seeds = p * np.square(of_seeds - mean).sum() / freedoms[0]
+    prompts = s * np.square(of_prompts - mean).sum() / freedoms[1]
     rest = np.square(values - of_seeds - of_prompts + mean).sum() / freedoms[2]
     total = max(seeds + prompts - rest, rest)
     if not total > 0:

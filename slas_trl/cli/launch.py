@@ -25,6 +25,7 @@ CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
 # Those of `accelerate launch` that a command line varies; the rest belongs into the YAML file that it names.
 NUMBERS = ("num_processes", "num_machines", "machine_rank", "main_process_port")
 OPTIONS = ("accelerate_config", *NUMBERS, "main_process_ip", "gpu_ids")
+SIGNALS = (1, 2, 15)  # SIGHUP, SIGINT, SIGTERM: they end a run in an orderly way
 SHUTDOWN_GRACE_SECONDS = 3600  # interrupted processes finish their update, and write a checkpoint
 
 
@@ -153,15 +154,16 @@ def _ended(command: str, number: int) -> int:
 
 def _report(command: str, failures: "Mapping[int, ProcessFailure]") -> int:
     """Print the error that the others follow from, and return the exit status that belongs to it."""
+    told = any(failure.exitcode - 128 in SIGNALS for failure in failures.values())
 
     # Bad input, or a kill, before what it led to in the others: a lost connection, its abort, the launcher's SIGTERM.
     def order(failed: tuple[int, Any]) -> tuple:
         code = failed[1].exitcode
-        return code == -signal.SIGTERM, code == -signal.SIGABRT, code != 2, code > 0, failed[1].timestamp
+        return code == -signal.SIGTERM, code == -signal.SIGABRT and told, code != 2, code > 0, failed[1].timestamp
 
     rank, failure = min(failures.items(), key=order)
     code, recorded = failure.exitcode, cast(Any, failure.message)  # a dictionary where `record` has left one
-    if code - 128 in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):  # one of them got it, and told the others
+    if code - 128 in SIGNALS:  # one of them got it, and told the others
         return _ended(command, code - 128)
     if not isinstance(recorded, dict):
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"

@@ -46,7 +46,7 @@ class Reward(ABC):
 
     def __post_init__(self):
         for option in ("batch_size", "concurrency", "timeout"):
-            if (value := getattr(self, option, 1)) <= 0:
+            if isinstance(value := getattr(self, option, 1), int | float) and not value > 0:
                 raise ValueError(f"{option} of {self.__name__} must be above 0, but it is {value}.")
 
     @property

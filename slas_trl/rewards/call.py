@@ -43,7 +43,11 @@ async def _awaited(result: Awaitable, device: int | None) -> Any:
 
 def in_background(loop: str, work: Coroutine) -> Any:
     """What `work` returns, in one loop for all calls: clients and locks belong to the loop of their first use."""
-    return asyncio.run_coroutine_threadsafe(work, _loop(os.getpid(), loop)).result()
+    future = asyncio.run_coroutine_threadsafe(work, _loop(os.getpid(), loop))
+    try:
+        return future.result()
+    finally:
+        future.cancel()  # after Ctrl-C
 
 
 @load_once

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import os
 import random
 import time
@@ -75,14 +76,19 @@ class Endpoint:
                 raise ValueError(self._said(what)) from None
 
     def _attempt(self, body: Any) -> Any:
-        headers = {"Authorization": f"Bearer {self.secret}"} if self.secret else {}
+        secret = {"Authorization": f"Bearer {self.secret}"} if self.secret else {}
+        headers = {"Content-Type": "application/json", **secret}
+        content = None if body is None else json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
         client = _client(os.getpid(), not is_loopback(urlsplit(self.url).hostname or ""))
-        answer = client.request("GET" if body is None else "POST", self.url, json=body, headers=headers, timeout=None)
+        method = "GET" if content is None else "POST"
+        answer = client.request(method, self.url, content=content, headers=headers, timeout=None)
         try:  # all of it within the time, headers that drip too
-            limited = asyncio.wait_for(answer, self.timeout)
-            response = in_background("http", limited)
-        except (httpx2.HTTPError, TimeoutError) as error:
-            raise _Transient(f"{type(error).__name__}, timeout={self.timeout:g}: {error}.", 0) from None
+            response = in_background("http", asyncio.wait_for(answer, self.timeout))
+        except (httpx2.HTTPError, OSError) as error:  # TimeoutError, SSLError
+            first: BaseException = error
+            while not isinstance(first, TimeoutError) and (cause := first.__cause__ or first.__context__):
+                first = cause
+            raise _Transient(f"{type(error).__name__}, timeout={self.timeout:g}: {first!r}.", 0) from None
         answer, status = response.json() if response.is_success else None, response.status_code
         if isinstance(answer, dict) and (reported := answer.get("error")):  # a gateway, which has said 200 already
             code = str(reported.get("code") if isinstance(reported, dict) else "")
@@ -133,4 +139,5 @@ def _message_in(response: httpx2.Response) -> str:
         answer = response.json()
         found = answer["detail"] if "detail" in answer else answer["error"]["message"]
     text = found if isinstance(found, str) else " ".join(response.text[:2000].split())
-    return text[:2000] or f"no message, but the location {response.headers.get('Location')}."
+    place = response.headers.get("Location", "").partition("?")[0]
+    return text[:2000] or f"no message{place and f', but the location {place}'}."

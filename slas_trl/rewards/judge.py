@@ -225,7 +225,8 @@ class VLMJudge(Reward):
         mass = _probabilities(logprobs, text, found[-1][1])
         if (total := mass["yes"] + mass["no"]) >= _LEAST_MASS:  # NaN is not
             return mass["yes"] / total
-        logger.warning_once(f"{self.__name__}: {self.model} gives no log-probabilities; yes and no count as 1 and 0.")
+        what = "gives no log-probabilities of yes and no, which count as 1 and 0"
+        logger.warning_once(f"{self.__name__}: {self.model} {what}.")
         return float(said == {"yes"})
 
     def _number(self, text: str, pattern: str) -> Any:

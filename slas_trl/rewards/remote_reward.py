@@ -151,7 +151,6 @@ class ProcessReward(Reward):
     _running: "_Running" = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        super().__post_init__()
         require("uvicorn", "serve")
         inner = resolve_reward(self.reward)  # refuses a wrong name here and now
         known = {key: getattr(unwrapped(inner), key, None) for key in ("measures", "blind_to")}

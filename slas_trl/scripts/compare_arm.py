@@ -114,16 +114,8 @@ def run_arm(folder: Path) -> None:
     """Do what `arm.json` says, and write `result.json`."""
     spec: Mapping[str, Any] = json.loads((folder / SPEC).read_text(encoding="utf-8"))
     own = ["--seed", str(spec["seed"]), "--output_dir", str(folder)]
-    own += [
-        "--eval_strategy",
-        "no",
-        "--load_best_model_at_end",
-        "false",
-        "--logging_first_step",
-        "true",
-        "--disable_tqdm",
-        "true",
-    ]
+    own += ["--eval_strategy", "no", "--load_best_model_at_end", "false"]
+    own += ["--logging_first_step", "true", "--disable_tqdm", "true"]
     script, lora, config = parse([*spec["options"], *own], "slas-trl compare", settings=spec["config"])
     prompts = held_out_prompts(script, config, "slas-trl compare")
     data = prompts.select(evenly_spaced(len(prompts), spec["eval_prompts"]))

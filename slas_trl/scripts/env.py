@@ -11,7 +11,6 @@ from .. import __version__
 PACKAGES = (
     *("torch", "diffusers", "transformers", "accelerate", "peft", "trl", "datasets", "huggingface_hub", "safetensors"),
     *("numpy", "scipy", "pillow", "matplotlib"),
-    # optional
     *("torchvision", "open_clip_torch", "rapidocr", "deepspeed", "bitsandbytes", "tensorboard", "trackio", "wandb"),
 )
 

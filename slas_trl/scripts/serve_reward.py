@@ -45,8 +45,9 @@ def main(argv: Sequence[str]) -> None:
         parser.add_argument(f"--{flag}", action="store_true", help=HELP[flag])
     given = parser.parse_args(argv)
     limits = Limits(**{field.name: getattr(given, field.name) for field in fields(Limits)})
-    if min(vars(limits).values()) < 1:
-        raise ValueError(f"Limits must be above 0, but they are {limits}.")
+    for name, limit in vars(limits).items():
+        if limit < (least := int(name != "max_waiting")):
+            raise ValueError(f"--{name} must be at least {least}, got {limit}.")
     token = check_token(given.token if given.token is not None else os.environ.get(TOKEN_VARIABLE) or None)
     if token is None and not is_loopback(given.host):
         advice = f"set {TOKEN_VARIABLE} here and where the training runs, or listen at 127.0.0.1."

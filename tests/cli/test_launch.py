@@ -161,6 +161,7 @@ class TestFailure:
             ({0: 1, 1: -signal.SIGKILL}, 137, "error: process 1 was killed by SIGKILL"),  # and for this
             ({0: -signal.SIGTERM, 1: 7}, 7, "error: process 1 ended with status 7"),
             ({0: 143, 1: -signal.SIGTERM}, 143, "ended by SIGTERM"),  # which the launcher passed on
+            ({0: -signal.SIGABRT, 1: 1}, 134, "error: process 0 was killed by SIGABRT"),
             ({0: -signal.SIGABRT, 1: 143}, 143, "ended by SIGTERM"),  # at a connection that the other one closed
         ],
     )

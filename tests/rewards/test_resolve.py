@@ -131,7 +131,6 @@ def test_a_class_of_a_file(tmp_path):
         *((file, ValueError, "file.py:function") for file in ("folder/my.py", "folder/my.py:")),
         *((several, ValueError, "YAML") for several in ("hpsv2,ocr", "hpsv2:version=v2.0,ocr", "a.py:r,b.py:r")),
         *((nothing, TypeError, "reward") for nothing in (3, None, "math:pi", Sharpness)),
-        (f"{HERE}:red:scale", ValueError, "option=value"),
         (f"{HERE}:red:color=1", ValueError, "no option 'color'; it has scale"),
         (f"{HERE}:Sharpness:level=high", ValueError, "level must be .*, but got level=high"),
     ],
