@@ -28,7 +28,7 @@ ROOMS: dict[str, tuple[set[str], int]] = {
     "schedulers": (set(), 250),
     "policy": ({"schedulers"}, 485),
     "shapes": ({"images"}, 315),
-    "rewards": ({"images", "shapes"}, 1380),
+    "rewards": ({"images", "shapes"}, 1390),
     "evaluation": ({"seeds", "shapes", "statistics"}, 90),
     "reports": ({"statistics", "run_files", "images", "publishing"}, 435),
     "loading": ({"policy", "shapes", "run_files"}, 115),
@@ -38,9 +38,9 @@ ROOMS: dict[str, tuple[set[str], int]] = {
             *("advantages", "objective", "trust_region", "schedulers", "policy", "rewards", "reports", "publishing"),
             *("images", "statistics", "run_files", "loading", "seeds", "shapes"),
         },
-        2385,
+        2380,
     ),
-    "scripts": ({"*"}, 1080),
+    "scripts": ({"*"}, 1075),
     "cli": ({"scripts"}, 180),
 }
 NOT_CORE = {

@@ -50,7 +50,7 @@ def test_answers_that_are_no_json(answer):
 def test_nobody_answers():
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    with pytest.raises(RewardUnavailableError, match=f"{url} did not answer in 3 attempts.*ConnectError.*refused"):
+    with pytest.raises(RewardUnavailableError, match=f"{url} did not answer in 3 attempts.*ConnectError.*Refused"):
         ask(url, retries=2)
     with answering((None, 1.0)) as server, pytest.raises(RewardUnavailableError, match="TimeoutError, timeout=0.1"):
         ask(server.url, timeout=0.1)
