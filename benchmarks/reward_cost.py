@@ -120,7 +120,7 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Score, int]]]] = {
 
 
 def pictures(count: int) -> list[Image.Image]:
-    """Smooth colours, some noise, and a word."""
+    """Smooth colors, some noise, and a word."""
     random = np.random.default_rng(0)
     images = []
     for _ in range(count):

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: the names of the files, JSON lines, and writing without half a file."""
+"""The files of a run's folder: their names, JSON lines, and writing without half a file."""
 
 import json
 from collections.abc import Iterable

@@ -45,7 +45,7 @@ def _imports(facts: RunFacts, downloads: bool) -> list[str]:
 
 
 def _pipeline(facts: RunFacts) -> str:
-    """What makes the pipeline: its own class, as of a base model's parts another one may have been made."""
+    """The code that makes the pipeline: its own class, as of a base model's parts another one may have been made."""
     import diffusers  # takes seconds
 
     own = facts.base.pipeline

@@ -1,5 +1,5 @@
 """
-What of a run goes to the Hub. A repository holds at its root what plain diffusers loads, the card and its pictures;
+Files of a run on the Hub. A repository holds at its root what plain diffusers loads, the card and its pictures;
 what a training needs to go on is in folders, `last-checkpoint` or `checkpoint-20`. Whatever else is there stays.
 """
 

@@ -159,7 +159,7 @@ def read_rewards(trained: Curve, held_out: Sequence[Curve], evaluated: Sequence[
 
 
 def _curve(name: str, lines: Sequence[Record], key: str, std_key: str, samples_key: str | None = None) -> Curve:
-    """Of the lines with a number; the unit is the typical std at the start or, where that is 0, the largest."""
+    """Those of the lines with a number; the unit is the typical std at the start or, where that is 0, the largest."""
     lines = [line for line in lines if line.get(key) is not None and math.isfinite(line[key])]
     count, in_evaluation = len(lines), samples_key is not None
     steps, values, stds = (np.array([line[k] for line in lines], dtype=np.float64) for k in ("step", key, std_key))

@@ -1,4 +1,4 @@
-"""What rewards have in common: a name, options, and models that are loaded at the first call and shared."""
+"""Common to all rewards: a name, options, and models that are loaded at the first call and shared."""
 
 import functools
 import importlib
@@ -104,7 +104,7 @@ class ModelReward(Reward):
 
     @abstractmethod
     def _scores(self, prompts: list[str], images: list[Image], columns: dict[str, Any]) -> Any:
-        """Of at least one image."""
+        """Scores of at least one image."""
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -20,7 +20,7 @@ from .base import RewardFunc, load_once, unwrapped
 
 @torch.no_grad()
 def call_reward(reward: RewardFunc, prompts: list[str], images: list[Image], columns: dict[str, list[Any]]) -> Any:
-    """What the reward returns, once it is there, as plain Python objects."""
+    """The reward's result, once it is there, as plain Python objects."""
     if not getattr(unwrapped(reward), "sees_videos", True):  # rewards of users are given all frames
         images = [still(image) for image in images]
     result = reward(prompts=prompts, images=images, completions=images, **columns)

@@ -217,7 +217,7 @@ class VLMJudge(Reward):
         return self._number(plain, self.pattern or _ANSWERS["number"][0])
 
     def _probability(self, logprobs: Any, text: str) -> float:
-        """Of yes, where the answer last says yes or no."""
+        """The probability of yes, where the answer last says yes or no."""
         found = _found(self.pattern or _YES_NO, text)
         said = {_word(word) for word, _ in (found[-1:] if self.pattern else found)}
         if said not in ({"yes"}, {"no"}):
@@ -277,13 +277,13 @@ unified_reward = UnifiedReward
 
 
 def _found(pattern: str, text: str) -> list[tuple[str, int]]:
-    """What the pattern finds, or its first group if there is one, and where."""
+    """Matches of the pattern, or of its first group if there is one, and their places."""
     groups = ((found, min(1, found.re.groups)) for found in re.finditer(pattern, text))
     return [(found[group] or "", found.start(group)) for found, group in groups]
 
 
 def _probabilities(logprobs: Any, text: str, place: int) -> dict[str, float]:
-    """Of yes and no at a place in the text, as far as the log-probabilities tell."""
+    """Probabilities of yes and no at a place in the text, as far as the log-probabilities tell."""
     mass = {"yes": 0.0, "no": 0.0}
     with suppress(TypeError, LookupError, AttributeError, ValueError, OverflowError):
         place += "".join(token["token"] for token in logprobs["content"]).lower().rindex(text.lower().rstrip("…"))

@@ -83,7 +83,7 @@ ocr = OCR()
 
 
 def quoted_text(prompt: str) -> str | None:
-    """What is in the first pair of quotes that has something in it, double ones before single ones, or `None`."""
+    """The text in the first pair of quotes that has something in it, double ones before single ones, or `None`."""
     return next(filter(None, map(str.strip, _QUOTED.findall(prompt) + _SINGLE.findall(prompt))), None)
 
 

@@ -133,7 +133,7 @@ class ProcessReward(Reward):
     """
     Runs `slas-trl serve-reward` on this machine, from the first call until this process ends, and asks it one batch at
     a time. If it dies or does not answer in time, it is started again, and the batch tried once more. Rewards with a
-    model run on this thread's GPU. What it prints goes to this process' standard error.
+    model run on this thread's GPU. Its output goes to this process' standard error.
 
     Args:
         reward (`str`): By name, with its options. Other users can see it, so keys belong in the environment.
@@ -198,7 +198,7 @@ class ProcessReward(Reward):
 
 @dataclass
 class _Running:
-    """What a reward keeps of its process."""
+    """The process of a reward, as far as it is kept."""
 
     remote: RemoteReward | None = None
     end: Any = None  # kills it

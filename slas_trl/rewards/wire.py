@@ -33,7 +33,7 @@ TOKEN_VARIABLE = "SLAS_TRL_REWARD_TOKEN"
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for."""
+    """Limits of a request."""
 
     max_batch_size: int = 64  # images
     max_image_pixels: int = 2048 * 2048  # of an image; those of the request may be `max_batch_size` times as many

@@ -1,4 +1,4 @@
-"""What the stochastic schedulers share: one Gaussian step, its log-probability, and who decides the next sample."""
+"""Shared by the stochastic schedulers: one Gaussian step, its log-probability, and who decides the next sample."""
 
 import math
 from typing import Protocol

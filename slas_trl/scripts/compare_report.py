@@ -181,7 +181,7 @@ class Report:
             below.set_xscale("function", functions=(np.sqrt, np.square))
             below.xaxis.set_major_locator(MaxNLocator(4))
             below.set(xlabel="KL to the base (nats per element)", xlim=(0, None))
-            below.axvline(self.target, color="grey", lw=0.8, ls=":")
+            below.axvline(self.target, color="gray", lw=0.8, ls=":")
         axes[0, -1].set_title("KL to the base", fontsize=10)
         axes[1, -1].set_axis_off()
         axes[1, -1].legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="upper left")

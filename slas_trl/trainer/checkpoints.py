@@ -162,7 +162,7 @@ def lost(what: str, output_dir: Path, error: Exception) -> OSError:
     """The error of a run that a full disk has ended: what could not be written, and what is left."""
     last = last_whole_checkpoint(output_dir)
     left = f"the last whole one is {str(last)!r}; resume from there" if last else "there is no earlier one"
-    return OSError(f"{what} could not be written ({error}). Of the checkpoints, {left} after making room.")
+    return OSError(f"{what} could not be written ({error}). Checkpoints left after making room: {left}.")
 
 
 def publish(written: Path, folder: Path) -> None:
@@ -221,7 +221,7 @@ def rotate_after_kill(output_dir: Path, folder: Path, limit: int | None) -> None
 def tidy(output_dir: Path) -> None:
     """
     Undo what a killed run left half done: checkpoints half written or half removed go, and one that was to be replaced
-    returns. What was written to since this process began is another one's, which is alive.
+    returns. Folders written to since this process began belong to another one, which is alive.
     """
     for removed in output_dir.glob(REMOVED + "checkpoint-*"):
         folder = removed.with_name(removed.name.removeprefix(REMOVED))

@@ -1,5 +1,5 @@
 """
-What several processes do together. A collective call that one process leaves out hangs the others, so collectives are
+Work of several processes together. A collective call that one process leaves out hangs the others, so collectives are
 made here, beside those of the denoiser's own DDP or FSDP form, and every rank must call them:
 
 - once a rollout: errors in reading its rows; errors and scores of the rewards (`raise_together`, `gathered`); its γ;

@@ -1,4 +1,4 @@
-"""What is logged of a rollout, under TRL's names, and what of it is worth a warning."""
+"""Metrics of a rollout, under TRL's names, and those that are worth a warning."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""What the trainer publishes: facts of the run, pictures and the model card, beside the weights and on the Hub."""
+"""The trainer's publications: facts of the run, pictures and the model card, beside the weights and on the Hub."""
 
 import tempfile
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What is sampled when: the order of prompts, and the seed of every random number of a rollout."""
+"""Order and seeds of sampling: the order of prompts, and the seed of every random number of a rollout."""
 
 from collections.abc import Iterator
 

@@ -182,7 +182,7 @@ class TrainedModel:
         state = {key: full_tensor(value.detach()).cpu().contiguous() for key, value in state.items()}
         if not writes:
             return
-        # Without lora_alpha among the metadata, a reader takes alpha = r. What is published names no path, and what
+        # Without lora_alpha among the metadata, a reader takes alpha = r. Published files name no path, and what
         # peft keeps as a set comes in another order in every process.
         config = {**denoiser.peft_config[ADAPTER_NAME].to_dict(), "base_model_name_or_path": None}
         metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}

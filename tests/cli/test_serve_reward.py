@@ -61,7 +61,7 @@ def test_the_model_is_loaded_before_it_listens(capsys, started, tmp_path):
     assert "the file x.pt is missing" in refused(capsys, f"{file}:missing", "--port", "0")
     assert not started
     assert main(["serve-reward", f"{file}:missing", "--port", "0", "--no_warm_up"]) == 0
-    assert main(["serve-reward", f"{file}:picky", "--port", "0"]) == 0  # one that a grey picture is not enough for
+    assert main(["serve-reward", f"{file}:picky", "--port", "0"]) == 0  # one that a gray picture is not enough for
     assert "'spec'" in capsys.readouterr().err
     assert len(started) == 2
 

@@ -76,7 +76,7 @@ class TestOtherPeoplesText:
         card.encode("utf-8")
 
     @pytest.mark.parametrize("link", ["javascript:alert(1)", "https://x.example/a) [b](c\n<script>", "//evil.example"])
-    def test_a_licence_link_is_a_link(self, link):
+    def test_a_license_link_is_a_link(self, link):
         elements = page_of(facts(base=replace(FLUX, license_link=link))).elements
         links = [dict(attrs)["href"] for tag, attrs in elements if tag == "a"]
         assert all(href.startswith(("https://huggingface.co/", "https://x.example/")) for href in links if ":" in href)
@@ -136,13 +136,13 @@ class TestPage:
             ({"settings": [["gamma", 0, ""]]}, "switched off (γ = 0)"),
             ({"adapter": False}, "A fine-tune of"),
             ({"base": Base("FluxPipeline", name="mine")}, "mine (a FluxPipeline that is not on the Hub)"),
-            ({"base": Base("FluxPipeline")}, "Licence Unknown. That of the base model was not found"),
+            ({"base": Base("FluxPipeline")}, "License Unknown. That of the base model was not found"),
             ({"step": 20}, "This is not the end of the run: 20 of 300 updates"),
             ({"rewards": [RewardOnCard("hpsv2", 1.0)]}, "Whether the reward was hacked, nobody can tell"),
             ({"reading": None}, "word was held out, but too little is kept"),
             ({"evaluation": None}, "No scores are kept of these weights."),
             ({"other_adapters": ["a", "b", "c"]}, "on top of other adapters (a, b and c)"),
-            ({}, "of decay 0.9. gamma 0.5: shapes learning_rate 1e-5 a word: word Licence"),
+            ({}, "of decay 0.9. gamma 0.5: shapes learning_rate 1e-5 a word: word License"),
         ],
     )
     def test_says(self, changes, words):

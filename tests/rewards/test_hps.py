@@ -100,7 +100,7 @@ def test_preprocessing_of_modes(mode, authors_preprocess):
 
 
 def test_preprocessing_of_an_alpha_channel(authors_preprocess):
-    """The package hands it on to its model, which fails; the colours are the same."""
+    """The package hands it on to its model, which fails; the colors are the same."""
     image = picture(150, 90)
     image.putalpha(picture(150, 90, seed=1, mode="L"))
     assert authors_preprocess(image).shape == (4, 224, 224)
@@ -167,7 +167,7 @@ def checkpoint(small, tmp_path) -> Path:
     return tmp_path / FILES["v2.1"]
 
 
-def test_a_narrow_image_is_scored_as_its_neighbours_are(checkpoint):
+def test_a_narrow_image_is_scored_as_its_neighbors_are(checkpoint):
     """One whose longer side is 224 is left narrow by the package, whose model then fails."""
     wide = picture(896, 600)
     images = [wide.resize(size, Image.Resampling.BICUBIC) for size in [(224, 150), (225, 151), (223, 149), (448, 300)]]
