@@ -101,9 +101,7 @@ Comparison = Mapping[str, Mapping[str, Estimate]]  # by score: "before", "after"
 def compare_scores(
     before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]
 ) -> dict[str, dict[str, Estimate]]:
-    """
-    By reward, the mean "before", "after", and the "change", prompt by prompt. Scores are `(P,)`; NaN is no score.
-    """
+    """By reward, the mean "before", "after", and the "change", prompt by prompt. Scores are `(P,)`; NaN is none."""
     return {
         name: {
             "before": mean_over_prompts(before[name]),

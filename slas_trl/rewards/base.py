@@ -44,11 +44,6 @@ class Reward(ABC):
     sees_videos: ClassVar[bool] = False
     name: str | None = None
 
-    def __post_init__(self):
-        for option in ("batch_size", "concurrency", "timeout"):
-            if isinstance(value := getattr(self, option, 1), int | float) and not value > 0:
-                raise ValueError(f"{option} of {self.__name__} must be above 0, but it is {value}.")
-
     @property
     def __name__(self) -> str:
         return self.name or self.default_name
@@ -92,7 +87,7 @@ class ModelReward(Reward):
     batch_size: int = 16
 
     def __post_init__(self):
-        super().__post_init__()
+        check_positive(self.__name__, batch_size=self.batch_size)
         torch.device(self.device or "cpu")  # raises an error for what is none
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype of {self.__name__} must be one of {', '.join(DTYPES)}, but it is {self.dtype!r}.")
@@ -119,6 +114,13 @@ class ModelReward(Reward):
 
 class RewardUnavailableError(RuntimeError):
     """A reward cannot score anything at the moment, whatever the image: its server or its process is gone."""
+
+
+def check_positive(who: str, **options: Any) -> None:
+    """Raises `ValueError` for an option of the reward `who` that is no number above 0."""
+    for name, value in options.items():
+        if not (isinstance(value, int | float) and value > 0):
+            raise ValueError(f"{name} of {who} must be a number above 0, but it is {value!r}.")
 
 
 def check_pairs(prompts: Sequence[str], images: Sequence[Image]) -> None:

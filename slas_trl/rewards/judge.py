@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from transformers.utils import logging
 
 from ..images import to_rgb
-from .base import Reward, RewardUnavailableError, check_pairs
+from .base import Reward, RewardUnavailableError, check_pairs, check_positive
 from .http import AnswerError, Endpoint, check_url
 from .wire import PNG, check_token, encode_picture
 
@@ -114,8 +114,8 @@ class VLMJudge(Reward):
     _failed_calls: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        super().__post_init__()
-        name = self.__name__
+        name, side = self.__name__, self.max_image_side
+        check_positive(name, timeout=self.timeout, concurrency=self.concurrency, max_image_side=side)
         check_url(self.url, name)
         check_token(self.api_key)
         if self.answer not in _ANSWERS:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from .base import ModelReward, Reward, RewardUnavailableError, check_pairs, require, unwrapped
+from .base import ModelReward, Reward, RewardUnavailableError, check_pairs, check_positive, require, unwrapped
 from .call import numbers
 from .http import Endpoint, check_url
 from .resolve import resolve_reward, reward_name
@@ -59,7 +59,7 @@ class RemoteReward(Reward):
     columns: str | Sequence[str] | None = None
 
     def __post_init__(self):
-        super().__post_init__()
+        check_positive(self.__name__, timeout=self.timeout)
         check_url(self.url, self.__name__)
         check_token(self.token)
 

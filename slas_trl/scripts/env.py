@@ -21,9 +21,9 @@ def main(argv: Sequence[str]) -> None:
     print(f"- slas-trl: {__version__}")
     print(f"- Python: {platform.python_version()}")
     print(f"- Platform: {platform.platform()}")
-    versions = {found.name: found.version for found in distributions()}
     for package in PACKAGES:
-        print(f"- {package}: {versions.get(package, 'not installed')}")
+        found = next(iter(distributions(name=package)), None)  # however its name is spelled
+        print(f"- {package}: {found.version if found else 'not installed'}")
     print(f"- Accelerators: {_accelerators()}")
 
 
